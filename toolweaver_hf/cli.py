@@ -1,0 +1,48 @@
+"""The `toolweaver` command: a sub-command for every step."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable
+
+
+COMMANDS = {
+    "quickstart": ("toolweaver_hf.quickstart", "run the whole method on the demo catalogue, or on your own data"),
+    "tokenize": ("toolweaver_hf.recipes.tokenize_tools", "learn the codes of a catalogue's tools"),
+    "inspect": ("toolweaver_hf.report", "draw a report of learnt codes"),
+    "sft": ("toolweaver_hf.recipes.sft", "align a language model with the codes"),
+    "evaluate": ("toolweaver_hf.recipes.evaluate", "measure retrieval next to BM25 and a dense encoder"),
+}
+
+
+def run(command: Callable[[], None]) -> None:
+    """Run a command; bad input (`ValueError`, `OSError`) ends it with one line on stderr and exit status 2."""
+    try:
+        command()
+    except (ValueError, OSError) as error:
+        from transformers.utils import logging
+
+        logging.get_logger(__name__).debug("the error's origin", exc_info=True)
+        print(f"toolweaver: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Hand the arguments on to the sub-command that is named first."""
+    parser = argparse.ArgumentParser(
+        prog="toolweaver",
+        description="Hierarchical tool codes for large language models.",
+        epilog="commands:\n" + "\n".join(f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items())
+        + "\n\n'toolweaver COMMAND --help' shows the options of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="what to do")
+    parser.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="options of the command")
+    args = parser.parse_args(argv)
+    sys.argv[0] = f"toolweaver {args.command}"  # the name that the command's own usage message shows
+    module = importlib.import_module(COMMANDS[args.command][0])
+    run(lambda: module.cli(args.options))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""The whole method in one go: catalogue, codes, alignment, evaluation and an agent, on a small model from scratch."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from trl import ModelConfig, SFTConfig
+
+from .agent import ToolAgent
+from .catalog import ToolCatalog
+from .data import Query, load_queries, load_trajectories
+from .demo import DEMO_FOLDER, demo_functions
+from .recipes import evaluate, sft, tokenize_tools
+from .report import inspect_codes
+from .retrieval import ToolRetriever
+
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass
+class QuickstartArguments:
+    """What to run the quick start on.
+
+    Args:
+        output_dir (`str`, *optional*, defaults to `"toolweaver-quickstart"`):
+            Folder for everything that the run makes: `codes`, `base`, `retrieval`, `agent`, `evaluation`.
+        data (`str`, *optional*):
+            Folder with `catalog.jsonl`, `queries.{train,validation,test}.jsonl` and
+            `trajectories.{train,validation,test}.jsonl`. Defaults to the demo that comes with the package.
+        base_model (`str`, *optional*):
+            Id or path of a causal language model to align. Without it a small Llama is trained from scratch.
+        encoder (`str`, *optional*):
+            sentence-transformers model that embeds the tools' documents.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of everything random.
+    """
+
+    output_dir: str = field(default="toolweaver-quickstart", metadata={"help": "Folder for everything made."})
+    data: str | None = field(default=None, metadata={"help": "Folder with catalogue, queries and trajectories."})
+    base_model: str | None = field(default=None, metadata={"help": "Causal language model to align."})
+    encoder: str | None = field(default=None, metadata={"help": "sentence-transformers model for the documents."})
+    seed: int = field(default=0, metadata={"help": "Seed of everything random."})
+
+
+def load_data(folder: Path) -> tuple[ToolCatalog, dict[str, list[Query]], dict[str, list[dict]]]:
+    """Read and check a data folder, so that a mistake in it shows before anything is written.
+
+    Raises:
+        `ValueError`: naming the file that is wrong, or the tool that the catalogue lacks.
+    """
+    catalog = ToolCatalog.from_file(folder / "catalog.jsonl")
+    queries = {split: load_queries(folder / f"queries.{split}.jsonl") for split in SPLITS}
+    trajectories = {split: load_trajectories(folder / f"trajectories.{split}.jsonl") for split in SPLITS}
+    for split in SPLITS:
+        for query in queries[split]:
+            for tool_id in query.tools:
+                if tool_id not in catalog:
+                    raise ValueError(
+                        f"{folder / f'queries.{split}.jsonl'}: query {query.id!r} names the tool {tool_id!r}, which "
+                        "the catalogue lacks"
+                    )
+    return catalog, queries, trajectories
+
+
+def build_small_llama(texts: list[str], folder: Path) -> None:
+    """Save a Llama with random weights, and a byte-level BPE tokenizer that is trained on `texts`, in `folder`."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special_tokens = ["<pad>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,
+        special_tokens=special_tokens,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<|im_end|>")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def main(args: QuickstartArguments) -> None:
+    """Run the quick start and print what it found."""
+    started = time.perf_counter()
+    data, output = Path(args.data or DEMO_FOLDER), Path(args.output_dir)
+    catalog, queries, trajectories = load_data(data)
+    set_seed(args.seed)
+
+    def step(title: str) -> None:
+        print(f"\n[{time.perf_counter() - started:4.0f} s] {title}", flush=True)
+
+    step(f"Learning codes for {len(catalog)} tools")
+    codes_dir = output / "codes"
+    tokenize_tools.main(
+        tokenize_tools.TokenizationArguments(
+            catalog=str(data / "catalog.jsonl"),
+            queries=str(data / "queries.train.jsonl"),
+            encoder=args.encoder,
+            output_dir=str(codes_dir),
+            seed=args.seed,
+        )
+    )
+    picture = inspect_codes(codes_dir)
+
+    base = args.base_model
+    if base is None:
+        base = str(output / "base")
+        texts = catalog.documents + [query.text for query in queries["train"]]
+        texts += [json.dumps(message, ensure_ascii=False) for row in trajectories["train"] for message in row["messages"]]
+        build_small_llama(texts, Path(base))
+
+    step("Alignment: documents and queries to codes")
+    shared = {
+        "per_device_train_batch_size": 32,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "weight_decay": 0.1,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "max_length": 512,
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": args.seed,
+    }
+    scratch = args.base_model is None
+    sft.main(
+        sft.AlignmentArguments(
+            codes_dir=str(codes_dir), stages=["memorization", "retrieval"], queries=str(data / "queries.train.jsonl")
+        ),
+        SFTConfig(
+            output_dir=str(output / "retrieval"),
+            learning_rate=2e-3 if scratch else 5e-4,
+            num_train_epochs=12 if scratch else 3,
+            **shared,
+        ),
+        ModelConfig(model_name_or_path=base),
+    )
+
+    step("Alignment: whole trajectories")
+    sft.main(
+        sft.AlignmentArguments(
+            codes_dir=str(codes_dir), stages=["trajectory"], trajectories=str(data / "trajectories.train.jsonl")
+        ),
+        SFTConfig(
+            output_dir=str(output / "agent"),
+            learning_rate=1e-3 if scratch else 2e-4,
+            num_train_epochs=10 if scratch else 3,
+            **shared,
+        ),
+        ModelConfig(model_name_or_path=str(output / "retrieval")),
+    )
+
+    step("Evaluation on queries that were held out")
+    evaluate.main(
+        evaluate.EvaluationArguments(
+            model=str(output / "retrieval"),
+            queries=str(data / "queries.test.jsonl"),
+            encoder=args.encoder,
+            output_dir=str(output / "evaluation"),
+        )
+    )
+
+    step("Three queries and the tools retrieved for them")
+    retriever = ToolRetriever.from_pretrained(output / "retrieval")
+    examples = [query for query in queries["test"] if len(query.tools) == 1][:2]
+    examples += [query for query in queries["test"] if len(query.tools) > 1][:1]
+    for query, ranking in zip(examples, retriever([query.text for query in examples], top_k=3), strict=True):
+        print(f"\n  {query.text}\n  needs: {', '.join(query.tools)}")
+        for tool in ranking:
+            print(f"  {tool.score:7.2f}  {tool.tool_id}")
+
+    step("One run of the agent")
+    agent = ToolAgent.from_pretrained(output / "agent", demo_functions(catalog))
+    for message in agent.stream(trajectories["test"][0]["messages"][0]["content"]):
+        print(f"\n  {message['role']}: {message['content']}")
+
+    step(f"Done. Everything is in {output}; the picture of the codes is {picture}")
+
+
+def cli(argv: list[str] | None = None) -> None:
+    main(*HfArgumentParser(QuickstartArguments).parse_args_into_dataclasses(argv))
