@@ -1,0 +1,137 @@
+"""`ToolCodes`: which tool has which code."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .catalog import ToolCatalog
+from .tokenization_toolweaver import SCHEMA_VERSION, TOOL_CODES_FILE, check_tool_codes, write_tool_codes
+
+
+class CatalogChanges(NamedTuple):
+    """How a catalogue differs from the one that codes were learnt for: the ids of the tools concerned."""
+
+    added: list[str]
+    removed: list[str]
+    changed: list[str]
+
+
+class ToolCodes(Mapping[str, tuple[int, ...]]):
+    """The code of every tool: a mapping from tool id to one codebook index a level.
+
+    Args:
+        codebook_sizes (`Sequence[int]`):
+            Size of the codebook of each level, 1 to 8 levels.
+        codes (`Mapping[str, Sequence[int]]`):
+            For each tool id its code. No two tools share one.
+        checksums (`Mapping[str, str]`, *optional*):
+            [`Tool.checksum`] of each tool when its code was learnt.
+        retired (`Sequence[Sequence[int]]`, *optional*):
+            Codes of tools that were removed; they are not given to other tools.
+
+    Raises:
+        `ValueError`: naming the tool whose code is out of range or taken.
+    """
+
+    def __init__(
+        self,
+        codebook_sizes: Sequence[int],
+        codes: Mapping[str, Sequence[int]],
+        checksums: Mapping[str, str] | None = None,
+        retired: Sequence[Sequence[int]] = (),
+    ):
+        self.codebook_sizes = [int(size) for size in codebook_sizes]
+        self._codes = {tool_id: tuple(int(i) for i in code) for tool_id, code in codes.items()}
+        self.checksums = dict(checksums or {})
+        self.retired = {tuple(int(i) for i in code) for code in retired}
+        check_tool_codes(self.to_dict(), "tool codes")
+
+    def __getitem__(self, tool_id: str) -> tuple[int, ...]:
+        return self._codes[tool_id]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._codes)
+
+    def __len__(self) -> int:
+        return len(self._codes)
+
+    def __repr__(self) -> str:
+        return f"ToolCodes({len(self)} tools, codebook_sizes={self.codebook_sizes})"
+
+    @property
+    def ids(self) -> list[str]:
+        """`list[str]`: The tools' ids, in order."""
+        return list(self._codes)
+
+    @property
+    def num_levels(self) -> int:
+        """`int`: The number of levels, the length of every code."""
+        return len(self.codebook_sizes)
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """`np.ndarray` of shape `(num_tools, num_levels)`: The codes, in the order of `ids`."""
+        return np.array(list(self._codes.values()), dtype=np.int64)
+
+    def compare(self, catalog: ToolCatalog) -> CatalogChanges:
+        """Tell how a catalogue differs from the tools that have a code here.
+
+        Tools count as `changed` if their document is another than when their code was learnt.
+        """
+        return CatalogChanges(
+            added=[tool.id for tool in catalog if tool.id not in self],
+            removed=[tool_id for tool_id in self if tool_id not in catalog],
+            changed=[tool.id for tool in catalog if self.checksums.get(tool.id, tool.checksum) != tool.checksum],
+        )
+
+    def remove(self, *tool_ids: str) -> None:
+        """Take tools out. Their codes are retired: a model has learnt that they mean these tools.
+
+        Raises:
+            `ValueError`: naming a tool that has no code; then none is removed.
+        """
+        for tool_id in tool_ids:
+            if tool_id not in self:
+                raise ValueError(f"the tool {tool_id!r} has no code, so it cannot be removed")
+        for tool_id in tool_ids:
+            self.retired.add(self._codes.pop(tool_id))
+            self.checksums.pop(tool_id, None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of a `tool_codes.json`."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "codebook_sizes": self.codebook_sizes,
+            "codes": {tool_id: list(code) for tool_id, code in self._codes.items()},
+            "checksums": self.checksums,
+            "retired": sorted(list(code) for code in self.retired),
+        }
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write `tool_codes.json` in `folder`."""
+        os.makedirs(folder, exist_ok=True)
+        write_tool_codes(self.to_dict(), os.path.join(folder, TOOL_CODES_FILE))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> ToolCodes:
+        """Read the `tool_codes.json` of `folder`.
+
+        Raises:
+            `ValueError`: naming the file, if it is not valid or of a newer schema.
+            `OSError`: if there is none.
+        """
+        path = Path(folder) / TOOL_CODES_FILE
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        document = check_tool_codes(document, str(path))
+        return cls(
+            document["codebook_sizes"], document["codes"], document.get("checksums"), document.get("retired", ())
+        )

@@ -1,0 +1,335 @@
+"""`ToolWeaverTokenizer`: a fast base tokenizer whose vocabulary also holds the tokens of the tools' codes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+
+SCHEMA_VERSION = 1
+TOOL_CODES_FILE = "tool_codes.json"
+LEVEL_LETTERS = "abcdefgh"
+
+# A conversation for base models that come without a chat template; it needs no token that the base lacks.
+DEFAULT_CHAT_TEMPLATE = (
+    "{%- if bos_token -%}{{ bos_token }}{%- endif -%}"
+    "{%- for message in messages -%}{{ message.role + '\\n' + message.content + eos_token + '\\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ 'assistant\\n' }}{%- endif -%}"
+)
+# Put before a template that knows no tool role: observations are shown to it as messages of the user.
+TOOL_ROLE_TEMPLATE = (
+    "{%- set ns = namespace(messages=[]) -%}{%- for message in messages -%}"
+    "{%- set ns.messages = ns.messages + [{'role': 'user', 'content': message.content} if message.role == 'tool'"
+    " else message] -%}{%- endfor -%}{%- set messages = ns.messages -%}"
+)
+# Put before a template that knows no system role: the system's text opens the first message of the user.
+SYSTEM_ROLE_TEMPLATE = (
+    "{%- if messages[0].role == 'system' -%}{%- set messages = [{'role': messages[1].role, 'content':"
+    " messages[0].content + '\\n\\n' + messages[1].content}] + messages[2:] -%}{%- endif -%}"
+)
+
+
+def code_tokens(codebook_sizes: Sequence[int]) -> list[str]:
+    """Return the tokens of all codes, level by level: `<a_0>`, `<a_1>`, ..., `<b_0>`, ..."""
+    return [f"<{letter}_{i}>" for letter, size in zip(LEVEL_LETTERS, codebook_sizes) for i in range(size)]  # noqa: B905
+
+
+def check_tool_codes(document: Any, source: str) -> dict[str, Any]:
+    """Check what a `tool_codes.json` holds and return it.
+
+    Raises:
+        `ValueError`: naming `source` and the tool that is wrong.
+    """
+    if not isinstance(document, dict) or not isinstance(document.get("schema_version"), int):
+        raise ValueError(f"{source} is not a file of tool codes: it lacks a schema_version")
+    if document["schema_version"] > SCHEMA_VERSION:
+        raise ValueError(
+            f"{source} has schema_version {document['schema_version']}, newer than {SCHEMA_VERSION}, which this "
+            "version reads: upgrade toolweaver-hf"
+        )
+    sizes, codes = document.get("codebook_sizes"), document.get("codes")
+    if not isinstance(sizes, list) or not 1 <= len(sizes) <= len(LEVEL_LETTERS):
+        raise ValueError(f"{source}: codebook_sizes must list 1 to {len(LEVEL_LETTERS)} sizes")
+    if not all(type(size) is int and 1 <= size <= 1 << 20 for size in sizes):
+        raise ValueError(f"{source}: every codebook size must be a whole number from 1 to {1 << 20}")
+    if not isinstance(codes, dict) or not codes:
+        raise ValueError(f"{source}: it holds no codes")
+    tool_of_code: dict[tuple[int, ...], str] = {}
+    for tool_id, code in codes.items():
+        if (
+            not isinstance(code, list)
+            or len(code) != len(sizes)
+            or not all(type(i) is int and 0 <= i < size for i, size in zip(code, sizes, strict=True))
+        ):
+            raise ValueError(f"{source}: the code of tool {tool_id!r} must be {len(sizes)} indices below {sizes}")
+        if tool_of_code.setdefault(tuple(code), tool_id) != tool_id:
+            raise ValueError(f"{source}: tools {tool_of_code[tuple(code)]!r} and {tool_id!r} share the code {code}")
+    return document
+
+
+class ToolWeaverTokenizer(PreTrainedTokenizerFast):
+    r"""
+    A fast tokenizer that also knows the code of every tool (ToolWeaver, arXiv 2601.21947, section 3.2).
+
+    Text is tokenized as the base tokenizer does it. Each code token, such as `<a_12>`, is one id wherever it stands.
+    The tools' codes are saved beside the tokenizer's own files, in `tool_codes.json`.
+
+    Build one with [`ToolWeaverTokenizer.from_base`], load one with [`ToolWeaverTokenizer.from_pretrained`].
+
+    Args:
+        tool_codes (`dict`, *optional*):
+            The content of a `tool_codes.json`.
+        tool_codes_file (`str`, *optional*):
+            Path of a `tool_codes.json`, used where `tool_codes` is not given.
+        kwargs:
+            As for [`PreTrainedTokenizerFast`].
+
+    Raises:
+        `ValueError`: if the codes are not valid, or their tokens do not stand in the vocabulary in order.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoTokenizer
+    >>> from toolweaver_hf import ToolCodes, ToolWeaverTokenizer
+
+    >>> base = AutoTokenizer.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
+    >>> codes = ToolCodes([2, 2], {"weather": [0, 1], "air_quality": [0, 0]})
+    >>> tokenizer = ToolWeaverTokenizer.from_base(base, codes)
+    >>> tokenizer.convert_ids_to_tokens(tokenizer.encode_tool("weather"))
+    ['<a_0>', '<b_1>']
+    >>> tokenizer.decode_tool(tokenizer.encode("<a_0><b_0>"))
+    'air_quality'
+    ```
+    """
+
+    vocab_files_names = {"tokenizer_file": "tokenizer.json", "tool_codes_file": TOOL_CODES_FILE}
+
+    def __init__(self, *args, tool_codes: dict[str, Any] | None = None, tool_codes_file: str | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        if tool_codes is None:
+            if tool_codes_file is None:
+                raise ValueError(f"no {TOOL_CODES_FILE} was found: build the tokenizer with ToolWeaverTokenizer.from_base")
+            with open(tool_codes_file, encoding="utf-8") as file:
+                try:
+                    tool_codes = json.load(file)
+                except ValueError as error:
+                    raise ValueError(f"{tool_codes_file} is not valid JSON: {error}") from None
+        self._tool_codes = check_tool_codes(tool_codes, tool_codes_file or "tool_codes")
+        self.codebook_sizes: list[int] = self._tool_codes["codebook_sizes"]
+        tokens = code_tokens(self.codebook_sizes)
+        first = self.convert_tokens_to_ids(tokens[0])
+        if self.convert_tokens_to_ids(tokens) != list(range(first, first + len(tokens))):
+            raise ValueError(
+                f"the vocabulary does not hold the {len(tokens)} code tokens of {tool_codes_file or 'tool_codes'} in "
+                "order: the two files belong to different tokenizers"
+            )
+        sizes = itertools.accumulate(self.codebook_sizes[:-1], initial=first)
+        self.level_offsets: list[int] = list(sizes)
+        self._tool_ids: dict[str, list[int]] = {
+            tool_id: [offset + i for offset, i in zip(self.level_offsets, code, strict=True)]
+            for tool_id, code in self._tool_codes["codes"].items()
+        }
+        self._tool_of_ids = {tuple(ids): tool_id for tool_id, ids in self._tool_ids.items()}
+
+    @classmethod
+    def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs) -> dict[str, Any]:
+        return kwargs  # tokenizer.json is complete: nothing is to be rebuilt from vocabulary and merges
+
+    @classmethod
+    def from_base(cls, base: PreTrainedTokenizerBase, codes: Any) -> ToolWeaverTokenizer:
+        """Add the codes of tools to a base tokenizer.
+
+        The base's chat template is kept. Where it has none, a plain one is given; where it cannot render the `tool`
+        or the `system` role, a few lines are put before it that write these messages as the user's.
+
+        Args:
+            base ([`PreTrainedTokenizerFast`]):
+                Any fast tokenizer. It is not changed.
+            codes ([`ToolCodes`]):
+                The tools' codes.
+
+        Raises:
+            `ValueError`: if the base is no fast tokenizer, or already holds one of the code tokens.
+        """
+        if not base.is_fast:
+            raise ValueError(f"{type(base).__name__} is not a fast tokenizer: load the base with use_fast=True")
+        tokens = code_tokens(codes.codebook_sizes)
+        vocabulary = base.get_vocab()
+        taken = next((token for token in tokens if token in vocabulary), None)
+        if taken is not None:
+            raise ValueError(f"the base tokenizer already holds the token {taken}: start from one without tool codes")
+        backend = type(base.backend_tokenizer).from_str(base.backend_tokenizer.to_str())
+        # As tokens that normalize to themselves and are not special: found in any text, kept by every decoding.
+        backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
+        kept = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces", "model_input_names")
+        tokenizer = cls(
+            tokenizer_object=backend,
+            tool_codes=codes.to_dict(),
+            chat_template=base.chat_template,
+            extra_special_tokens=base.extra_special_tokens,
+            **{name: getattr(base, name) for name in kept},
+            **base.special_tokens_map,
+        )
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+        if not tokenizer._renders("user", "assistant", "tool"):
+            tokenizer.chat_template = TOOL_ROLE_TEMPLATE + tokenizer.chat_template
+        if not tokenizer._renders("system", "user"):
+            tokenizer.chat_template = SYSTEM_ROLE_TEMPLATE + tokenizer.chat_template
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def _renders(self, *roles: str) -> bool:
+        """Whether the chat template shows the content of messages of these roles, in this order."""
+        contents = [f"content-of-{role}" for role in roles]
+        messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
+        try:
+            rendered = self.apply_chat_template(messages, tokenize=False)
+        except Exception:  # whatever a template raises for a role that it does not know
+            return False
+        return all(content in rendered for content in contents)
+
+    @property
+    def tool_ids(self) -> list[str]:
+        """`list[str]`: The ids of the tools that have a code."""
+        return list(self._tool_ids)
+
+    @property
+    def tool_codes(self) -> dict[str, tuple[int, ...]]:
+        """`dict[str, tuple[int, ...]]`: For each tool its code, one index a level."""
+        return {tool_id: tuple(code) for tool_id, code in self._tool_codes["codes"].items()}
+
+    @property
+    def tool_code_ids(self) -> np.ndarray:
+        """`np.ndarray` of shape `(num_tools, num_levels)`: The token ids of the codes, in the order of `tool_ids`."""
+        return np.array(list(self._tool_ids.values()), dtype=np.int64)
+
+    @property
+    def code_token_ids(self) -> list[int]:
+        """`list[int]`: The token ids of all code tokens, used by a tool or not."""
+        return list(range(self.level_offsets[0], self.level_offsets[-1] + self.codebook_sizes[-1]))
+
+    def encode_tool(self, tool_id: str) -> list[int]:
+        """Return the token ids of a tool's code, one a level.
+
+        Raises:
+            `ValueError`: if the tool has no code.
+        """
+        if tool_id not in self._tool_ids:
+            raise ValueError(f"the tool {tool_id!r} has no code; learn codes for a catalogue that holds it")
+        return list(self._tool_ids[tool_id])
+
+    def decode_tool(self, token_ids: Iterable[int]) -> str:
+        """Return the id of the tool whose code has these token ids.
+
+        Raises:
+            `ValueError`: if they are no tool's code.
+        """
+        token_ids = tuple(int(token_id) for token_id in token_ids)
+        if token_ids not in self._tool_of_ids:
+            tokens = "".join(map(str, self.convert_ids_to_tokens(list(token_ids))))
+            raise ValueError(f"{tokens} is not the code of a tool")
+        return self._tool_of_ids[token_ids]
+
+    def encode_data(self, text: str) -> list[int]:
+        """Tokenize text of others, such as what a tool returned, as text alone.
+
+        No code token and no special token can come out, whatever the text holds: the base's model sees all of it.
+        """
+        backend = self.backend_tokenizer
+        if backend.normalizer is not None:
+            text = backend.normalizer.normalize_str(text)
+        splits = [text] if backend.pre_tokenizer is None else [s for s, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+        ids = [token.id for split in splits for token in backend.model.tokenize(split)]
+        added = self.added_tokens_decoder
+        return [i for i in ids if i not in added]
+
+    def encode_conversation(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False
+    ) -> dict[str, list[int]]:
+        """Tokenize a conversation by the chat template, and mark what the assistant says in it.
+
+        Messages of the role `tool` are tokenized by [`~ToolWeaverTokenizer.encode_data`]: a tool cannot speak in
+        another role, nor choose a tool.
+
+        Args:
+            messages (`Sequence[Mapping[str, str]]`):
+                Messages with a `role` and a plain `content`.
+            add_generation_prompt (`bool`, *optional*, defaults to `False`):
+                Whether to open the assistant's next turn at the end.
+
+        Returns:
+            `dict[str, list[int]]`: `input_ids`, and `assistant_mask` with a 1 for every token of the assistant's
+            contents and of the end of their turns.
+
+        Raises:
+            `ValueError`: if the template writes a conversation differently once it goes on, so that the assistant's
+            turns cannot be told from the rest.
+        """
+        # Observations are rendered as a placeholder that no template changes, and put in place as tokens.
+        shown = [
+            {**message, "content": _PLACEHOLDER} if message["role"] == "tool" else dict(message) for message in messages
+        ]
+        text = self.apply_chat_template(shown, tokenize=False, add_generation_prompt=add_generation_prompt)
+        pieces: list[tuple[str, bool]] = []
+        position = 0
+        for i, message in enumerate(shown):
+            if message["role"] == "assistant":
+                start = self.apply_chat_template(shown[:i], tokenize=False, add_generation_prompt=True) if i else ""
+                end = self.apply_chat_template(shown[: i + 1], tokenize=False)
+                if not (end.startswith(start) and text.startswith(end)):
+                    raise ValueError(
+                        "the chat template changes earlier messages of a conversation when it goes on, so the "
+                        "assistant's turns cannot be marked: set a template that appends each message"
+                    )
+                turn = end[len(start) :].rstrip()
+                pieces += [(text[position : len(start)], False), (turn, True)]
+                position = len(start) + len(turn)
+        pieces.append((text[position:], False))
+        return self._encode_pieces(pieces, iter([m["content"] for m in messages if m["role"] == "tool"]))
+
+    def _encode_pieces(self, pieces: list[tuple[str, bool]], observations: Iterable[str]) -> dict[str, list[int]]:
+        """Tokenize consecutive pieces of a conversation; each placeholder takes in the next observation."""
+        input_ids: list[int] = []
+        mask: list[int] = []
+        for piece, is_assistant in pieces:
+            for i, text in enumerate(piece.split(_PLACEHOLDER)):
+                ids = self.encode_data(next(observations)) if i else []
+                if text:
+                    ids = ids + self.encode(text, add_special_tokens=False)
+                input_ids += ids
+                mask += [int(is_assistant)] * len(ids)
+        return {"input_ids": input_ids, "assistant_mask": mask}
+
+    def _save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        file_names: tuple[str, ...],
+        legacy_format: bool | None = None,
+        filename_prefix: str | None = None,
+    ) -> tuple[str, ...]:
+        file_names = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
+        path = os.path.join(save_directory, (filename_prefix + "-" if filename_prefix else "") + TOOL_CODES_FILE)
+        write_tool_codes(self._tool_codes, path)
+        return (*file_names, path)
+
+
+def write_tool_codes(document: dict[str, Any], path: str) -> None:
+    """Write a `tool_codes.json`, whole or not at all."""
+    with open(path + ".partial", "w", encoding="utf-8") as file:
+        json.dump(document, file, ensure_ascii=False)
+    os.replace(path + ".partial", path)
+
+
+_PLACEHOLDER = "\ue000observation\ue001"
+
+ToolWeaverTokenizer.register_for_auto_class("AutoTokenizer")
