@@ -1,0 +1,145 @@
+"""Structured tokenization: give every tool of a catalogue a hierarchical code (ToolWeaver, section 3.1).
+
+```bash
+python recipes/tokenize_tools.py --catalog tools.jsonl --queries queries.train.jsonl --output_dir out/codes
+```
+
+The folder then holds the RQ-VAE (`config.json`, `model.safetensors`), the codes (`tool_codes.json`), the catalogue, its
+embeddings and `metrics.json`.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments, set_seed
+
+from toolweaver_hf.assignment import assign_codes, check_capacity
+from toolweaver_hf.catalog import ToolCatalog
+from toolweaver_hf.cli import run
+from toolweaver_hf.codes import ToolCodes
+from toolweaver_hf.configuration_rqvae import RQVAEConfig
+from toolweaver_hf.cousage import cousage_graph
+from toolweaver_hf.data import load_queries
+from toolweaver_hf.embeddings import embed_catalog
+from toolweaver_hf.modeling_rqvae import RQVAEModel
+from toolweaver_hf.report import METRICS_FILE, measure_codes
+from toolweaver_hf.train_rqvae import RQVAETrainer
+
+
+@dataclass
+class TokenizationArguments:
+    """What to tokenize.
+
+    Args:
+        catalog (`str`):
+            The catalogue: JSONL, OpenAI function schemas, MCP's tools/list, or a BEIR corpus.
+        queries (`str`, *optional*):
+            Queries with their tools, from which is learnt which tools are used together.
+        qrels (`str`, *optional*):
+            The relevance file of BEIR queries.
+        encoder (`str`, *optional*):
+            sentence-transformers model for the tools' documents. Defaults to all-MiniLM-L6-v2.
+        codebook_sizes (`list[int]`, *optional*):
+            Codes of each level. Defaults to two levels of the power of two next above 4 * sqrt(number of tools).
+        collaborative_weight (`float`, *optional*, defaults to 1.0):
+            Weight of the collaborative loss.
+    """
+
+    catalog: str = field(metadata={"help": "The catalogue of tools (JSONL or JSON)."})
+    queries: str | None = field(default=None, metadata={"help": "Queries with their tools (JSONL)."})
+    qrels: str | None = field(default=None, metadata={"help": "Relevance file (TSV) of BEIR queries."})
+    encoder: str | None = field(default=None, metadata={"help": "sentence-transformers model."})
+    codebook_sizes: list[int] | None = field(default=None, metadata={"help": "Codes of each level."})
+    collaborative_weight: float = field(default=1.0, metadata={"help": "Weight of the collaborative loss."})
+
+
+@dataclass
+class RQVAETrainingArguments(TrainingArguments):
+    """[`TrainingArguments`] with defaults for an RQ-VAE. `output_dir` is the folder for all results."""
+
+    learning_rate: float = field(default=2e-3, metadata={"help": "The peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate's schedule."})
+    max_steps: int = field(default=2000, metadata={"help": "Number of training steps."})
+    per_device_train_batch_size: int = field(default=1024, metadata={"help": "Tools in a step, for each device."})
+    logging_steps: float = field(default=100, metadata={"help": "Steps between two reports of the losses."})
+    save_strategy: str = field(default="no", metadata={"help": "When checkpoints are written."})
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Whether to pin the batches' memory."})
+    report_to: str | None = field(default="none", metadata={"help": "Where the losses are reported to."})
+
+
+def default_codebook_sizes(num_tools: int) -> list[int]:
+    """Two levels of the power of two next above 4 * sqrt(num_tools): ample room, few tools to a prefix."""
+    return [2 ** math.ceil(math.log2(4 * math.sqrt(num_tools)))] * 2
+
+
+def main(args: TokenizationArguments, training_args: TrainingArguments) -> dict:
+    """Tokenize a catalogue into `training_args.output_dir`; print and return the metrics."""
+    set_seed(training_args.seed)
+    output_dir = training_args.output_dir
+    catalog = ToolCatalog.from_file(args.catalog)
+    codebook_sizes = args.codebook_sizes or default_codebook_sizes(len(catalog))
+    check_capacity(len(catalog), codebook_sizes)
+    uses = [] if args.queries is None else [query.tools for query in load_queries(args.queries, args.qrels)]
+    cousage = cousage_graph(catalog, uses)
+
+    # Tools to vectors, vectors to codes
+    embeddings = embed_catalog(catalog, args.encoder, cache_dir=output_dir)
+    config = RQVAEConfig(
+        input_dim=embeddings.shape[1],
+        codebook_sizes=codebook_sizes,
+        collaborative_weight=args.collaborative_weight,
+    )
+    trainer = RQVAETrainer(RQVAEModel(config), training_args, embeddings, cousage)
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+
+    # One code for one tool
+    with torch.inference_mode():
+        latents = torch.cat([model.encode(chunk) for chunk in trainer.embeddings.split(8192)])
+        nearest = torch.cat([model.quantize(chunk) for chunk in latents.split(8192)]).cpu().numpy()
+        assigned = assign_codes(latents, model.codebooks())
+    codes = ToolCodes(
+        codebook_sizes,
+        dict(zip(catalog.ids, assigned.tolist(), strict=True)),
+        checksums={tool.id: tool.checksum for tool in catalog},
+    )
+
+    metrics = measure_codes(model, trainer.embeddings, nearest, assigned, cousage)
+    metrics["history"] = [entry for entry in trainer.state.log_history if "reconstruction_loss" in entry]
+    if trainer.is_world_process_zero():
+        model.save_pretrained(output_dir)
+        codes.save_pretrained(output_dir)
+        catalog.to_jsonl(os.path.join(output_dir, "catalog.jsonl"))
+        with open(os.path.join(output_dir, METRICS_FILE), "w", encoding="utf-8") as file:
+            json.dump(metrics, file, indent=2)
+        print_metrics(metrics)
+        print(f"Codes saved in {output_dir}")
+    return metrics
+
+
+def print_metrics(metrics: dict) -> None:
+    """Print what a person wants to know of codes."""
+    print(f"reconstruction loss      {metrics['reconstruction_loss']:.4f} of the embeddings' variance")
+    for level in metrics["levels"]:
+        print(
+            f"level {level['level']}                  {level['used']} of {level['codes']} codes used, perplexity "
+            f"{level['perplexity']:.1f}"
+        )
+    print(f"collisions               {metrics['collisions_before']} before the assignment, {metrics['collisions']} after")
+    if metrics["cousage"]:
+        together = metrics["cousage"]
+        print(
+            f"co-used pairs            {together['same_first_code']:.1%} share their first code, against "
+            f"{together['chance']:.1%} by chance"
+        )
+
+
+def cli(argv: list[str] | None = None) -> None:
+    main(*HfArgumentParser((TokenizationArguments, RQVAETrainingArguments)).parse_args_into_dataclasses(argv))
+
+
+if __name__ == "__main__":
+    run(cli)

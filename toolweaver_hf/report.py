@@ -1,0 +1,166 @@
+"""What codes look like: their measures, and a page of pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import scipy.sparse
+import torch
+
+from .catalog import ToolCatalog
+from .codes import ToolCodes
+from .modeling_rqvae import RQVAEModel
+
+
+METRICS_FILE = "metrics.json"
+
+
+@torch.no_grad()
+def measure_codes(
+    model: RQVAEModel,
+    embeddings: torch.Tensor,
+    nearest: np.ndarray,
+    assigned: np.ndarray,
+    cousage: scipy.sparse.csr_array,
+) -> dict:
+    """Measure the codes of a catalogue.
+
+    Args:
+        model ([`RQVAEModel`]): The fitted model.
+        embeddings (`torch.Tensor` of shape `(num_tools, input_dim)`): The tools' embeddings.
+        nearest (`np.ndarray` of shape `(num_tools, num_levels)`): The nearest codes.
+        assigned (`np.ndarray` of shape `(num_tools, num_levels)`): The codes after the assignment.
+        cousage (`scipy.sparse.csr_array` of shape `(num_tools, num_tools)`): Which tools are used together.
+
+    Returns:
+        `dict`: `reconstruction_loss` with the assigned codes, as a share of the embeddings' variance; for each of
+        `levels` the codes used and their perplexity; `collisions_before` and `collisions`, the tools beyond the first
+        on a code; for `cousage` how often co-used pairs share their first code, and how often any pair does.
+    """
+    num_tools = len(assigned)
+    codes = torch.from_numpy(assigned).to(embeddings.device)
+    losses = [
+        model(rows, codes=index).reconstruction_loss * len(rows)
+        for rows, index in zip(embeddings.split(8192), codes.split(8192), strict=True)
+    ]
+    levels = []
+    for level, size in enumerate(model.config.codebook_sizes):
+        counts = np.bincount(assigned[:, level], minlength=size)
+        share = counts[counts > 0] / num_tools
+        perplexity = float(np.exp(-(share * np.log(share)).sum()))
+        levels.append({"level": level + 1, "codes": size, "used": int((counts > 0).sum()), "perplexity": perplexity})
+    together = None
+    if cousage.nnz:
+        row, column = cousage.nonzero()
+        counts = np.bincount(assigned[:, 0])
+        together = {
+            "pairs": len(row) // 2,
+            "same_first_code": float((assigned[row, 0] == assigned[column, 0]).mean()),
+            "chance": float((counts * (counts - 1)).sum() / (num_tools * (num_tools - 1))),
+        }
+    return {
+        "tools": num_tools,
+        "reconstruction_loss": float(sum(losses) / num_tools),
+        "levels": levels,
+        "collisions_before": num_tools - len(np.unique(nearest, axis=0)),
+        "collisions": num_tools - len(np.unique(assigned, axis=0)),
+        "cousage": together,
+    }
+
+
+def inspect_codes(folder: str | os.PathLike) -> Path:
+    """Draw a report of the codes in a folder that `recipes/tokenize_tools.py` wrote.
+
+    The page shows the losses of the training, the use of each level's codes, a map of the tools coloured by their
+    first code, and the tools of the largest prefixes. The groups are written to `report.json` as well.
+
+    Returns:
+        `Path`: the picture, `report.png` in the folder.
+    """
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    folder = Path(folder)
+    codes = ToolCodes.from_pretrained(folder)
+    catalog = ToolCatalog.from_file(folder / "catalog.jsonl")
+    metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
+    codebooks = [codebook.numpy() for codebook in RQVAEModel.from_pretrained(folder).codebooks()]
+    matrix = codes.matrix
+    names = [catalog[tool_id].name if tool_id in catalog else tool_id for tool_id in codes]
+
+    groups: dict[int, list[str]] = {}
+    for first, name in zip(matrix[:, 0].tolist(), names, strict=True):
+        groups.setdefault(first, []).append(name)
+    largest = sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
+    report = {name: value for name, value in metrics.items() if name != "history"}
+    report["groups"] = [{"first_code": first, "tools": tools} for first, tools in largest]
+    (folder / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
+
+    figure = plt.figure(figsize=(15, 11), layout="constrained")
+    grid = figure.add_gridspec(3, 2, height_ratios=(1, 1.25, 1.25), width_ratios=(1, 1.25))
+    figure.suptitle(f"{len(codes):,} tools, codebooks {' x '.join(map(str, codes.codebook_sizes))}", fontsize=15)
+
+    axes = figure.add_subplot(grid[0, 0])
+    for name in ("reconstruction_loss", "codebook_loss", "commitment_loss", "collaborative_loss"):
+        points = [(entry["step"], entry[name]) for entry in metrics["history"] if name in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name.removesuffix("_loss"))
+    axes.set(title="Losses", xlabel="step", yscale="log")
+    axes.legend(frameon=False)
+
+    axes = figure.add_subplot(grid[0, 1])
+    for level, size in enumerate(codes.codebook_sizes):
+        counts = np.sort(np.bincount(matrix[:, level], minlength=size))[::-1]
+        measured = metrics["levels"][level]
+        axes.step(
+            np.linspace(0, 1, size),
+            counts,
+            where="mid",
+            label=f"level {level + 1}: {measured['used']}/{size} used, perplexity {measured['perplexity']:.0f}",
+        )
+    axes.set(title="Tools on each code, most first", xlabel="share of the level's codes", ylabel="tools")
+    axes.legend(frameon=False)
+
+    # Codes are drawn where their codebook vectors add up to, on the two main axes of these sums.
+    axes = figure.add_subplot(grid[1:, 0])
+    points = sum(codebook[matrix[:, level]] for level, codebook in enumerate(codebooks))
+    points = points - points.mean(0)
+    _, _, main_axes = np.linalg.svd(points[:: -(-len(points) // 20000)], full_matrices=False)
+    plane = points @ main_axes[:2].T if len(main_axes) > 1 else np.pad(points @ main_axes[:1].T, ((0, 0), (0, 1)))
+    axes.scatter(*plane.T, c=matrix[:, 0], cmap="gist_rainbow", s=max(2, min(40, 8000 / len(plane))), alpha=0.8)
+    axes.set(title="Tools by their quantized vectors, coloured by first code", xticks=[], yticks=[])
+    for first, _ in largest[:10]:
+        axes.annotate(f"a_{first}", plane[matrix[:, 0] == first].mean(0), fontsize=9, weight="bold", ha="center")
+
+    axes = figure.add_subplot(grid[1:, 1])
+    axes.axis("off")
+    axes.set_title("The largest prefixes")
+    cells = [(f"<a_{first}>", str(len(tools)), _shortened(tools, 92)) for first, tools in largest[:26]]
+    table = axes.table(
+        cells, colLabels=("prefix", "tools", "names"), colWidths=(0.09, 0.07, 0.84), cellLoc="left", bbox=(0, 0, 1, 1)
+    )
+    table.auto_set_font_size(False)
+    table.set_fontsize(8)
+    for cell in table.get_celld().values():
+        cell.set_linewidth(0.3)
+
+    picture = folder / "report.png"
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+    return picture
+
+
+def _shortened(names: list[str], length: int) -> str:
+    text = ", ".join(names)
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def cli(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Draw a report of learnt codes: report.png and report.json.")
+    parser.add_argument("folder", help="output folder of `toolweaver tokenize`")
+    print(inspect_codes(parser.parse_args(argv).folder))
