@@ -66,9 +66,10 @@ def initialize_code_embeddings(
             generator = torch.Generator().manual_seed(seed)
             rows = torch.cat([_directions(codebook, base.shape[1], method, generator) for codebook in codebooks])
             center = base.mean(0)
-            # The median, not the mean: rows that training never touched are near zero, a few are very long.
+            # Half the length of a row: at full length a direction that was never trained scores so high by chance
+            # that the base model's predictions on plain text suffer.
             length = (base - center).norm(dim=1).median()
-            rows = center + length * rows.to(base.device)
+            rows = center + 0.5 * length * rows.to(base.device)
         matrix[tokenizer.code_token_ids] = rows.to(matrix)
 
 
