@@ -21,10 +21,11 @@ my_trajectories.jsonl --output_dir out/agent`.
 """
 
 import os
+import random
 from dataclasses import dataclass, field
 
-from accelerate import PartialState
 from accelerate.logging import get_logger
+from datasets import concatenate_datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
@@ -32,6 +33,7 @@ from toolweaver_hf.catalog import ToolCatalog
 from toolweaver_hf.cli import run
 from toolweaver_hf.codes import ToolCodes
 from toolweaver_hf.data import (
+    leave_out_words,
     load_queries,
     load_trajectories,
     memorization_rows,
@@ -67,6 +69,9 @@ class AlignmentArguments:
             Training trajectories for `trajectory`: JSONL with `messages`.
         embedding_init (`str`, *optional*, defaults to `"codebook"`):
             Where the embeddings of a base model's new tokens come from: `codebook`, `mean_description` or `random`.
+        augmentations (`int`, *optional*, defaults to 0):
+            Noisy copies of each memorization and retrieval row, with words and tokenizer merges left out at random.
+            They keep a small model from learning few queries by heart.
     """
 
     codes_dir: str = field(metadata={"help": "Output folder of recipes/tokenize_tools.py."})
@@ -84,6 +89,7 @@ class AlignmentArguments:
             "choices": ["codebook", "mean_description", "random"],
         },
     )
+    augmentations: int = field(default=0, metadata={"help": "Noisy copies of each memorization and retrieval row."})
 
     def __post_init__(self):
         if "retrieval" in self.stages and not self.queries:
@@ -133,10 +139,14 @@ def main(args: AlignmentArguments, training_args: SFTConfig, model_args: ModelCo
         rows += memorization_rows(catalog, tokenizer)
     if "retrieval" in args.stages:
         rows += retrieval_rows(load_queries(args.queries, args.qrels), tokenizer)
+    generator = random.Random(training_args.seed)
+    noisy_rows = [leave_out_words(row, generator) for _ in range(args.augmentations) for row in rows]
     if "trajectory" in args.stages:
         rows += trajectory_rows(load_trajectories(args.trajectories), tokenizer)
-    with PartialState().main_process_first():
-        dataset, too_long = tokenize_rows(rows, tokenizer, training_args.max_length)
+    dataset, too_long = tokenize_rows(rows, tokenizer, training_args.max_length)
+    if noisy_rows:
+        noisy, _ = tokenize_rows(noisy_rows, tokenizer, training_args.max_length, bpe_dropout=0.15)
+        dataset = concatenate_datasets([dataset, noisy])
     if too_long:
         logger.warning(f"{too_long} of {len(rows)} rows have more than {training_args.max_length} tokens: left out")
     if len(dataset) == 0:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
+from tokenizers.models import BPE
 
 from .catalog import ToolCatalog
 
@@ -200,8 +202,22 @@ def render_calls(messages: Sequence[dict[str, Any]], tokenizer: ToolWeaverTokeni
     return rendered
 
 
+def leave_out_words(row: list[dict[str, str]], generator: random.Random) -> list[dict[str, str]]:
+    """Copy a conversation without some words of the user's messages: up to half of them, drawn anew for each copy."""
+    share = generator.uniform(0, 0.5)
+
+    def thin(text: str) -> str:
+        words = text.split()
+        return " ".join(word for word in words if generator.random() > share) or generator.choice(words)
+
+    return [{**message, "content": thin(message["content"])} if message["role"] == "user" else message for message in row]
+
+
 def tokenize_rows(
-    rows: Iterable[list[dict[str, str]]], tokenizer: ToolWeaverTokenizer, max_length: int | None = None
+    rows: Iterable[list[dict[str, str]]],
+    tokenizer: ToolWeaverTokenizer,
+    max_length: int | None = None,
+    bpe_dropout: float | None = None,
 ) -> tuple[Dataset, int]:
     """Tokenize conversations for `SFTTrainer`, with the loss on the assistant's turns alone.
 
@@ -212,6 +228,9 @@ def tokenize_rows(
             The tokenizer with the tools' codes.
         max_length (`int`, *optional*):
             Rows of more tokens are left out whole: a cut row would lose the answer that it teaches.
+        bpe_dropout (`float`, *optional*):
+            Share of the tokenizer's merges to leave out at random (BPE-dropout, arXiv 1910.13267). A tokenizer that is
+            no BPE ignores it.
 
     Returns:
         `tuple[Dataset, int]`: the dataset with the columns `input_ids` and `labels` (-100 where no loss is taken), and
@@ -219,6 +238,9 @@ def tokenize_rows(
     """
     columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     too_long = 0
+    bpe = tokenizer.backend_tokenizer.model
+    if isinstance(bpe, BPE):
+        kept_dropout, bpe.dropout = bpe.dropout, bpe_dropout
     for messages in rows:
         encoded = tokenizer.encode_conversation(messages)
         input_ids = encoded["input_ids"]
@@ -229,4 +251,6 @@ def tokenize_rows(
         columns["labels"].append(
             [token if learn else -100 for token, learn in zip(input_ids, encoded["assistant_mask"], strict=True)]
         )
+    if isinstance(bpe, BPE):
+        bpe.dropout = kept_dropout
     return Dataset.from_dict(columns), too_long

@@ -88,10 +88,10 @@ def build_small_llama(texts: list[str], folder: Path) -> None:
         vocab_size=len(tokenizer),
         hidden_size=256,
         intermediate_size=768,
-        num_hidden_layers=4,
+        num_hidden_layers=1,
         num_attention_heads=4,
         max_position_embeddings=1024,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
@@ -114,12 +114,9 @@ def main(args: QuickstartArguments) -> None:
     codes_dir = output / "codes"
     tokenize_tools.main(
         tokenize_tools.TokenizationArguments(
-            catalog=str(data / "catalog.jsonl"),
-            queries=str(data / "queries.train.jsonl"),
-            encoder=args.encoder,
-            output_dir=str(codes_dir),
-            seed=args.seed,
-        )
+            catalog=str(data / "catalog.jsonl"), queries=str(data / "queries.train.jsonl"), encoder=args.encoder
+        ),
+        tokenize_tools.RQVAETrainingArguments(output_dir=str(codes_dir), max_steps=600, seed=args.seed),
     )
     picture = inspect_codes(codes_dir)
 
@@ -133,12 +130,13 @@ def main(args: QuickstartArguments) -> None:
     step("Alignment: documents and queries to codes")
     shared = {
         "per_device_train_batch_size": 32,
+        "train_sampling_strategy": "group_by_length",
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
-        "weight_decay": 0.1,
         "bf16": False,
         "gradient_checkpointing": False,
         "max_length": 512,
+        "logging_steps": 50,
         "save_strategy": "no",
         "report_to": "none",
         "seed": args.seed,
@@ -146,12 +144,17 @@ def main(args: QuickstartArguments) -> None:
     scratch = args.base_model is None
     sft.main(
         sft.AlignmentArguments(
-            codes_dir=str(codes_dir), stages=["memorization", "retrieval"], queries=str(data / "queries.train.jsonl")
+            codes_dir=str(codes_dir),
+            stages=["memorization", "retrieval"],
+            queries=str(data / "queries.train.jsonl"),
+            augmentations=4 if scratch else 0,
         ),
         SFTConfig(
             output_dir=str(output / "retrieval"),
-            learning_rate=2e-3 if scratch else 5e-4,
-            num_train_epochs=12 if scratch else 3,
+            learning_rate=1e-3 if scratch else 5e-4,
+            num_train_epochs=3,
+            weight_decay=0.1,
+            adam_beta2=0.98,
             **shared,
         ),
         ModelConfig(model_name_or_path=base),
@@ -165,7 +168,7 @@ def main(args: QuickstartArguments) -> None:
         SFTConfig(
             output_dir=str(output / "agent"),
             learning_rate=1e-3 if scratch else 2e-4,
-            num_train_epochs=10 if scratch else 3,
+            num_train_epochs=10 if scratch else 2,
             **shared,
         ),
         ModelConfig(model_name_or_path=str(output / "retrieval")),

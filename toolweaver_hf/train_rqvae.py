@@ -89,8 +89,9 @@ class RQVAETrainer(Trainer):
         neighbors, weights = (None, None) if self.neighbors is None else self.neighbors.draw(index)
         output = model(embeddings, None if neighbors is None else self.embeddings[neighbors], weights)
         for name in ("reconstruction_loss", "codebook_loss", "commitment_loss", "collaborative_loss"):
-            if output[name] is not None:
-                self._sums[name] = self._sums.get(name, 0) + output[name].detach()
+            value = getattr(output, name)
+            if value is not None:
+                self._sums[name] = self._sums.get(name, 0) + value.detach()
         self._steps_summed += 1
         return (output.loss, output) if return_outputs else output.loss
 
