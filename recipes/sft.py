@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 
 from accelerate.logging import get_logger
 from datasets import concatenate_datasets
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
@@ -98,6 +99,27 @@ class AlignmentArguments:
             raise ValueError("the stage 'trajectory' needs --trajectories")
 
 
+class AlignmentTrainer(SFTTrainer):
+    """[`SFTTrainer`] that is quick on a CPU, where TRL applies the output embeddings to tokens without a loss, too."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if inputs["input_ids"].device.type != "cpu" or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"][:, 1:]
+        columns = (labels != -100).any(0).nonzero().flatten()
+        logits = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            logits_to_keep=columns,
+            use_cache=False,
+        ).logits
+        labels = labels[:, columns]
+        loss = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+        if num_items_in_batch is None:
+            return loss / (labels != -100).sum()
+        return loss / num_items_in_batch * self.accelerator.num_processes  # the gradients' mean is taken over these
+
+
 def load_model_and_tokenizer(args: AlignmentArguments, training_args: SFTConfig, model_args: ModelConfig):
     """Load an aligned model as it is; give a base model the code tokens and their embeddings."""
     codes = ToolCodes.from_pretrained(args.codes_dir)
@@ -157,7 +179,7 @@ def main(args: AlignmentArguments, training_args: SFTConfig, model_args: ModelCo
     if peft_config is not None:
         peft_config.trainable_token_indices = tokenizer.code_token_ids
 
-    trainer = SFTTrainer(
+    trainer = AlignmentTrainer(
         model=model, args=training_args, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

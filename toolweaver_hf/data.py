@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 from collections.abc import Iterable, Sequence
@@ -203,12 +204,15 @@ def render_calls(messages: Sequence[dict[str, Any]], tokenizer: ToolWeaverTokeni
 
 
 def leave_out_words(row: list[dict[str, str]], generator: random.Random) -> list[dict[str, str]]:
-    """Copy a conversation without some words of the user's messages: up to half of them, drawn anew for each copy."""
-    share = generator.uniform(0, 0.5)
+    """Copy a conversation with some words of the user's messages alone, in their order.
+
+    Half to all of a query's words stay; of a document no more than a query has, 16.
+    """
 
     def thin(text: str) -> str:
         words = text.split()
-        return " ".join(word for word in words if generator.random() > share) or generator.choice(words)
+        kept = math.ceil(generator.uniform(0.5, 1) * min(len(words), 16))
+        return " ".join(words[i] for i in sorted(generator.sample(range(len(words)), kept)))
 
     return [{**message, "content": thin(message["content"])} if message["role"] == "user" else message for message in row]
 
