@@ -1,0 +1,38 @@
+"""Hierarchical tool codes for large language models (ToolWeaver, arXiv 2601.21947)."""
+
+from importlib.metadata import version
+
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from .agent import AgentRun, ToolAgent
+from .catalog import Tool, ToolCatalog
+from .codes import ToolCodes
+from .configuration_rqvae import RQVAEConfig
+from .logits_process import ToolCodeLogitsProcessor
+from .modeling_rqvae import RQVAEModel
+from .retrieval import RetrievedTool, ToolRetriever
+from .tokenization_toolweaver import ToolWeaverTokenizer
+from .trie import CodeTrie
+
+
+__version__ = version("toolweaver-hf")
+
+__all__ = [
+    "AgentRun",
+    "CodeTrie",
+    "RQVAEConfig",
+    "RQVAEModel",
+    "RetrievedTool",
+    "Tool",
+    "ToolAgent",
+    "ToolCatalog",
+    "ToolCodeLogitsProcessor",
+    "ToolCodes",
+    "ToolRetriever",
+    "ToolWeaverTokenizer",
+]
+
+# With the package installed, the Auto classes load its models without trust_remote_code.
+AutoConfig.register(RQVAEConfig.model_type, RQVAEConfig)
+AutoModel.register(RQVAEConfig, RQVAEModel)
+AutoTokenizer.register(RQVAEConfig, fast_tokenizer_class=ToolWeaverTokenizer)

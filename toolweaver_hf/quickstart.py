@@ -15,7 +15,7 @@ from trl import ModelConfig, SFTConfig
 
 from .agent import ToolAgent
 from .catalog import ToolCatalog
-from .data import Query, load_queries, load_trajectories
+from .data import Query, code_text, load_queries, load_trajectories
 from .demo import DEMO_FOLDER, demo_functions
 from .recipes import evaluate, sft, tokenize_tools
 from .report import inspect_codes
@@ -129,14 +129,16 @@ def main(args: QuickstartArguments) -> None:
 
     step("Alignment: documents and queries to codes")
     shared = {
-        "per_device_train_batch_size": 32,
         "train_sampling_strategy": "group_by_length",
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
-        "bf16": False,
-        "gradient_checkpointing": False,
+        "adam_beta2": 0.98,
+        "weight_decay": 0.1,
         "max_length": 512,
-        "logging_steps": 50,
+        "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        "activation_checkpointing": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "logging_steps": 100,
         "save_strategy": "no",
         "report_to": "none",
         "seed": args.seed,
@@ -147,14 +149,13 @@ def main(args: QuickstartArguments) -> None:
             codes_dir=str(codes_dir),
             stages=["memorization", "retrieval"],
             queries=str(data / "queries.train.jsonl"),
-            augmentations=4 if scratch else 0,
+            augmentations=15 if scratch else 0,
         ),
         SFTConfig(
             output_dir=str(output / "retrieval"),
             learning_rate=1e-3 if scratch else 5e-4,
-            num_train_epochs=3,
-            weight_decay=0.1,
-            adam_beta2=0.98,
+            num_train_epochs=2 if scratch else 3,
+            per_device_train_batch_size=32,
             **shared,
         ),
         ModelConfig(model_name_or_path=base),
@@ -168,7 +169,8 @@ def main(args: QuickstartArguments) -> None:
         SFTConfig(
             output_dir=str(output / "agent"),
             learning_rate=1e-3 if scratch else 2e-4,
-            num_train_epochs=10 if scratch else 2,
+            num_train_epochs=12 if scratch else 2,
+            per_device_train_batch_size=8,
             **shared,
         ),
         ModelConfig(model_name_or_path=str(output / "retrieval")),
@@ -197,6 +199,12 @@ def main(args: QuickstartArguments) -> None:
     agent = ToolAgent.from_pretrained(output / "agent", demo_functions(catalog))
     for message in agent.stream(trajectories["test"][0]["messages"][0]["content"]):
         print(f"\n  {message['role']}: {message['content']}")
+        for call in message.get("tool_calls", []):
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            code = code_text(name, agent.tokenizer)
+            print(f"  {code} = {name} {json.dumps(arguments, ensure_ascii=False)}")
+    if scratch:
+        print("\n  (A model this small, from scratch, often errs. Give a real one with --base-model.)")
 
     step(f"Done. Everything is in {output}; the picture of the codes is {picture}")
 

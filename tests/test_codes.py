@@ -1,0 +1,52 @@
+import json
+
+import pytest
+
+from toolweaver_hf import Tool, ToolCatalog, ToolCodes
+
+
+def test_round_trip(tmp_path, codes):
+    codes.remove("fx")
+    codes.save_pretrained(tmp_path)
+    again = ToolCodes.from_pretrained(tmp_path)
+    assert dict(again) == {"rain": (0, 0), "wind": (0, 1), "mail": (1, 1)}
+    assert again.retired == {(2, 3)}
+    assert again.codebook_sizes == [3, 4]
+    assert [path.name for path in tmp_path.iterdir()] == ["tool_codes.json"]
+
+
+def test_compare():
+    rain, wind = Tool("rain", "Rain in a city."), Tool("wind", "Wind in a city.")
+    codes = ToolCodes([2, 2], {"rain": [0, 0], "wind": [0, 1]}, {tool.id: tool.checksum for tool in (rain, wind)})
+    changes = codes.compare(ToolCatalog([Tool("rain", "Will it rain?"), Tool("snow", "Snow in a city.")]))
+    assert changes == (["snow"], ["wind"], ["rain"])
+
+
+@pytest.mark.parametrize(
+    ("new", "says"),
+    [
+        ({"fx": [0, 1]}, "'wind'"),
+        ({"fx": [3, 0]}, "'fx'"),
+        ({"fx": [0]}, "'fx'"),
+        ({"fx": [-1, 0]}, "'fx'"),
+    ],
+)
+def test_wrong_codes_name_the_tool(new, says):
+    with pytest.raises(ValueError, match=says):
+        ToolCodes([3, 4], {"rain": [0, 0], "wind": [0, 1]} | new)
+
+
+def test_remove_is_all_or_nothing(codes):
+    with pytest.raises(ValueError, match="'snow'"):
+        codes.remove("rain", "snow")
+    assert "rain" in codes
+
+
+def test_broken_file_is_named(tmp_path):
+    path = tmp_path / "tool_codes.json"
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"tool_codes\.json is not valid JSON"):
+        ToolCodes.from_pretrained(tmp_path)
+    path.write_text(json.dumps({"schema_version": 99, "codebook_sizes": [2], "codes": {}}))
+    with pytest.raises(ValueError, match=r"tool_codes\.json"):
+        ToolCodes.from_pretrained(tmp_path)
