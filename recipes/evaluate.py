@@ -53,7 +53,9 @@ def main(args: EvaluationArguments) -> dict[str, dict[str, dict[str, float]]]:
     catalog = ToolCatalog.from_file(os.path.join(args.model, "catalog.jsonl"))
     unknown = sorted({tool for query in queries for tool in query.tools if tool not in catalog})
     if unknown:
-        raise ValueError(f"{args.queries} names tools that the catalogue of {args.model} lacks: {', '.join(unknown[:5])}")
+        raise ValueError(
+            f"{args.queries} names tools that the catalogue of {args.model} lacks: {', '.join(unknown[:5])}"
+        )
     retrievers = {
         "ToolWeaver": ToolRetriever.from_pretrained(args.model),
         "BM25": BM25Retriever(catalog),

@@ -23,11 +23,13 @@ my_trajectories.jsonl --output_dir out/agent`.
 import os
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from accelerate.logging import get_logger
 from datasets import concatenate_datasets
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.trainer import TRAINING_ARGS_NAME
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from toolweaver_hf.catalog import ToolCatalog
@@ -189,6 +191,8 @@ def main(args: AlignmentArguments, training_args: SFTConfig, model_args: ModelCo
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(training_args.output_dir)
         catalog.to_jsonl(os.path.join(training_args.output_dir, "catalog.jsonl"))
+        # Trainer pickles its arguments beside the model; nothing here reads them, and nobody should load a pickle.
+        Path(training_args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
     trainer.accelerator.print(f"Aligned model saved in {training_args.output_dir}")
     if training_args.push_to_hub:
         trainer.push_to_hub()

@@ -128,7 +128,9 @@ def print_metrics(metrics: dict) -> None:
             f"level {level['level']}                  {level['used']} of {level['codes']} codes used, perplexity "
             f"{level['perplexity']:.1f}"
         )
-    print(f"collisions               {metrics['collisions_before']} before the assignment, {metrics['collisions']} after")
+    print(
+        f"collisions               {metrics['collisions_before']} before the assignment, {metrics['collisions']} after"
+    )
     if metrics["cousage"]:
         together = metrics["cousage"]
         print(

@@ -13,7 +13,9 @@ QUERIES = ["Will it rain?", "How many dollars is a euro today, and was it more i
 
 def score(model, tokenizer, query, tool_id):
     """The log-probability of a tool's code after a query, in one plain forward pass."""
-    prompt = tokenizer.encode_conversation([{"role": "user", "content": query}], add_generation_prompt=True)["input_ids"]
+    prompt = tokenizer.encode_conversation([{"role": "user", "content": query}], add_generation_prompt=True)[
+        "input_ids"
+    ]
     code = tokenizer.encode_tool(tool_id)
     with torch.no_grad():
         logits = model(torch.tensor([prompt + code])).logits[0].log_softmax(-1)
@@ -69,17 +71,18 @@ def test_generation_comes_to_a_tool(tokenizer, num_beams):
 def test_trajectory_mode_ends_what_it_starts(tokenizer):
     trie = CodeTrie(tokenizer.tool_code_ids)
     first, second = tokenizer.level_offsets
-    processor = ToolCodeLogitsProcessor(trie, mode="trajectory", prompt_length=1)
+    codes = {"mode": "trajectory", "code_token_ids": tokenizer.code_token_ids}
+    processor = ToolCodeLogitsProcessor(trie, prompt_length=1, **codes)
     scores = torch.zeros(3, len(tokenizer))
     allowed = processor(torch.tensor([[5, 6], [5, first], [first, 6]]), scores).isfinite()
     text = list(range(first))
     assert allowed[0].nonzero().flatten().tolist() == [*text, first, first + 1, first + 2]
     assert allowed[1].nonzero().flatten().tolist() == [second, second + 1]
     assert torch.equal(allowed[2], allowed[0])
-    only_mail = ToolCodeLogitsProcessor(trie, mode="trajectory", allowed_tools=[[tokenizer.tool_ids.index("mail")]])
+    only_mail = ToolCodeLogitsProcessor(trie, **codes, allowed_tools=[[tokenizer.tool_ids.index("mail")]])
     allowed = only_mail(torch.tensor([[5, 6]]), scores[:1]).isfinite()
     assert allowed[0].nonzero().flatten().tolist() == [*text, first + 1]
-    forced = ToolCodeLogitsProcessor(trie, mode="trajectory", code_start="forced")
+    forced = ToolCodeLogitsProcessor(trie, **codes, code_start="forced")
     assert forced(torch.tensor([[5, 6]]), scores[:1]).isfinite()[0].nonzero().flatten().tolist() == [
         first,
         first + 1,

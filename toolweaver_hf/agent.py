@@ -128,12 +128,18 @@ class ToolAgent:
             render_calls(messages, self.tokenizer), add_generation_prompt=True
         )["input_ids"]
         input_ids = torch.tensor([prompt], device=self.model.device)
+        processor = ToolCodeLogitsProcessor(
+            self.trie,
+            mode="trajectory",
+            prompt_length=len(prompt),
+            code_token_ids=self.tokenizer.code_token_ids,
+        )
         output = self.model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             do_sample=False,
             max_new_tokens=self.max_new_tokens,
-            logits_processor=[ToolCodeLogitsProcessor(self.trie, mode="trajectory", prompt_length=len(prompt))],
+            logits_processor=[processor],
             pad_token_id=self.tokenizer.pad_token_id,
         )[0, len(prompt) :].tolist()
         first_level = range(

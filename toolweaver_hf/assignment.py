@@ -110,7 +110,11 @@ def _capacitated(cost: np.ndarray, room: np.ndarray) -> np.ndarray:
 
 
 def _last_level(
-    residual: torch.Tensor, codebook: torch.Tensor, prefix: np.ndarray, taken_prefix: np.ndarray, taken_last: np.ndarray
+    residual: torch.Tensor,
+    codebook: torch.Tensor,
+    prefix: np.ndarray,
+    taken_prefix: np.ndarray,
+    taken_last: np.ndarray,
 ) -> np.ndarray:
     """Choose for each tool a code of the last level that no other tool of its prefix has."""
     size = len(codebook)

@@ -103,7 +103,10 @@ class Tool:
             row = row["function"]
         if "_id" in row:  # BEIR corpus
             return cls(
-                id=row["_id"], name=row.get("title") or "", description=row.get("text"), metadata=row.get("metadata") or {}
+                id=row["_id"],
+                name=row.get("title") or "",
+                description=row.get("text"),
+                metadata=row.get("metadata") or {},
             )
         if "id" not in row and "name" not in row:
             raise ValueError("a tool needs an 'id' (or 'name', or BEIR's '_id') beside its 'description'")

@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="toolweaver",
         description="Hierarchical tool codes for large language models.",
-        epilog="commands:\n" + "\n".join(f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items())
+        epilog="commands:\n"
+        + "\n".join(f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items())
         + "\n\n'toolweaver COMMAND --help' shows the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -8,7 +8,6 @@ import os
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
@@ -98,7 +97,7 @@ def _read_qrels(path: str | os.PathLike) -> dict[str, list[str]]:
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             fields = line.rstrip("\n").split("\t")
-            if number == 1 and fields[0] == "query-id" or fields == [""]:
+            if (number == 1 and fields[0] == "query-id") or fields == [""]:
                 continue
             try:
                 query_id, tool_id, score = fields
@@ -214,7 +213,9 @@ def leave_out_words(row: list[dict[str, str]], generator: random.Random) -> list
         kept = math.ceil(generator.uniform(0.5, 1) * min(len(words), 16))
         return " ".join(words[i] for i in sorted(generator.sample(range(len(words)), kept)))
 
-    return [{**message, "content": thin(message["content"])} if message["role"] == "user" else message for message in row]
+    return [
+        {**message, "content": thin(message["content"])} if message["role"] == "user" else message for message in row
+    ]
 
 
 def tokenize_rows(

@@ -30,6 +30,9 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
             The token that follows a whole code in the mode `"retrieval"`, where it is needed.
         code_start (`str`, *optional*, defaults to `"allowed"`):
             Whether a code may start in free text: `"allowed"`, `"forbidden"` or `"forced"` (it must, at once).
+        code_token_ids (`Sequence[int]`, *optional*):
+            All tokens of codes, such as [`ToolWeaverTokenizer.code_token_ids`], to keep those that no tool uses out of
+            free text. Defaults to the tokens in the trie.
         allowed_tools (`Sequence[Sequence[int]]`, *optional*):
             For each sequence of the batch the tools that it may name, as rows of the trie's `tool_code_ids`. One set
             alone holds for all sequences. Defaults to every tool.
@@ -54,6 +57,7 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
         prompt_length: int | None = None,
         eos_token_id: int | None = None,
         code_start: str = "allowed",
+        code_token_ids: Sequence[int] | None = None,
         allowed_tools: Sequence[Sequence[int]] | None = None,
     ):
         if mode not in ("retrieval", "trajectory"):
@@ -67,6 +71,7 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
         self.prompt_length = prompt_length
         self.eos_token_id = eos_token_id
         self.code_start = code_start
+        self.code_tokens = trie.tokens[1:].unique() if code_token_ids is None else torch.as_tensor(code_token_ids)
         self.allowed = None if allowed_tools is None else trie.allow(allowed_tools)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
@@ -80,6 +85,7 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
             `torch.FloatTensor` of the shape of `scores`, with `-inf` for every token that is not allowed.
         """
         self.trie = self.trie.to(scores.device)
+        self.code_tokens = self.code_tokens.to(scores.device)
         allowed = None
         if self.allowed is not None:
             self.allowed = self.allowed.to(scores.device)
@@ -118,7 +124,7 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
         constrained = _keep(torch.full_like(scores, float("-inf")), scores, tokens, present)
         if self.code_start == "forced":
             return constrained
-        free = scores.index_fill(1, trie.tokens[1:], float("-inf"))
+        free = scores.index_fill(1, self.code_tokens, float("-inf"))
         if self.code_start == "allowed":
             root = torch.zeros_like(nodes)
             free = _keep(free, scores, *trie.children(root, trie.max_children[0], allowed))

@@ -141,8 +141,10 @@ class RQVAEPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
-        elif isinstance(module, RQVAEQuantizer):
-            for codebook in module.codebooks:
+        elif isinstance(
+            module, nn.ParameterList
+        ):  # the codebooks; a module without parameters of its own is passed over
+            for codebook in module:
                 nn.init.normal_(codebook)
         elif isinstance(module, RQVAEModel):
             nn.init.zeros_(module.mean)
@@ -264,7 +266,6 @@ class RQVAEModel(RQVAEPreTrainedModel):
         together = (weights * (quantized - others).square().sum(1)).sum() / weights.sum().clamp(min=1e-8)
         apart = 2 * (quantized - quantized.mean(0)).square().sum(1).mean()
         return together / apart.clamp(min=1e-8)
-
 
 
 RQVAEModel.register_for_auto_class("AutoModel")

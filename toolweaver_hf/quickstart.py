@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,7 +123,9 @@ def main(args: QuickstartArguments) -> None:
     if base is None:
         base = str(output / "base")
         texts = catalog.documents + [query.text for query in queries["train"]]
-        texts += [json.dumps(message, ensure_ascii=False) for row in trajectories["train"] for message in row["messages"]]
+        texts += [
+            json.dumps(message, ensure_ascii=False) for row in trajectories["train"] for message in row["messages"]
+        ]
         build_small_llama(texts, Path(base))
 
     step("Alignment: documents and queries to codes")

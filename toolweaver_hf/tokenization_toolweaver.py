@@ -116,7 +116,9 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
         super().__init__(*args, **kwargs)
         if tool_codes is None:
             if tool_codes_file is None:
-                raise ValueError(f"no {TOOL_CODES_FILE} was found: build the tokenizer with ToolWeaverTokenizer.from_base")
+                raise ValueError(
+                    f"no {TOOL_CODES_FILE} was found: build the tokenizer with ToolWeaverTokenizer.from_base"
+                )
             with open(tool_codes_file, encoding="utf-8") as file:
                 try:
                     tool_codes = json.load(file)
@@ -169,7 +171,13 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
         backend = type(base.backend_tokenizer).from_str(base.backend_tokenizer.to_str())
         # As tokens that normalize to themselves and are not special: found in any text, kept by every decoding.
         backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
-        kept = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces", "model_input_names")
+        kept = (
+            "model_max_length",
+            "padding_side",
+            "truncation_side",
+            "clean_up_tokenization_spaces",
+            "model_input_names",
+        )
         tokenizer = cls(
             tokenizer_object=backend,
             tool_codes=codes.to_dict(),
@@ -248,7 +256,9 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
         backend = self.backend_tokenizer
         if backend.normalizer is not None:
             text = backend.normalizer.normalize_str(text)
-        splits = [text] if backend.pre_tokenizer is None else [s for s, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+        splits = (
+            [text] if backend.pre_tokenizer is None else [s for s, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+        )
         ids = [token.id for split in splits for token in backend.model.tokenize(split)]
         added = self.added_tokens_decoder
         return [i for i in ids if i not in added]
@@ -277,7 +287,8 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
         """
         # Observations are rendered as a placeholder that no template changes, and put in place as tokens.
         shown = [
-            {**message, "content": _PLACEHOLDER} if message["role"] == "tool" else dict(message) for message in messages
+            {**message, "content": _PLACEHOLDER} if message["role"] == "tool" else dict(message)
+            for message in messages
         ]
         text = self.apply_chat_template(shown, tokenize=False, add_generation_prompt=add_generation_prompt)
         pieces: list[tuple[str, bool]] = []

@@ -141,7 +141,9 @@ class _CodebookCallback(TrainerCallback):
         model = trainer.accelerator.unwrap_model(trainer.model)
         # Every process draws the same sample and comes to the same codebooks.
         generator = torch.Generator().manual_seed(args.seed + step)
-        sample = torch.randperm(len(trainer.embeddings), generator=generator)[:SAMPLE_SIZE].to(trainer.embeddings.device)
+        sample = torch.randperm(len(trainer.embeddings), generator=generator)[:SAMPLE_SIZE].to(
+            trainer.embeddings.device
+        )
         with torch.no_grad():
             latents = model.encode(trainer.embeddings[sample])
             if step == self.start:
@@ -169,7 +171,7 @@ def start_codebooks(model: RQVAEModel, latents: torch.Tensor, generator: torch.G
 def kmeans(
     points: torch.Tensor, num_centers: int, generator: torch.Generator | None = None, iterations: int = 20
 ) -> torch.Tensor:
-    """Lloyd's algorithm. Centers that lose all their points move to points far from any center.
+    """Lloyd's algorithm from the start of k-means++. Centers that lose all their points move to points far from any center.
 
     Args:
         points (`torch.Tensor` of shape `(num_points, dim)`): The points.
@@ -180,8 +182,15 @@ def kmeans(
     Returns:
         `torch.Tensor` of shape `(num_centers, dim)`: the centers.
     """
-    order = torch.randperm(len(points), generator=generator).to(points.device)
-    centers = points[order.repeat(-(-num_centers // len(points)))[:num_centers]].clone()
+    # As k-means++: each next center, or 1/64 of them all, is drawn from the points far from those before.
+    centers = points[torch.randint(len(points), (1,), generator=generator).to(points.device)]
+    far = (points - centers).square().sum(1)
+    while len(centers) < num_centers:
+        count = min(max(1, num_centers // 64), num_centers - len(centers))
+        draw = torch.multinomial(far.cpu() + 1e-12, count, replacement=count > len(points), generator=generator)
+        new = points[draw.to(points.device)]
+        far = torch.minimum(far, torch.cdist(points, new).square().min(1).values)
+        centers = torch.cat([centers, new])
     if num_centers > len(points):
         noise = torch.randn(centers.shape, generator=generator).to(centers)
         centers += 1e-2 * points.std().nan_to_num(1.0).clamp(min=1e-3) * noise
