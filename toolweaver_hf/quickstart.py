@@ -59,13 +59,16 @@ def load_data(folder: Path) -> tuple[ToolCatalog, dict[str, list[Query]], dict[s
     queries = {split: load_queries(folder / f"queries.{split}.jsonl") for split in SPLITS}
     trajectories = {split: load_trajectories(folder / f"trajectories.{split}.jsonl") for split in SPLITS}
     for split in SPLITS:
-        for query in queries[split]:
-            for tool_id in query.tools:
-                if tool_id not in catalog:
-                    raise ValueError(
-                        f"{folder / f'queries.{split}.jsonl'}: query {query.id!r} names the tool {tool_id!r}, which "
-                        "the catalogue lacks"
-                    )
+        calls = [
+            (call["function"]["name"], f"trajectories.{split}.jsonl")
+            for row in trajectories[split]
+            for message in row["messages"]
+            for call in message.get("tool_calls") or []
+        ]
+        needs = [(tool_id, f"queries.{split}.jsonl") for query in queries[split] for tool_id in query.tools]
+        for tool_id, name in needs + calls:
+            if tool_id not in catalog:
+                raise ValueError(f"{folder / name} names the tool {tool_id!r}, which the catalogue lacks")
     return catalog, queries, trajectories
 
 
@@ -150,7 +153,7 @@ def main(args: QuickstartArguments) -> None:
             codes_dir=str(codes_dir),
             stages=["memorization", "retrieval"],
             queries=str(data / "queries.train.jsonl"),
-            augmentations=15 if scratch else 0,
+            augmentations=20 if scratch else 0,
         ),
         SFTConfig(
             output_dir=str(output / "retrieval"),
@@ -170,7 +173,7 @@ def main(args: QuickstartArguments) -> None:
         SFTConfig(
             output_dir=str(output / "agent"),
             learning_rate=1e-3 if scratch else 2e-4,
-            num_train_epochs=12 if scratch else 2,
+            num_train_epochs=16 if scratch else 2,
             per_device_train_batch_size=8,
             **shared,
         ),
