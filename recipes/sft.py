@@ -25,6 +25,7 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from accelerate.logging import get_logger
 from datasets import concatenate_datasets
 from torch.nn.functional import cross_entropy
@@ -101,6 +102,22 @@ class AlignmentArguments:
             raise ValueError("the stage 'trajectory' needs --trajectories")
 
 
+@dataclass
+class AlignmentTrainingArguments(SFTConfig):
+    """[`SFTConfig`] that leaves out on a machine without a GPU what only a GPU can do."""
+
+    activation_checkpointing: bool | None = field(
+        default=True, metadata={"help": "Whether to compute activations again to save memory."}
+    )
+
+    def __post_init__(self):
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False
+            if self.bf16 is None:
+                self.bf16 = False
+        super().__post_init__()
+
+
 class AlignmentTrainer(SFTTrainer):
     """[`SFTTrainer`] that is quick on a CPU, where TRL applies the output embeddings to tokens without a loss, too."""
 
@@ -122,7 +139,9 @@ class AlignmentTrainer(SFTTrainer):
         return loss / num_items_in_batch * self.accelerator.num_processes  # the gradients' mean is taken over these
 
 
-def load_model_and_tokenizer(args: AlignmentArguments, training_args: SFTConfig, model_args: ModelConfig):
+def load_model_and_tokenizer(
+    args: AlignmentArguments, training_args: AlignmentTrainingArguments, model_args: ModelConfig
+):
     """Load an aligned model as it is; give a base model the code tokens and their embeddings."""
     codes = ToolCodes.from_pretrained(args.codes_dir)
     model = AutoModelForCausalLM.from_pretrained(
@@ -151,7 +170,7 @@ def load_model_and_tokenizer(args: AlignmentArguments, training_args: SFTConfig,
     return model, tokenizer
 
 
-def main(args: AlignmentArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
+def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, model_args: ModelConfig) -> None:
     """Align a model and save it with its tokenizer and catalogue in `training_args.output_dir`."""
     set_seed(training_args.seed)
     catalog = ToolCatalog.from_file(os.path.join(args.codes_dir, "catalog.jsonl"))
@@ -199,7 +218,7 @@ def main(args: AlignmentArguments, training_args: SFTConfig, model_args: ModelCo
 
 
 def cli(argv: list[str] | None = None) -> None:
-    main(*TrlParser((AlignmentArguments, SFTConfig, ModelConfig)).parse_args_and_config(argv))
+    main(*TrlParser((AlignmentArguments, AlignmentTrainingArguments, ModelConfig)).parse_args_and_config(argv))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from conftest import small_llama
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-from trl import ModelConfig, SFTConfig
+from trl import ModelConfig
 
 from toolweaver_hf import RQVAEModel, ToolAgent, ToolCatalog, ToolCodes, ToolRetriever, ToolWeaverTokenizer
 from toolweaver_hf.data import load_queries, load_trajectories, tokenize_rows, trajectory_rows
@@ -79,23 +79,20 @@ def align(data, codes_dir, model, output, stages, epochs, model_args=None, **kwa
         "num_train_epochs": epochs,
         "per_device_train_batch_size": 16,
         "learning_rate": 5e-3,
-        "bf16": False,
         "activation_checkpointing": False,
-        "dataloader_pin_memory": False,
         "report_to": "none",
         "save_strategy": "no",
         "disable_tqdm": True,
-        "use_cpu": True,
     }
-    sft.main(arguments, SFTConfig(**(settings | kwargs)), ModelConfig(str(model), **(model_args or {})))
+    sft.main(
+        arguments, sft.AlignmentTrainingArguments(**(settings | kwargs)), ModelConfig(str(model), **(model_args or {}))
+    )
     return output
 
 
 @pytest.fixture(scope="module")
 def retrieval_dir(data, codes_dir, base):
-    return align(
-        data, codes_dir, base, data / "retrieval", ["memorization", "retrieval"], 12, augmentations=1, bf16=False
-    )
+    return align(data, codes_dir, base, data / "retrieval", ["memorization", "retrieval"], 12, augmentations=1)
 
 
 def test_codes_folder(codes_dir, data):
@@ -163,17 +160,15 @@ def test_agent_learns_whole_trajectories(data, codes_dir, retrieval_dir, tmp_pat
     arguments = sft.AlignmentArguments(
         codes_dir=str(codes_dir), stages=["trajectory"], trajectories=str(data / "two.jsonl")
     )
-    settings = SFTConfig(
+    settings = sft.AlignmentTrainingArguments(
         output_dir=str(tmp_path),
         max_steps=150,
         per_device_train_batch_size=2,
         learning_rate=5e-3,
-        bf16=False,
         activation_checkpointing=False,
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
-        use_cpu=True,
     )
     sft.main(arguments, settings, ModelConfig(str(retrieval_dir)))
     catalog = ToolCatalog.from_file(tmp_path / "catalog.jsonl")
@@ -194,7 +189,7 @@ def test_agent_learns_whole_trajectories(data, codes_dir, retrieval_dir, tmp_pat
         rows[0]["messages"][0]["content"]
     )
     assert json.loads(run.messages[-1]["content"]) == {"error": "RuntimeError: out of order"}
-    with pytest.raises(ValueError, match="'?unknown"):
+    with pytest.raises(ValueError, match="unknown"):
         ToolAgent.from_pretrained(tmp_path, {"unknown": broken})
 
 
@@ -221,7 +216,7 @@ def test_two_processes(data, codes_dir, base, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(
         f"model_name_or_path: {base}\ncodes_dir: {codes_dir}\nstages: [retrieval]\n"
-        f"queries: {data / 'queries.train.jsonl'}\noutput_dir: {tmp_path / 'out'}\nmax_steps: 3\nbf16: false\n"
+        f"queries: {data / 'queries.train.jsonl'}\noutput_dir: {tmp_path / 'out'}\nmax_steps: 3\n"
         "per_device_train_batch_size: 4\nactivation_checkpointing: false\nreport_to: none\nlogging_steps: 1\n"
     )
     command = [sys.executable, "-m", "accelerate.commands.launch"]

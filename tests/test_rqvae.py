@@ -17,7 +17,7 @@ from toolweaver_hf.train_rqvae import RQVAETrainer, kmeans
 def fit(embeddings, folder, cousage=None, steps=200, **kwargs):
     config = RQVAEConfig(**({"codebook_sizes": [8, 8], "hidden_sizes": [64], "code_dim": 16} | kwargs), input_dim=32)
     torch.manual_seed(0)
-    args = RQVAETrainingArguments(output_dir=str(folder), max_steps=steps, disable_tqdm=True, use_cpu=True)
+    args = RQVAETrainingArguments(output_dir=str(folder), max_steps=steps, disable_tqdm=True)
     trainer = RQVAETrainer(RQVAEModel(config), args, embeddings, cousage)
     trainer.train()
     return trainer.model.eval()

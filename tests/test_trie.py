@@ -41,5 +41,5 @@ def test_every_code_leads_to_its_tool(codes):
 def test_equal_codes_are_refused():
     with pytest.raises(ValueError, match="rows 0 and 2 have the same code"):
         CodeTrie(np.array([[1, 5], [1, 6], [1, 5]]))
-    with pytest.raises(ValueError, match="shape"):
+    with pytest.raises(ValueError, match="have the shape"):
         CodeTrie(np.zeros((0, 2)))

@@ -7,10 +7,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
-from trl import ModelConfig, SFTConfig
+from trl import ModelConfig
 
 from .agent import ToolAgent
 from .catalog import ToolCatalog
@@ -139,9 +138,7 @@ def main(args: QuickstartArguments) -> None:
         "adam_beta2": 0.98,
         "weight_decay": 0.1,
         "max_length": 512,
-        "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         "activation_checkpointing": False,
-        "dataloader_pin_memory": torch.cuda.is_available(),
         "logging_steps": 100,
         "save_strategy": "no",
         "report_to": "none",
@@ -155,7 +152,7 @@ def main(args: QuickstartArguments) -> None:
             queries=str(data / "queries.train.jsonl"),
             augmentations=20 if scratch else 0,
         ),
-        SFTConfig(
+        sft.AlignmentTrainingArguments(
             output_dir=str(output / "retrieval"),
             learning_rate=1e-3 if scratch else 5e-4,
             num_train_epochs=2 if scratch else 3,
@@ -170,7 +167,7 @@ def main(args: QuickstartArguments) -> None:
         sft.AlignmentArguments(
             codes_dir=str(codes_dir), stages=["trajectory"], trajectories=str(data / "trajectories.train.jsonl")
         ),
-        SFTConfig(
+        sft.AlignmentTrainingArguments(
             output_dir=str(output / "agent"),
             learning_rate=1e-3 if scratch else 2e-4,
             num_train_epochs=16 if scratch else 2,
