@@ -76,7 +76,9 @@ def main(args: EvaluationArguments) -> dict[str, dict[str, dict[str, float]]]:
             with open(os.path.join(args.output_dir, f"{name}.run"), "w", encoding="utf-8") as file:
                 for query, tools in zip(queries, ranking, strict=True):
                     for rank, tool in enumerate(tools, start=1):
-                        print(query.id, "Q0", tool.tool_id, rank, tool.score, name, file=file)
+                        fields = (query.id, "Q0", tool.tool_id, rank, tool.score, name)
+                        # TREC separates fields by spaces, so none may stand in an id.
+                        print(*("_".join(str(field).split()) for field in fields), file=file)
     return results
 
 
