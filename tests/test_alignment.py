@@ -181,6 +181,10 @@ def test_agent_learns_whole_trajectories(data, codes_dir, retrieval_dir, tmp_pat
     # One step is too few for a call and an answer.
     run = ToolAgent.from_pretrained(tmp_path, demo_functions(catalog), max_steps=1)(rows[0]["messages"][0]["content"])
     assert run.stop_reason == "max_steps" and run.answer is None
+    # Wherever max_new_tokens cuts a turn, the run ends in order.
+    for limit in range(1, 25):
+        agent = ToolAgent.from_pretrained(tmp_path, demo_functions(catalog), max_steps=1, max_new_tokens=limit)
+        assert agent(rows[0]["messages"][0]["content"]).messages[1]["role"] == "assistant"
 
     def broken(**arguments):
         raise RuntimeError("out of order")

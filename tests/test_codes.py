@@ -1,8 +1,9 @@
 import json
 
 import pytest
+import torch
 
-from toolweaver_hf import Tool, ToolCatalog, ToolCodes
+from toolweaver_hf import RQVAEConfig, RQVAEModel, Tool, ToolCatalog, ToolCodes
 
 
 def test_round_trip(tmp_path, codes):
@@ -50,3 +51,19 @@ def test_broken_file_is_named(tmp_path):
     path.write_text(json.dumps({"schema_version": 99, "codebook_sizes": [2], "codes": {}}))
     with pytest.raises(ValueError, match=r"tool_codes\.json"):
         ToolCodes.from_pretrained(tmp_path)
+
+
+def test_add_touches_no_old_code_and_reuses_no_retired_one(codes):
+    model = RQVAEModel(RQVAEConfig(input_dim=8, codebook_sizes=[3, 4]))
+    codes.remove("fx")
+    before = dict(codes)
+    new = [Tool(f"new{i}", f"New tool {i}.") for i in range(8)]
+    codes.add(new, model, torch.randn(8, 8))
+    assert {tool_id: codes[tool_id] for tool_id in before} == before
+    assert len(set(codes.values()) | {(2, 3)}) == 12  # all of 3 x 4, the retired one still free
+    assert codes.compare(ToolCatalog([*new, Tool("rain", "Rain.")])).changed == []
+    with pytest.raises(ValueError, match="12 codes"):
+        codes.add([Tool("one_more", "One more.")], model, torch.randn(1, 8))
+    with pytest.raises(ValueError, match="'new0' has a code already"):
+        codes.add(new[:1], model, torch.randn(1, 8))
+    assert "one_more" not in codes

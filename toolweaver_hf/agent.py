@@ -145,10 +145,10 @@ class ToolAgent:
         first_level = range(
             self.tokenizer.level_offsets[0], self.tokenizer.level_offsets[0] + self.tokenizer.codebook_sizes[0]
         )
-        start = next((position for position, token in enumerate(output) if token in first_level), None)
-        if start is None:
-            return self.tokenizer.decode(output, skip_special_tokens=True).strip(), None, ""
+        start = next((position for position, token in enumerate(output) if token in first_level), len(output))
         end = start + len(self.tokenizer.codebook_sizes)
+        if end > len(output):  # no code, or one that max_new_tokens cut
+            return self.tokenizer.decode(output[:start], skip_special_tokens=True).strip(), None, ""
         thought = self.tokenizer.decode(output[:start], skip_special_tokens=True).strip()
         arguments = self.tokenizer.decode(output[end:], skip_special_tokens=True).strip()
         return thought, self.tokenizer.decode_tool(output[start:end]), arguments

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
-from .catalog import ToolCatalog
+from .assignment import assign_codes
+from .catalog import Tool, ToolCatalog
+from .modeling_rqvae import RQVAEModel
 from .tokenization_toolweaver import SCHEMA_VERSION, TOOL_CODES_FILE, check_tool_codes, write_tool_codes
 
 
@@ -89,6 +92,35 @@ class ToolCodes(Mapping[str, tuple[int, ...]]):
             removed=[tool_id for tool_id in self if tool_id not in catalog],
             changed=[tool.id for tool in catalog if self.checksums.get(tool.id, tool.checksum) != tool.checksum],
         )
+
+    def add(self, tools: Sequence[Tool], model: RQVAEModel, embeddings: np.ndarray | torch.Tensor) -> None:
+        """Give new tools codes from a fitted model. No other tool's code changes, and no retired code is given again.
+
+        A language model that was aligned before knows the new codes' levels, but not yet the tools: train it on their
+        documents and queries.
+
+        Args:
+            tools (`Sequence[Tool]`):
+                The new tools.
+            model ([`RQVAEModel`]):
+                The model that the codes were learnt with.
+            embeddings (`np.ndarray` or `torch.Tensor` of shape `(len(tools), input_dim)`):
+                Embeddings of their documents by the encoder that the model was fitted on.
+
+        Raises:
+            `ValueError`: naming a tool that has a code, or if no room is left for all; then none is added.
+        """
+        present = [tool.id for tool in tools if tool.id in self]
+        if present:
+            raise ValueError(f"the tool {present[0]!r} has a code already; remove it first to give it another")
+        if len({tool.id for tool in tools}) < len(tools):
+            raise ValueError("two of the new tools have the same id")
+        with torch.no_grad():
+            latents = model.eval().encode(torch.as_tensor(embeddings, device=model.device))
+        taken = np.array([*self.values(), *self.retired], dtype=np.int64).reshape(-1, self.num_levels)
+        for tool, code in zip(tools, assign_codes(latents, model.codebooks(), taken).tolist(), strict=True):
+            self._codes[tool.id] = tuple(code)
+            self.checksums[tool.id] = tool.checksum
 
     def remove(self, *tool_ids: str) -> None:
         """Take tools out. Their codes are retired: a model has learnt that they mean these tools.
