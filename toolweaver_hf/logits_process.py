@@ -103,7 +103,7 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
             return masked
         nodes = self.trie.walk(input_ids[:, self.prompt_length :])
         tokens, present = self.trie.children(nodes, self.trie.max_children[depth], allowed)
-        masked = _keep(masked, scores, tokens, present)
+        _keep_(masked, scores, tokens, present)
         # A row that left the trie, such as a spare beam of probability zero, can only end.
         lost = ~present.any(1)
         masked[:, self.eos_token_id] = torch.where(lost, scores[:, self.eos_token_id], masked[:, self.eos_token_id])
@@ -112,31 +112,30 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
     def _trajectory(self, input_ids, scores, allowed):
         trie = self.trie
         # An unfinished code at the end of a row has at most num_levels - 1 tokens; only one suffix can be one, for
-        # the tokens of the levels differ.
+        # the tokens of the levels differ. Free text stands at the root.
         start = 0 if self.prompt_length is None else self.prompt_length
         nodes = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
         for length in range(1, min(trie.num_levels, input_ids.shape[1] - start + 1)):
             reached = trie.walk(input_ids[:, -length:])
             nodes = torch.where(reached > 0, reached, nodes)
-        inside = nodes > 0
-
+        inside = (nodes > 0)[:, None]
         tokens, present = trie.children(nodes, max(trie.max_children), allowed)
-        constrained = _keep(torch.full_like(scores, float("-inf")), scores, tokens, present)
         if self.code_start == "forced":
-            return constrained
-        free = scores.index_fill(1, self.code_tokens, float("-inf"))
-        if self.code_start == "allowed":
-            root = torch.zeros_like(nodes)
-            free = _keep(free, scores, *trie.children(root, trie.max_children[0], allowed))
-        return torch.where(inside[:, None], constrained, free)
+            masked = torch.full_like(scores, float("-inf"))
+        else:
+            masked = scores.index_fill(1, self.code_tokens, float("-inf"))
+            masked.masked_fill_(inside, float("-inf"))
+        if self.code_start == "forbidden":
+            present = present & inside
+        return _keep_(masked, scores, tokens, present)
 
 
-def _keep(
+def _keep_(
     masked: torch.FloatTensor, scores: torch.FloatTensor, tokens: torch.LongTensor, present: torch.BoolTensor
 ) -> torch.FloatTensor:
-    """Copy the scores of the tokens that are present into `masked`, row by row."""
+    """Copy the scores of the tokens that are present into `masked`, row by row, in place."""
     # Absent entries repeat the row's first token, so that writing them again changes nothing.
     first = present.to(torch.uint8).argmax(1, keepdim=True)
     tokens = torch.where(present, tokens, tokens.gather(1, first))
     values = torch.where(present.any(1, keepdim=True), scores.gather(1, tokens), masked.gather(1, tokens))
-    return masked.scatter(1, tokens, values)
+    return masked.scatter_(1, tokens, values)
