@@ -61,7 +61,8 @@ class AlignmentArguments:
 
     Args:
         codes_dir (`str`):
-            Output folder of `recipes/tokenize_tools.py`: catalogue, codes and RQ-VAE.
+            Output folder of `recipes/tokenize_tools.py`: catalogue, codes and, for the embedding initialization
+            `codebook`, the RQ-VAE.
         stages (`list[str]`, *optional*, defaults to `["retrieval"]`):
             Kinds of rows to train on, mixed: `memorization` (document -> code), `retrieval` (query -> code),
             `trajectory` (whole trajectories).
@@ -140,7 +141,10 @@ class AlignmentTrainer(SFTTrainer):
 
 
 def load_model_and_tokenizer(
-    args: AlignmentArguments, training_args: AlignmentTrainingArguments, model_args: ModelConfig
+    args: AlignmentArguments,
+    training_args: AlignmentTrainingArguments,
+    model_args: ModelConfig,
+    catalog: ToolCatalog,
 ):
     """Load an aligned model as it is; give a base model the code tokens and their embeddings."""
     codes = ToolCodes.from_pretrained(args.codes_dir)
@@ -165,8 +169,11 @@ def load_model_and_tokenizer(
         trust_remote_code=training_args.trust_remote_code,
     )
     tokenizer = ToolWeaverTokenizer.from_base(base, codes)
-    codebooks = RQVAEModel.from_pretrained(args.codes_dir).codebooks()
-    initialize_code_embeddings(model, tokenizer, codebooks, method=args.embedding_init, seed=training_args.seed)
+    # Codes of another origin than the RQ-VAE, such as one token a tool, have no codebook to start from.
+    codebooks = RQVAEModel.from_pretrained(args.codes_dir).codebooks() if args.embedding_init == "codebook" else None
+    initialize_code_embeddings(
+        model, tokenizer, codebooks, method=args.embedding_init, catalog=catalog, seed=training_args.seed
+    )
     return model, tokenizer
 
 
@@ -174,7 +181,7 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
     """Align a model and save it with its tokenizer and catalogue in `training_args.output_dir`."""
     set_seed(training_args.seed)
     catalog = ToolCatalog.from_file(os.path.join(args.codes_dir, "catalog.jsonl"))
-    model, tokenizer = load_model_and_tokenizer(args, training_args, model_args)
+    model, tokenizer = load_model_and_tokenizer(args, training_args, model_args, catalog)
 
     # The rows: conversations, then tokens with the loss on the assistant's turns
     rows = []

@@ -73,6 +73,7 @@ def align(data, codes_dir, model, output, stages, epochs, model_args=None, **kwa
         queries=str(data / "queries.train.jsonl"),
         trajectories=str(data / "trajectories.train.jsonl"),
         augmentations=kwargs.pop("augmentations", 0),
+        embedding_init=kwargs.pop("embedding_init", "codebook"),
     )
     settings = {
         "output_dir": str(output),
@@ -213,6 +214,18 @@ def test_lora_trains_the_code_rows_and_no_other_embedding(data, codes_dir, base_
     rows = merged.get_input_embeddings().weight
     first = tokenizer.level_offsets[0]
     assert torch.equal(rows[:first], model.get_input_embeddings().weight[:first])
+
+
+@pytest.mark.parametrize("embedding_init", ["mean_description", "random"])
+def test_one_token_a_tool_needs_no_rqvae(data, base, tmp_path, embedding_init):
+    catalog = ToolCatalog.from_file(data / "catalog.jsonl")
+    ToolCodes([len(catalog)], {tool.id: [i] for i, tool in enumerate(catalog)}).save_pretrained(tmp_path / "codes")
+    catalog.to_jsonl(tmp_path / "codes" / "catalog.jsonl")
+    output = align(
+        data, tmp_path / "codes", base, tmp_path / "out", ["retrieval"], 1, embedding_init=embedding_init, max_steps=2
+    )
+    (ranking,) = ToolRetriever.from_pretrained(output)("Will it rain?", top_k=3)
+    assert len({tool.tool_id for tool in ranking}) == 3
 
 
 def test_two_processes(data, codes_dir, base, tmp_path):

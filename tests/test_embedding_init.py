@@ -43,5 +43,7 @@ def test_errors(tokenizer, base_tokenizer, codebooks):
         initialize_code_embeddings(model, tokenizer, codebooks, method="zeros")
     with pytest.raises(ValueError, match="needs the catalogue"):
         initialize_code_embeddings(model, tokenizer, codebooks, method="mean_description")
+    with pytest.raises(ValueError, match="needs the codebooks"):
+        initialize_code_embeddings(model, tokenizer)
     with pytest.raises(ValueError, match="sizes"):
         initialize_code_embeddings(model, tokenizer, codebooks[::-1])

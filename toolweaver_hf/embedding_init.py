@@ -15,7 +15,7 @@ from .tokenization_toolweaver import ToolWeaverTokenizer
 def initialize_code_embeddings(
     model: PreTrainedModel,
     tokenizer: ToolWeaverTokenizer,
-    codebooks: Sequence[torch.Tensor],
+    codebooks: Sequence[torch.Tensor] | None = None,
     method: str = "codebook",
     catalog: ToolCatalog | None = None,
     seed: int = 0,
@@ -29,8 +29,8 @@ def initialize_code_embeddings(
             The base model; changed in place.
         tokenizer ([`ToolWeaverTokenizer`]):
             The tokenizer, whose last tokens are the code tokens.
-        codebooks (`Sequence[torch.Tensor]`):
-            For each level the codebook, of shape `(codebook_size, code_dim)`.
+        codebooks (`Sequence[torch.Tensor]`, *optional*):
+            For each level the codebook, of shape `(codebook_size, code_dim)`, for `"codebook"`.
         method (`str`, *optional*, defaults to `"codebook"`):
             `"codebook"`: a projection of the codebook vectors that keeps their distances, brought to the mean and
             scale of the embeddings that are there (ToolWeaver, section 3.2). `"mean_description"`: the mean embedding
@@ -41,15 +41,19 @@ def initialize_code_embeddings(
             Seed of the projection and of random directions.
 
     Raises:
-        `ValueError`: for an unknown method, a missing catalogue, or codebooks of other sizes than the tokenizer's.
+        `ValueError`: for an unknown method, what a method needs and lacks, or codebooks of other sizes than the
+            tokenizer's.
     """
     if method not in ("codebook", "mean_description", "random"):
         raise ValueError(f"method must be 'codebook', 'mean_description' or 'random', not {method!r}")
     if method == "mean_description" and catalog is None:
         raise ValueError("the method 'mean_description' needs the catalogue")
-    sizes = [len(codebook) for codebook in codebooks]
-    if sizes != tokenizer.codebook_sizes:
-        raise ValueError(f"the codebooks have the sizes {sizes}, the tokenizer's codes {tokenizer.codebook_sizes}")
+    if method == "codebook":
+        if codebooks is None:
+            raise ValueError("the method 'codebook' needs the codebooks")
+        sizes = [len(codebook) for codebook in codebooks]
+        if sizes != tokenizer.codebook_sizes:
+            raise ValueError(f"the codebooks have the sizes {sizes}, the tokenizer's codes {tokenizer.codebook_sizes}")
 
     num_base = tokenizer.level_offsets[0]
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # a padded matrix may have room already
@@ -64,7 +68,11 @@ def initialize_code_embeddings(
             rows = _mean_descriptions(base, tokenizer, catalog)
         else:
             generator = torch.Generator().manual_seed(seed)
-            rows = torch.cat([_directions(codebook, base.shape[1], method, generator) for codebook in codebooks])
+            if method == "random":
+                shape = (len(tokenizer.code_token_ids), base.shape[1])
+                rows = _unit_scale(torch.randn(shape, generator=generator))
+            else:
+                rows = torch.cat([_project(codebook, base.shape[1], generator) for codebook in codebooks])
             center = base.mean(0)
             # Half the length of a row: at full length a direction that was never trained scores so high by chance
             # that the base model's predictions on plain text suffer.
@@ -73,14 +81,15 @@ def initialize_code_embeddings(
         matrix[tokenizer.code_token_ids] = rows.to(matrix)
 
 
-def _directions(codebook: torch.Tensor, dim: int, method: str, generator: torch.Generator) -> torch.Tensor:
-    """Return vectors of shape `(codebook_size, dim)` whose mean squared length is 1."""
+def _project(codebook: torch.Tensor, dim: int, generator: torch.Generator) -> torch.Tensor:
+    """Return a random projection of a codebook, of shape `(codebook_size, dim)`, that keeps its distances' ratios."""
     vectors = codebook.float().cpu()
-    if method == "random":
-        vectors = torch.randn((len(vectors), dim), generator=generator)
-    else:
-        vectors = vectors - vectors.mean(0)
-        vectors = vectors @ torch.randn((vectors.shape[1], dim), generator=generator)
+    projection = torch.randn((vectors.shape[1], dim), generator=generator)
+    return _unit_scale((vectors - vectors.mean(0)) @ projection)
+
+
+def _unit_scale(vectors: torch.Tensor) -> torch.Tensor:
+    """Scale vectors so that their mean squared length is 1."""
     return vectors / vectors.square().sum(1).mean().sqrt().clamp(min=1e-12)
 
 
