@@ -5,7 +5,6 @@ python recipes/evaluate.py --model out/retrieval --queries my_test_queries.jsonl
 ```
 """
 
-import json
 import os
 from dataclasses import dataclass, field
 
@@ -16,7 +15,8 @@ from toolweaver_hf.catalog import ToolCatalog
 from toolweaver_hf.cli import run
 from toolweaver_hf.data import load_queries
 from toolweaver_hf.embeddings import default_encoder
-from toolweaver_hf.evaluation import evaluate_rankings, markdown_table
+from toolweaver_hf.evaluation import METRICS_FILE, METRICS_VERSION, evaluate_rankings, markdown_table
+from toolweaver_hf.json_files import write_json
 from toolweaver_hf.retrieval import ToolRetriever
 
 
@@ -70,8 +70,8 @@ def main(args: EvaluationArguments) -> dict[str, dict[str, dict[str, float]]]:
         print(markdown_table(results, group))
     if args.output_dir:
         os.makedirs(args.output_dir, exist_ok=True)
-        with open(os.path.join(args.output_dir, "metrics.json"), "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=2)
+        metrics = {"queries": os.path.basename(args.queries), "results": results}
+        write_json(os.path.join(args.output_dir, METRICS_FILE), metrics, METRICS_VERSION)
         for name, ranking in rankings.items():
             with open(os.path.join(args.output_dir, f"{name}.run"), "w", encoding="utf-8") as file:
                 for query, tools in zip(queries, ranking, strict=True):

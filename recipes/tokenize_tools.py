@@ -8,7 +8,6 @@ The folder then holds the RQ-VAE (`config.json`, `model.safetensors`), the codes
 embeddings and `metrics.json`.
 """
 
-import json
 import math
 import os
 from dataclasses import dataclass, field
@@ -24,8 +23,9 @@ from toolweaver_hf.configuration_rqvae import RQVAEConfig
 from toolweaver_hf.cousage import cousage_graph
 from toolweaver_hf.data import load_queries
 from toolweaver_hf.embeddings import embed_catalog
+from toolweaver_hf.json_files import write_json
 from toolweaver_hf.modeling_rqvae import RQVAEModel
-from toolweaver_hf.report import METRICS_FILE, measure_codes
+from toolweaver_hf.report import METRICS_FILE, METRICS_VERSION, measure_codes
 from toolweaver_hf.train_rqvae import RQVAETrainer
 
 
@@ -113,8 +113,7 @@ def main(args: TokenizationArguments, training_args: TrainingArguments) -> dict:
         model.save_pretrained(output_dir)
         codes.save_pretrained(output_dir)
         catalog.to_jsonl(os.path.join(output_dir, "catalog.jsonl"))
-        with open(os.path.join(output_dir, METRICS_FILE), "w", encoding="utf-8") as file:
-            json.dump(metrics, file, indent=2)
+        write_json(os.path.join(output_dir, METRICS_FILE), metrics, METRICS_VERSION)
         print_metrics(metrics)
         print(f"Codes saved in {output_dir}")
     return metrics

@@ -132,7 +132,7 @@ def test_evaluation_recipe(data, retrieval_dir, tmp_path, capsys):
         )
     )
     assert set(results) == {"ToolWeaver", "BM25", "dense"}
-    assert json.loads((tmp_path / "metrics.json").read_text()) == results
+    assert json.loads((tmp_path / "metrics.json").read_text())["results"] == results
     assert "| ToolWeaver |" in capsys.readouterr().out
     fields = (tmp_path / "BM25.run").read_text().splitlines()[0].split()
     assert len(fields) == 6 and fields[1] == "Q0"

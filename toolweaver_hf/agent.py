@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -16,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from .catalog import ToolCatalog
 from .data import render_calls
 from .logits_process import ToolCodeLogitsProcessor
-from .tokenization_toolweaver import ToolWeaverTokenizer
+from .tokenization_toolweaver import HUB_KWARGS, ToolWeaverTokenizer
 from .trie import CodeTrie
 
 
@@ -82,11 +81,18 @@ class ToolAgent:
     def from_pretrained(
         cls, folder: str | os.PathLike, functions: Mapping[str, Callable[..., Any]], **kwargs
     ) -> ToolAgent:
-        """Load model, tokenizer and catalogue from a folder that `recipes/sft.py` wrote."""
+        """Load model, tokenizer and catalogue from a folder that `recipes/sft.py` wrote, or a repository of the Hub.
+
+        Args:
+            folder (`str`): The folder or repository.
+            functions (`Mapping[str, Callable]`): For each tool id the function to call.
+            kwargs: As for the class; those that say where from, such as `revision` and `token`, hold for all files.
+        """
+        hub_kwargs = {name: kwargs.pop(name) for name in HUB_KWARGS if name in kwargs}
         return cls(
-            AutoModelForCausalLM.from_pretrained(folder),
-            ToolWeaverTokenizer.from_pretrained(folder),
-            ToolCatalog.from_file(Path(folder) / "catalog.jsonl"),
+            AutoModelForCausalLM.from_pretrained(folder, **hub_kwargs),
+            ToolWeaverTokenizer.from_pretrained(folder, **hub_kwargs),
+            ToolCatalog.from_pretrained(folder, repo_type="model", **hub_kwargs),
             functions,
             **kwargs,
         )

@@ -9,7 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+
+CATALOG_FILE = "catalog.jsonl"
 
 
 @dataclass(frozen=True)
@@ -232,6 +235,30 @@ class ToolCatalog(Sequence[Tool]):
         except ValueError as error:
             message = str(error)
             raise ValueError(message if message.startswith(str(path)) else f"{path}: {message}") from None
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike, *, repo_type: Literal["dataset", "model"] = "dataset", **hub_kwargs
+    ) -> ToolCatalog:
+        """Read the `catalog.jsonl` of a folder or of a repository of the Hub.
+
+        Args:
+            folder (`str`): The folder or repository.
+            repo_type (`str`, *optional*, defaults to `"dataset"`): `"model"` for the catalogue beside a model.
+            hub_kwargs: As for every `from_pretrained`: `revision`, `token`, `cache_dir`, ...
+
+        Raises:
+            `ValueError`: naming the file, the line and the tool that is wrong.
+            `OSError`: if there is no such file.
+        """
+        from transformers.utils import cached_file  # slow to import, and a catalogue is mostly a file at hand
+
+        return cls.from_file(cached_file(folder, CATALOG_FILE, repo_type=repo_type, **hub_kwargs))
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write the catalogue as `catalog.jsonl` in `folder`."""
+        os.makedirs(folder, exist_ok=True)
+        self.to_jsonl(Path(folder) / CATALOG_FILE)
 
     def to_jsonl(self, path: str | os.PathLike) -> None:
         """Write the catalogue, one tool a line, as [`ToolCatalog.from_file`] reads it back."""

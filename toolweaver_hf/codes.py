@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from transformers.utils import cached_file
 
 from .assignment import assign_codes
 from .catalog import Tool, ToolCatalog
@@ -151,16 +152,20 @@ class ToolCodes(Mapping[str, tuple[int, ...]]):
         write_tool_codes(self.to_dict(), os.path.join(folder, TOOL_CODES_FILE))
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> ToolCodes:
-        """Read the `tool_codes.json` of `folder`.
+    def from_pretrained(cls, folder: str | os.PathLike, **hub_kwargs) -> ToolCodes:
+        """Read the `tool_codes.json` of a folder or of a repository of the Hub.
+
+        Args:
+            folder (`str`): The folder or repository.
+            hub_kwargs: As for every `from_pretrained`: `revision`, `token`, `cache_dir`, ...
 
         Raises:
             `ValueError`: naming the file, if it is not valid or of a newer schema.
             `OSError`: if there is none.
         """
-        path = Path(folder) / TOOL_CODES_FILE
+        path = cached_file(folder, TOOL_CODES_FILE, **hub_kwargs)
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is not valid JSON: {error}") from None
         document = check_tool_codes(document, str(path))

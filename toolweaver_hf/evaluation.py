@@ -11,6 +11,9 @@ from .data import Query
 from .retrieval import RetrievedTool
 
 
+METRICS_FILE = "metrics.json"
+METRICS_VERSION = 1  # its schema_version
+
 MEASURES = ("nDCG@1", "nDCG@3", "nDCG@5", "R@1", "R@3", "R@5", "COMP@3")
 """The measures of a report. COMP@k (COLT, CIKM 2024) is the share of queries whose tools are all among the first k."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 
@@ -14,10 +13,12 @@ import torch
 
 from .catalog import ToolCatalog
 from .codes import ToolCodes
+from .json_files import read_json, write_json
 from .modeling_rqvae import RQVAEModel
 
 
 METRICS_FILE = "metrics.json"
+METRICS_VERSION = 1  # schema_version of metrics.json and report.json
 
 
 @torch.no_grad()
@@ -88,7 +89,7 @@ def inspect_codes(folder: str | os.PathLike) -> Path:
     folder = Path(folder)
     codes = ToolCodes.from_pretrained(folder)
     catalog = ToolCatalog.from_file(folder / "catalog.jsonl")
-    metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
+    metrics = read_json(folder / METRICS_FILE, METRICS_VERSION)
     codebooks = [codebook.numpy() for codebook in RQVAEModel.from_pretrained(folder).codebooks()]
     matrix = codes.matrix
     names = [catalog[tool_id].name if tool_id in catalog else tool_id for tool_id in codes]
@@ -97,9 +98,9 @@ def inspect_codes(folder: str | os.PathLike) -> Path:
     for first, name in zip(matrix[:, 0].tolist(), names, strict=True):
         groups.setdefault(first, []).append(name)
     largest = sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
-    report = {name: value for name, value in metrics.items() if name != "history"}
+    report = {name: value for name, value in metrics.items() if name not in ("schema_version", "history")}
     report["groups"] = [{"first_code": first, "tools": tools} for first, tools in largest]
-    (folder / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
+    write_json(folder / "report.json", report, METRICS_VERSION)
 
     figure = plt.figure(figsize=(15, 11), layout="constrained")
     grid = figure.add_gridspec(3, 2, height_ratios=(1, 1.25, 1.25), width_ratios=(1, 1.25))

@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from .tokenization_toolweaver import ToolWeaverTokenizer
+from .tokenization_toolweaver import HUB_KWARGS, ToolWeaverTokenizer
 from .trie import CodeTrie
 
 
@@ -60,9 +60,11 @@ class ToolRetriever:
         Args:
             folder (`str`): The folder or repository.
             model_kwargs: Passed on to [`AutoModelForCausalLM.from_pretrained`], such as `dtype` and `device_map`.
+                Those that say where from, such as `revision` and `token`, hold for the tokenizer, too.
         """
         model = AutoModelForCausalLM.from_pretrained(folder, **model_kwargs)
-        return cls(model, ToolWeaverTokenizer.from_pretrained(folder))
+        hub_kwargs = {name: value for name, value in model_kwargs.items() if name in HUB_KWARGS}
+        return cls(model, ToolWeaverTokenizer.from_pretrained(folder, **hub_kwargs))
 
     def __call__(
         self,

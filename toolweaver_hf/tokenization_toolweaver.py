@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 SCHEMA_VERSION = 1
 TOOL_CODES_FILE = "tool_codes.json"
 LEVEL_LETTERS = "abcdefgh"
+HUB_KWARGS = ("revision", "token", "cache_dir", "subfolder", "force_download", "local_files_only")
+"""Arguments of every `from_pretrained` that say where on the Hub a file is and how to get it."""
 
 # A conversation for base models that come without a chat template; it needs no token that the base lacks.
 DEFAULT_CHAT_TEMPLATE = (

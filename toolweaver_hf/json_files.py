@@ -1,0 +1,42 @@
+"""The JSON files of a run: written whole or not at all, each with the version of its format."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: str | os.PathLike, document: dict[str, Any], schema_version: int) -> None:
+    """Write a JSON object with its `schema_version`, whole or not at all."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(
+        json.dumps({"schema_version": schema_version, **document}, indent=2, ensure_ascii=False), encoding="utf-8"
+    )
+    os.replace(partial, path)
+
+
+def read_json(path: str | os.PathLike, schema_version: int) -> dict[str, Any]:
+    """Read a JSON object of `schema_version` or older; a file without one is of version 0.
+
+    Raises:
+        `ValueError`: naming the file, if it is no JSON object or of a newer version.
+        `OSError`: if it cannot be read.
+    """
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(document).__name__}")
+    found = document.get("schema_version", 0)
+    if type(found) is not int:
+        raise ValueError(f"{path}: schema_version must be a whole number, not {found!r}")
+    if found > schema_version:
+        raise ValueError(
+            f"{path} has schema_version {found}, newer than {schema_version}, which this version reads: upgrade "
+            "toolweaver-hf"
+        )
+    return document
