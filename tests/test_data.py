@@ -61,7 +61,7 @@ def call(name, arguments):
         ([{"role": "user", "content": 5}], "text"),
         ([{"role": "user", "content": "x"}], "assistant"),
         ([{"role": "assistant", "tool_calls": [{"name": "a"}]}], "function"),
-        ([{"role": "assistant", "tool_calls": [call("a", "{}")]}], "'a' must be a JSON object"),
+        ([{"role": "assistant", "tool_calls": [call("a", "[]")]}], "'a' must be a JSON object"),
     ],
 )
 def test_wrong_trajectories_are_named(tmp_path, messages, says):

@@ -6,12 +6,14 @@ import json
 import math
 import os
 import random
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-from tokenizers.models import BPE
 
 from .catalog import ToolCatalog
 
@@ -19,6 +21,17 @@ from .catalog import ToolCatalog
 if TYPE_CHECKING:
     from .tokenization_toolweaver import ToolWeaverTokenizer
 
+
+ATOMIC_TOKEN = re.compile(r"<<(?:(?!<<).)+?(?:&&(?:(?!<<).)+?)?>>(?!>)")
+"""How ToolGen writes a tool: one token, `<<tool&&api>>`."""
+
+SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "function": "tool",
+    "function_call": "assistant",
+    "observation": "tool",
+}
 
 TRAJECTORY_PROMPT = "Think, call tools by their code with JSON arguments, then answer."
 
@@ -38,23 +51,32 @@ class Query:
     tools: tuple[str, ...]
 
 
-def read_jsonl(path: str | os.PathLike) -> list[tuple[int, dict[str, Any]]]:
-    """Read the rows of a JSONL file with their line numbers.
+def read_rows(path: str | os.PathLike) -> list[tuple[str, dict[str, Any]]]:
+    """Read the rows of a JSONL file, or of a JSON file that holds a list, each with its place for error messages.
 
     Raises:
-        `ValueError`: naming the file and the line that is not a JSON object.
+        `ValueError`: naming the file and the line or item that is not a JSON object.
     """
-    rows = []
+    rows: list[tuple[str, Any]] = []
     with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from None
-                if not isinstance(row, dict):
-                    raise ValueError(f"{path}, line {number}: expected a JSON object, not {type(row).__name__}")
-                rows.append((number, row))
+        if os.fspath(path).endswith(".json"):
+            try:
+                items = json.load(file)
+            except ValueError as error:
+                raise ValueError(f"{path} is not valid JSON: {error}") from None
+            if not isinstance(items, list):
+                raise ValueError(f"{path} holds no list of rows")
+            rows = [(f"{path}, item {number}", item) for number, item in enumerate(items, start=1)]
+        else:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    try:
+                        rows.append((f"{path}, line {number}", json.loads(line)))
+                    except ValueError as error:
+                        raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from None
+    for place, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: expected a JSON object, not {type(row).__name__}")
     return rows
 
 
@@ -63,7 +85,9 @@ def load_queries(path: str | os.PathLike, qrels: str | os.PathLike | None = None
 
     Args:
         path (`str`):
-            JSONL file with rows `{"id", "text", "tools"}`, or a BEIR queries file with rows `{"_id", "text"}`.
+            JSONL file with rows `{"id", "text", "tools"}`, or a BEIR queries file with rows `{"_id", "text"}`, or
+            ToolGen's rows for memorization and retrieval: `conversations` of a user's text and the tool's token
+            `<<tool&&api>>`.
         qrels (`str`, *optional*):
             For a BEIR queries file, the tab-separated file of `query-id`, `corpus-id` and `score` (a header line,
             scores above 0 are relevant). Queries without a relevant tool are left out.
@@ -73,8 +97,9 @@ def load_queries(path: str | os.PathLike, qrels: str | os.PathLike | None = None
     """
     relevant = _read_qrels(qrels) if qrels is not None else None
     queries: dict[str, Query] = {}
-    for number, row in read_jsonl(path):
-        place = f"{path}, line {number}"
+    for place, row in read_rows(path):
+        if "conversations" in row:
+            row = _query_of_conversation(place, row)
         query_id, text = row.get("id", row.get("_id")), row.get("text")
         tools = row.get("tools") if relevant is None else relevant.get(query_id, [])
         if not isinstance(query_id, str) or not isinstance(text, str) or not text.strip():
@@ -90,6 +115,18 @@ def load_queries(path: str | os.PathLike, qrels: str | os.PathLike | None = None
     if not queries:
         raise ValueError(f"{path} holds no query with a ground-truth tool")
     return list(queries.values())
+
+
+def _query_of_conversation(place: str, row: dict[str, Any]) -> dict[str, Any]:
+    """Read a conversation that is no more than a text and the tool that it stands for."""
+    try:
+        *_, question, answer = _read_messages(row)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    tools = ATOMIC_TOKEN.findall(answer["content"])
+    if question["role"] != "user" or ATOMIC_TOKEN.sub("", answer["content"]).strip() or not tools:
+        raise ValueError(f"{place}: expected a user's text and its tools, written <<tool&&api>>, as the answer")
+    return {"id": str(row.get("id", place)), "text": question["content"], "tools": tools}
 
 
 def _read_qrels(path: str | os.PathLike) -> dict[str, list[str]]:
@@ -111,85 +148,162 @@ def _read_qrels(path: str | os.PathLike) -> dict[str, list[str]]:
 
 
 def load_trajectories(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Read trajectories: JSONL rows with `messages` in the conversational format of TRL.
+    """Read trajectories, or any other conversations.
 
-    A tool call stands in an assistant message's `tool_calls` as
-    `{"type": "function", "function": {"name": TOOL_ID, "arguments": {...}}}`, with the thought as its `content`; the
-    observation follows as a message of the role `tool`.
+    A row has `messages` in the conversational format of TRL, with `tools` beside it or not, or `conversations` as
+    ShareGPT has them, of `from` and `value` or `role` and `content`. A tool call stands in an assistant message's
+    `tool_calls` as `{"type": "function", "function": {"name": TOOL_ID, "arguments": {...}}}`, with the thought as its
+    `content`, or in its text as ToolGen's token `<<tool&&api>>`; the observation follows as a message of the role
+    `tool`. A message may say by `loss`, true or false, whether it is to be learnt.
+
+    Returns:
+        `list[dict]`: rows of an `id` and `messages`. Their `tools` are left out: the model knows the tools by their
+        codes.
 
     Raises:
-        `ValueError`: naming the file and line of a row that is not of that form.
+        `ValueError`: naming the file and line of a row that is not of that form, or calls a tool that its `tools` lack.
     """
     rows = []
-    for number, row in read_jsonl(path):
+    for place, row in read_rows(path):
         try:
-            _checked_messages(row.get("messages"))
+            rows.append({"id": str(row.get("id", place)), "messages": _read_messages(row)})
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
-        rows.append(row)
+            raise ValueError(f"{place}: {error}") from None
     return rows
 
 
-def _checked_messages(messages: Any) -> None:
+def _read_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Check a row's conversation and return it with `role` and `content`, and with arguments that are objects."""
+    messages = row.get("messages", row.get("conversations"))
     if not isinstance(messages, list) or not messages:
-        raise ValueError("a trajectory needs 'messages', a non-empty list")
+        raise ValueError("a trajectory needs 'messages' or 'conversations', a non-empty list")
+    tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
+    names = {(tool.get("function") or tool).get("name") for tool in tools} if tools else None
+    read = []
     for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant", "tool"):
-            raise ValueError("every message needs a role: system, user, assistant or tool")
-        if not isinstance(message.get("content") or "", str):
+        if not isinstance(message, dict):
+            raise ValueError("a message must be a JSON object")
+        role = message.get("role", message.get("from"))
+        role = SHAREGPT_ROLES.get(role, role)
+        if role not in ("system", "user", "assistant", "tool"):
+            raise ValueError(f"every message needs a role: system, user, assistant or tool, not {role!r}")
+        content = message.get("content", message.get("value")) or ""
+        if not isinstance(content, str):
             raise ValueError("a message's content must be a text")
-        for call in message.get("tool_calls") or []:
-            function = call.get("function") if isinstance(call, dict) else None
-            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-                raise ValueError("a tool call needs a 'function' with the 'name' of the tool")
-            if not isinstance(function.get("arguments", {}), dict):
-                raise ValueError(f"the arguments of the call to {function['name']!r} must be a JSON object")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("a trajectory needs at least one assistant message to learn from")
+        if not isinstance(message.get("loss", True), bool):
+            raise ValueError("a message's loss must be true or false")
+        calls = [_read_call(call, names) for call in message.get("tool_calls") or []]
+        read.append({"role": role, "content": content} | ({"tool_calls": calls} if calls else {}))
+        if "loss" in message:
+            read[-1]["loss"] = message["loss"]
+    if not any(message.get("loss", message["role"] == "assistant") for message in read):
+        raise ValueError(
+            "a trajectory needs at least one message to learn from: the assistant's, or one marked 'loss'"
+        )
+    return read
+
+
+def _read_call(call: Any, names: set[str] | None) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError("a tool call needs a 'function' with the 'name' of the tool")
+    name, arguments = function["name"], function.get("arguments", {})
+    if isinstance(arguments, str):  # OpenAI's API gives them as text
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            arguments = None
+    if not isinstance(arguments, dict):
+        raise ValueError(f"the arguments of the call to {name!r} must be a JSON object")
+    if names is not None and name not in names:
+        raise ValueError(f"the tool {name!r} is called but is not among the row's 'tools'")
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def code_text(tool_id: str, tokenizer: ToolWeaverTokenizer) -> str:
-    """Return a tool's code as text, such as `<a_12><b_5>`."""
+    """Return a tool's code as text, such as `<a_12><b_5>`. ToolGen's token `<<tool&&api>>` names a tool, too."""
+    if ATOMIC_TOKEN.fullmatch(tool_id) and not tokenizer.has_tool(tool_id):
+        tool_id = tool_id[2:-2]
     return "".join(tokenizer.convert_ids_to_tokens(tokenizer.encode_tool(tool_id)))
 
 
-def memorization_rows(catalog: ToolCatalog, tokenizer: ToolWeaverTokenizer) -> list[list[dict[str, str]]]:
+def _atomic_to_code(token: str, tokenizer: ToolWeaverTokenizer) -> str:
+    is_tool = "&&" in token or tokenizer.has_tool(token) or tokenizer.has_tool(token[2:-2])
+    return code_text(token, tokenizer) if is_tool else token  # such as <<Finish>>, or a shift in C++
+
+
+def memorization_rows(catalog: ToolCatalog, tokenizer: ToolWeaverTokenizer) -> list[dict[str, Any]]:
     """Rows that teach tool document -> code: one conversation a tool."""
-    return [_code_row(tool.document, tool.id, tokenizer) for tool in catalog]
+    return [_code_row(tool.id, tool.document, [tool.id], tokenizer) for tool in catalog]
 
 
-def retrieval_rows(queries: Iterable[Query], tokenizer: ToolWeaverTokenizer) -> list[list[dict[str, str]]]:
-    """Rows that teach query -> code: one conversation for each ground-truth tool of each query."""
-    return [_code_row(query.text, tool_id, tokenizer) for query in queries for tool_id in query.tools]
+def retrieval_rows(
+    queries: Iterable[Query], tokenizer: ToolWeaverTokenizer, as_sequence: bool = False
+) -> list[dict[str, Any]]:
+    """Rows that teach query -> code.
+
+    Args:
+        queries (`Iterable[Query]`):
+            The queries.
+        tokenizer ([`ToolWeaverTokenizer`]):
+            The tokenizer with the tools' codes.
+        as_sequence (`bool`, *optional*, defaults to `False`):
+            Whether a query's ground-truth tools make one conversation, answered by their codes one after another,
+            rather than one conversation for each tool.
+
+    Raises:
+        `ValueError`: naming the query whose tool has no code.
+    """
+    rows = []
+    for query in queries:
+        answers = [query.tools] if as_sequence else [[tool_id] for tool_id in query.tools]
+        rows += [_code_row(query.id, query.text, answer, tokenizer) for answer in answers]
+    return rows
 
 
-def _code_row(text: str, tool_id: str, tokenizer: ToolWeaverTokenizer) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}, {"role": "assistant", "content": code_text(tool_id, tokenizer)}]
+def _code_row(row_id: str, text: str, tool_ids: Sequence[str], tokenizer: ToolWeaverTokenizer) -> dict[str, Any]:
+    try:
+        answer = "".join(code_text(tool_id, tokenizer) for tool_id in tool_ids)
+    except ValueError as error:
+        raise ValueError(f"{row_id}: {error}") from None
+    return {"id": row_id, "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]}
 
 
-def trajectory_rows(
-    trajectories: Iterable[dict[str, Any]], tokenizer: ToolWeaverTokenizer
-) -> list[list[dict[str, str]]]:
-    """Rows that teach whole trajectories: thought, code, arguments, observation, answer."""
-    return [render_calls(row["messages"], tokenizer) for row in trajectories]
+def trajectory_rows(trajectories: Iterable[dict[str, Any]], tokenizer: ToolWeaverTokenizer) -> list[dict[str, Any]]:
+    """Rows that teach whole trajectories: thought, code, arguments, observation, answer.
+
+    Raises:
+        `ValueError`: naming the trajectory that calls a tool without a code.
+    """
+    rows = []
+    for row in trajectories:
+        try:
+            rows.append({"id": row["id"], "messages": render_calls(row["messages"], tokenizer)})
+        except ValueError as error:
+            raise ValueError(f"{row['id']}: {error}") from None
+    return rows
 
 
-def render_calls(messages: Sequence[dict[str, Any]], tokenizer: ToolWeaverTokenizer) -> list[dict[str, str]]:
+def render_calls(messages: Sequence[dict[str, Any]], tokenizer: ToolWeaverTokenizer) -> list[dict[str, Any]]:
     """Write the tool calls of a conversation as the model generates them.
 
     Every message comes out with a plain `content`: a call becomes the thought, a line break, the tool's code and its
-    arguments as one JSON object. Several calls of one assistant message become turns of their own, each followed by
-    its observation. A conversation without a system message gets `TRAJECTORY_PROMPT`.
+    arguments as one JSON object; ToolGen's tokens in the assistant's text become codes. Several calls of one
+    assistant message become turns of their own, each followed by its observation. A conversation without a system
+    message gets `TRAJECTORY_PROMPT`.
 
     Raises:
         `ValueError`: if a call names a tool that has no code.
     """
     rendered = [] if messages[0]["role"] == "system" else [{"role": "system", "content": TRAJECTORY_PROMPT}]
-    waiting: list[str] = []  # calls of the last assistant message that still lack their turn
+    waiting: list[dict[str, Any]] = []  # turns for the calls of the last assistant message that still lack theirs
     for message in messages:
         content = message.get("content") or ""
+        flags = {"loss": message["loss"]} if "loss" in message else {}
         if message["role"] == "tool" and waiting and rendered[-1]["role"] == "tool":
-            rendered.append({"role": "assistant", "content": waiting.pop(0)})
+            rendered.append(waiting.pop(0))
+        if message["role"] == "assistant":
+            content = ATOMIC_TOKEN.sub(lambda match: _atomic_to_code(match[0], tokenizer), content)
         calls = [
             code_text(call["function"]["name"], tokenizer)
             + json.dumps(call["function"].get("arguments", {}), ensure_ascii=False)
@@ -197,13 +311,13 @@ def render_calls(messages: Sequence[dict[str, Any]], tokenizer: ToolWeaverTokeni
         ]
         if calls:
             content = f"{content}\n{calls[0]}" if content else calls[0]
-            waiting = calls[1:]
-        rendered.append({"role": message["role"], "content": content})
+            waiting = [{"role": "assistant", "content": call, **flags} for call in calls[1:]]
+        rendered.append({"role": message["role"], "content": content, **flags})
     return rendered
 
 
-def leave_out_words(row: list[dict[str, str]], generator: random.Random) -> list[dict[str, str]]:
-    """Copy a conversation with some words of the user's messages alone, in their order.
+def leave_out_words(row: dict[str, Any], generator: random.Random) -> dict[str, Any]:
+    """Copy a row with some words of the user's messages alone, in their order.
 
     Half to all of a query's words stay; of a document no more than a query has, 16.
     """
@@ -213,49 +327,77 @@ def leave_out_words(row: list[dict[str, str]], generator: random.Random) -> list
         kept = math.ceil(generator.uniform(0.5, 1) * min(len(words), 16))
         return " ".join(words[i] for i in sorted(generator.sample(range(len(words)), kept)))
 
-    return [
-        {**message, "content": thin(message["content"])} if message["role"] == "user" else message for message in row
+    messages = [
+        {**message, "content": thin(message["content"])} if message["role"] == "user" else message
+        for message in row["messages"]
     ]
+    return {**row, "messages": messages}
 
 
 def tokenize_rows(
-    rows: Iterable[list[dict[str, str]]],
+    rows: Iterable[dict[str, Any]],
     tokenizer: ToolWeaverTokenizer,
     max_length: int | None = None,
-    bpe_dropout: float | None = None,
+    split_share: float = 0.0,
+    seed: int = 0,
 ) -> tuple[Dataset, int]:
-    """Tokenize conversations for `SFTTrainer`, with the loss on the assistant's turns alone.
+    """Tokenize conversations for `SFTTrainer`, with the loss on the messages to learn alone.
+
+    These are the assistant's messages, or those that say `loss: true` where messages say it. A conversation whose
+    earlier turns the chat template rewrites becomes one row for each turn to learn, which ends with it.
 
     Args:
-        rows (`Iterable[list[dict]]`):
-            Conversations whose messages have a plain `content`.
+        rows (`Iterable[dict]`):
+            Rows of an `id` and `messages` with a plain `content`.
         tokenizer ([`ToolWeaverTokenizer`]):
             The tokenizer with the tools' codes.
         max_length (`int`, *optional*):
             Rows of more tokens are left out whole: a cut row would lose the answer that it teaches.
-        bpe_dropout (`float`, *optional*):
-            Share of the tokenizer's merges to leave out at random (BPE-dropout, arXiv 1910.13267). A tokenizer that is
-            no BPE ignores it.
+        split_share (`float`, *optional*, defaults to 0):
+            How many of the tokens that are not learnt to write as shorter ones, at random.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of these.
 
     Returns:
-        `tuple[Dataset, int]`: the dataset with the columns `input_ids` and `labels` (-100 where no loss is taken), and
-        the number of rows that were left out.
+        `tuple[Dataset, int]`: the dataset with the columns `id`, `input_ids` and `labels` (-100 where no loss is
+        taken), and the number of rows that were left out.
     """
-    columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    columns: dict[str, list] = {"id": [], "input_ids": [], "labels": []}
     too_long = 0
-    bpe = tokenizer.backend_tokenizer.model
-    if isinstance(bpe, BPE):
-        kept_dropout, bpe.dropout = bpe.dropout, bpe_dropout
-    for messages in rows:
-        encoded = tokenizer.encode_conversation(messages)
-        input_ids = encoded["input_ids"]
-        if max_length is not None and len(input_ids) > max_length:
-            too_long += 1
-            continue
-        columns["input_ids"].append(input_ids)
-        columns["labels"].append(
-            [token if learn else -100 for token, learn in zip(input_ids, encoded["assistant_mask"], strict=True)]
-        )
-    if isinstance(bpe, BPE):
-        bpe.dropout = kept_dropout
+    generator = random.Random(seed)
+    for row in rows:
+        for messages in _learnable(row["messages"], tokenizer):
+            encoded = tokenizer.encode_conversation(messages)
+            input_ids, labels = [], []
+            for learn, part in groupby(
+                zip(encoded["input_ids"], encoded["assistant_mask"], strict=True), itemgetter(1)
+            ):
+                ids = [token_id for token_id, _ in part]
+                if split_share and not learn:
+                    ids = tokenizer.split_tokens(ids, split_share, generator)
+                input_ids += ids
+                labels += ids if learn else [-100] * len(ids)
+            if max_length is not None and len(input_ids) > max_length:
+                too_long += 1
+            else:
+                for name, value in (("id", row["id"]), ("input_ids", input_ids), ("labels", labels)):
+                    columns[name].append(value)
     return Dataset.from_dict(columns), too_long
+
+
+def _learnable(messages: list[dict[str, Any]], tokenizer: ToolWeaverTokenizer) -> list[list[dict[str, Any]]]:
+    """Cut a conversation where the chat template requires it, so that every turn is learnt as it will be generated."""
+    if tokenizer.appends_messages:
+        return [messages]
+    return [
+        [{**earlier, "loss": False} for earlier in messages[:i]] + [{**message, "loss": True}]
+        for i, message in enumerate(messages)
+        if message.get("loss", message["role"] == "assistant")
+    ]
+
+
+def weigh_rows(dataset: Dataset, weight: float, seed: int) -> Dataset:
+    """Repeat a dataset's rows so that each is seen `weight` times an epoch: 2 is twice, 0.5 is half of the rows."""
+    copies, rest = divmod(weight, 1)
+    some = random.Random(seed).sample(range(len(dataset)), round(rest * len(dataset)))
+    return dataset.select([*range(len(dataset))] * int(copies) + sorted(some))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
@@ -228,6 +231,10 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
         """`list[int]`: The token ids of all code tokens, used by a tool or not."""
         return list(range(self.level_offsets[0], self.level_offsets[-1] + self.codebook_sizes[-1]))
 
+    def has_tool(self, tool_id: str) -> bool:
+        """Whether a tool has a code."""
+        return tool_id in self._tool_ids
+
     def encode_tool(self, tool_id: str) -> list[int]:
         """Return the token ids of a tool's code, one a level.
 
@@ -250,78 +257,184 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
             raise ValueError(f"{tokens} is not the code of a tool")
         return self._tool_of_ids[token_ids]
 
+    @cached_property
+    def _plain_backend(self) -> Tokenizer:
+        """The backend without post-processing, whose control tokens can be switched off by `encode_special_tokens`."""
+        document = json.loads(self.backend_tokenizer.to_str())
+        document |= {"post_processor": None, "truncation": None, "padding": None}
+        for token in document["added_tokens"]:
+            token["special"] = token["id"] in self._control_ids
+        return Tokenizer.from_str(json.dumps(document))
+
+    @cached_property
+    def _control_ids(self) -> frozenset[int]:
+        """Ids of the added tokens that do more than stand for text: code tokens, role markers, ends of turns."""
+        added = self.backend_tokenizer.get_added_tokens_decoder()
+        return frozenset(i for i, token in added.items() if token.content.replace("\u2581", " ").strip())
+
+    def _spans(self, text: str, as_data: bool = False) -> list[tuple[int, int, int]]:
+        """Tokenize text; return for each token its id, and where it starts and ends in the text."""
+        backend = self._plain_backend
+        backend.encode_special_tokens = as_data
+        encoding = backend.encode(text, add_special_tokens=False)
+        return [(i, start, end) for i, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)]
+
+    def _add_tokens(self, new_tokens: list[str | AddedToken], special_tokens: bool = False) -> int:
+        for name in ("_plain_backend", "_control_ids"):
+            self.__dict__.pop(name, None)
+        return super()._add_tokens(new_tokens, special_tokens)
+
+    @cached_property
+    def _opens_with_space(self) -> bool:
+        """Whether the base puts a space before what follows any added token, and drops one when it decodes."""
+        text = f"x<{LEVEL_LETTERS[0]}_0>x"
+        return self.backend_tokenizer.decode([i for i, *_ in self._spans(text)], skip_special_tokens=False) != text
+
+    def _decode(self, token_ids: int | list[int], **kwargs) -> str:
+        if isinstance(token_ids, int) or not self._opens_with_space:
+            return super()._decode(token_ids, **kwargs)
+        first, end = self.level_offsets[0], self.level_offsets[-1] + self.codebook_sizes[-1]
+        pieces = itertools.groupby(token_ids, key=lambda token_id: first <= token_id < end)
+        return "".join(super(ToolWeaverTokenizer, self)._decode(list(piece), **kwargs) for _, piece in pieces)
+
     def encode_data(self, text: str) -> list[int]:
         """Tokenize text of others, such as what a tool returned, as text alone.
 
-        No code token and no special token can come out, whatever the text holds: the base's model sees all of it.
+        The ids are those that the base tokenizer gives, save that no code token and no other control token of the
+        vocabulary can come out, whatever the text holds: their spelling is tokenized as text. Added tokens of mere
+        whitespace, which some tokenizers have, are text.
         """
-        backend = self.backend_tokenizer
-        if backend.normalizer is not None:
-            text = backend.normalizer.normalize_str(text)
-        splits = (
-            [text] if backend.pre_tokenizer is None else [s for s, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
-        )
-        ids = [token.id for split in splits for token in backend.model.tokenize(split)]
-        added = self.added_tokens_decoder
-        return [i for i in ids if i not in added]
+        ids = []
+        for token_id, start, end in self._spans(text, as_data=True):
+            if token_id in self._control_ids:  # a model whose merges, too, spell out a control token
+                ids += [i for letter in text[start:end] for i, *_ in self._spans(letter, as_data=True)]
+            else:
+                ids.append(token_id)
+        return [i for i in ids if i not in self._control_ids]
 
     def encode_conversation(
-        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
     ) -> dict[str, list[int]]:
-        """Tokenize a conversation by the chat template, and mark what the assistant says in it.
+        """Tokenize a conversation by the chat template, and mark what is to be learnt in it.
 
-        Messages of the role `tool` are tokenized by [`~ToolWeaverTokenizer.encode_data`]: a tool cannot speak in
-        another role, nor choose a tool.
+        The ids are those of the rendered text, as `apply_chat_template` gives them, with two exceptions. What users
+        and tools say is never read as a control token: where it holds the spelling of one, it is tokenized by
+        [`~ToolWeaverTokenizer.encode_data`]. And no token reaches from the prompt into a turn that is learnt, since
+        none can when the turn is generated.
 
         Args:
-            messages (`Sequence[Mapping[str, str]]`):
-                Messages with a `role` and a plain `content`.
+            messages (`Sequence[Mapping[str, Any]]`):
+                Messages with a `role` and a plain `content`, and optionally a `loss`: whether to learn the message.
+                Without it the assistant's messages are learnt and no others.
             add_generation_prompt (`bool`, *optional*, defaults to `False`):
-                Whether to open the assistant's next turn at the end.
+                Whether to open the assistant's next turn at the end. Nothing is marked then.
 
         Returns:
-            `dict[str, list[int]]`: `input_ids`, and `assistant_mask` with a 1 for every token of the assistant's
-            contents and of the end of their turns.
+            `dict[str, list[int]]`: `input_ids`, and `assistant_mask` with a 1 for every token of the contents that
+            are to be learnt and of the ends of their turns.
 
         Raises:
-            `ValueError`: if the template writes a conversation differently once it goes on, so that the assistant's
-            turns cannot be told from the rest.
+            `ValueError`: if the template writes a conversation differently once it goes on, so that the turns to
+            learn cannot be told from the rest.
         """
-        # Observations are rendered as a placeholder that no template changes, and put in place as tokens.
-        shown = [
-            {**message, "content": _PLACEHOLDER} if message["role"] == "tool" else dict(message)
-            for message in messages
-        ]
-        text = self.apply_chat_template(shown, tokenize=False, add_generation_prompt=add_generation_prompt)
-        pieces: list[tuple[str, bool]] = []
-        position = 0
-        for i, message in enumerate(shown):
-            if message["role"] == "assistant":
-                start = self.apply_chat_template(shown[:i], tokenize=False, add_generation_prompt=True) if i else ""
-                end = self.apply_chat_template(shown[: i + 1], tokenize=False)
-                if not (end.startswith(start) and text.startswith(end)):
-                    raise ValueError(
-                        "the chat template changes earlier messages of a conversation when it goes on, so the "
-                        "assistant's turns cannot be marked: set a template that appends each message"
-                    )
-                turn = end[len(start) :].rstrip()
-                pieces += [(text[position : len(start)], False), (turn, True)]
-                position = len(start) + len(turn)
-        pieces.append((text[position:], False))
-        return self._encode_pieces(pieces, iter([m["content"] for m in messages if m["role"] == "tool"]))
-
-    def _encode_pieces(self, pieces: list[tuple[str, bool]], observations: Iterable[str]) -> dict[str, list[int]]:
-        """Tokenize consecutive pieces of a conversation; each placeholder takes in the next observation."""
+        mark = "\ue000"  # a private character, repeated until no message holds it
+        while any(mark in message["content"] for message in messages):
+            mark += "\ue000"
+        shown, data = [], []
+        for message in messages:
+            message = dict(message)
+            if message["role"] in ("user", "tool") and self._has_control(message["content"]):
+                data.append(message["content"])
+                message["content"] = f"{mark}{len(data) - 1}\ue001"
+            shown.append(message)
+        text = self._render(shown, add_generation_prompt)
+        learnt = [] if add_generation_prompt else self._learnt_spans(shown, text)
+        cuts = [cut for span in learnt for cut in span]
         input_ids: list[int] = []
         mask: list[int] = []
-        for piece, is_assistant in pieces:
-            for i, text in enumerate(piece.split(_PLACEHOLDER)):
-                ids = self.encode_data(next(observations)) if i else []
-                if text:
-                    ids = ids + self.encode(text, add_special_tokens=False)
-                input_ids += ids
-                mask += [int(is_assistant)] * len(ids)
+        position = 0
+        for i, piece in enumerate(re.split(f"{mark}(\\d+)\ue001", text)):
+            if i % 2:
+                spans = [(token_id, 0, 0) for token_id in self.encode_data(data[int(piece)])]
+                length = len(mark) + len(piece) + 1
+            else:
+                spans = self._spans_cut(piece, [cut - position for cut in cuts])
+                length = len(piece)
+            for token_id, start, _ in spans:
+                input_ids.append(token_id)
+                mask.append(int(any(first <= position + start < last for first, last in learnt)))
+            position += length
         return {"input_ids": input_ids, "assistant_mask": mask}
+
+    def split_tokens(self, token_ids: Iterable[int], share: float, generator: random.Random) -> list[int]:
+        """Write some tokens as shorter ones, as BPE-dropout (arXiv 1910.13267) does, but by a seed.
+
+        Args:
+            token_ids (`Iterable[int]`):
+                Tokens of a text. Control tokens among them stay whole.
+            share (`float`):
+                How many of the tokens to split, at a random place, between 0 and 1.
+            generator (`random.Random`):
+                What draws them.
+        """
+        model, split = self._plain_backend.model, []
+        for token_id in token_ids:
+            token = self.backend_tokenizer.id_to_token(token_id)
+            if token_id in self._control_ids or len(token) < 2 or generator.random() >= share:
+                split.append(token_id)
+            else:
+                cut = generator.randrange(1, len(token))
+                split += [piece.id for part in (token[:cut], token[cut:]) for piece in model.tokenize(part)]
+        return split
+
+    def _has_control(self, text: str) -> bool:
+        """Whether text would be read as more than text."""
+        return any(i in self._control_ids for i, *_ in self._spans(text))
+
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+        # Templates of models that think aloud at will write that they do not; others ignore the argument.
+        return self.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
+        )
+
+    def _learnt_spans(self, messages: list[dict[str, Any]], text: str) -> list[tuple[int, int]]:
+        """Where in the rendered text the messages to learn start and end."""
+        spans = []
+        for i, message in enumerate(messages):
+            is_assistant = message["role"] == "assistant"
+            if message.get("loss", is_assistant):
+                start = self._render(messages[:i], add_generation_prompt=is_assistant) if i else ""
+                end = text if i + 1 == len(messages) else self._render(messages[: i + 1])
+                if not (end.startswith(start) and text.startswith(end)):
+                    raise ValueError(
+                        "the chat template changes earlier messages of a conversation when it goes on, so the turns "
+                        "to learn cannot be marked: set a template that appends each message"
+                    )
+                spans.append((len(start), len(start) + len(end[len(start) :].rstrip())))
+        return spans
+
+    def _spans_cut(self, text: str, cuts: Iterable[int]) -> list[tuple[int, int, int]]:
+        """Tokenize text as [`_spans`] does, but without a token across one of the cuts."""
+        spans = self._spans(text) if text else []
+        crossed = next((cut for cut in cuts if any(start < cut < end for _, start, end in spans)), None)
+        if crossed is None:
+            return spans
+        rest = self._spans_cut(text[crossed:], [cut - crossed for cut in cuts])
+        return self._spans_cut(text[:crossed], cuts) + [(i, s + crossed, e + crossed) for i, s, e in rest]
+
+    @cached_property
+    def appends_messages(self) -> bool:
+        """`bool`: Whether the chat template leaves a conversation as it is when it goes on.
+
+        Where it does not, as with models whose earlier thoughts are dropped, only the last turn of a conversation
+        can be learnt as it will be generated.
+        """
+        messages = [{"role": role, "content": f"a {role}"} for role in ("user", "assistant", "tool", "assistant")]
+        try:
+            self._learnt_spans(messages, self._render(messages))
+        except ValueError:
+            return False
+        return True
 
     def _save_pretrained(
         self,
@@ -342,7 +455,5 @@ def write_tool_codes(document: dict[str, Any], path: str) -> None:
         json.dump(document, file, ensure_ascii=False)
     os.replace(path + ".partial", path)
 
-
-_PLACEHOLDER = "\ue000observation\ue001"
 
 ToolWeaverTokenizer.register_for_auto_class("AutoTokenizer")
