@@ -25,18 +25,20 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from accelerate.logging import get_logger
-from datasets import concatenate_datasets
-from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from datasets import Dataset, concatenate_datasets
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
+from transformers.utils import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
+from trl import ModelConfig, TrlParser, get_peft_config
 
 from toolweaver_hf.catalog import ToolCatalog
 from toolweaver_hf.cli import run
 from toolweaver_hf.codes import ToolCodes
 from toolweaver_hf.data import (
+    Query,
     leave_out_words,
     load_queries,
     load_trajectories,
@@ -44,15 +46,23 @@ from toolweaver_hf.data import (
     retrieval_rows,
     tokenize_rows,
     trajectory_rows,
+    weigh_rows,
 )
-from toolweaver_hf.embedding_init import initialize_code_embeddings
+from toolweaver_hf.embedding_init import initialize_code_embeddings, trainable_code_rows
 from toolweaver_hf.modeling_rqvae import RQVAEModel
-from toolweaver_hf.tokenization_toolweaver import ToolWeaverTokenizer
+from toolweaver_hf.tokenization_toolweaver import TOOL_CODES_FILE, ToolWeaverTokenizer
+from toolweaver_hf.train_alignment import (
+    AlignmentTrainer,
+    AlignmentTrainingArguments,
+    check_output_dir,
+    last_checkpoint,
+    size_on_disk,
+)
 
 
 logger = get_logger(__name__)
 
-STAGES = ("memorization", "retrieval", "trajectory")
+STAGES = ("memorization", "retrieval", "trajectory", "replay")
 
 
 @dataclass
@@ -65,17 +75,32 @@ class AlignmentArguments:
             `codebook`, the RQ-VAE.
         stages (`list[str]`, *optional*, defaults to `["retrieval"]`):
             Kinds of rows to train on, mixed: `memorization` (document -> code), `retrieval` (query -> code),
-            `trajectory` (whole trajectories).
+            `trajectory` (whole trajectories), `replay` (general chat, against forgetting).
+        stage_weights (`list[float]`, *optional*):
+            For each stage how often its rows are seen in an epoch: 2 is twice, 0.5 is half of them. Defaults to once.
         queries (`str`, *optional*):
-            Training queries for `retrieval`: JSONL with `id`, `text`, `tools`, or a BEIR queries file.
+            Training queries for `retrieval`: JSONL with `id`, `text`, `tools`, or a BEIR queries file, or ToolGen's
+            rows for memorization or retrieval.
         qrels (`str`, *optional*):
             The relevance file of BEIR queries.
+        tools_as_sequence (`bool`, *optional*, defaults to `False`):
+            Whether a query's ground-truth tools are one answer, their codes one after another, rather than a row each.
         trajectories (`str`, *optional*):
-            Training trajectories for `trajectory`: JSONL with `messages`.
+            Training trajectories for `trajectory`: JSONL with `messages`, or with ShareGPT's `conversations`.
+        replay (`str`, *optional*):
+            Conversations for `replay`, of the same formats.
+        eval_queries (`str`, *optional*):
+            Queries for the evaluations while training: their loss, and nDCG by constrained beam search.
+        eval_qrels (`str`, *optional*):
+            The relevance file of BEIR queries.
+        max_eval_queries (`int`, *optional*, defaults to 200):
+            How many of them to use.
+        early_stopping_patience (`int`, *optional*):
+            Evaluations without a better `metric_for_best_model` after which training stops.
         embedding_init (`str`, *optional*, defaults to `"codebook"`):
             Where the embeddings of a base model's new tokens come from: `codebook`, `mean_description` or `random`.
         augmentations (`int`, *optional*, defaults to 0):
-            Noisy copies of each memorization and retrieval row, with words and tokenizer merges left out at random.
+            Noisy copies of each memorization and retrieval row, with words left out and tokens split at random.
             They keep a small model from learning few queries by heart.
     """
 
@@ -84,9 +109,22 @@ class AlignmentArguments:
         default_factory=lambda: ["retrieval"],
         metadata={"help": "Kinds of rows to train on, mixed.", "choices": STAGES},
     )
+    stage_weights: list[float] | None = field(
+        default=None, metadata={"help": "For each stage how often its rows are seen in an epoch."}
+    )
     queries: str | None = field(default=None, metadata={"help": "Training queries (JSONL)."})
     qrels: str | None = field(default=None, metadata={"help": "Relevance file (TSV) of BEIR queries."})
+    tools_as_sequence: bool = field(
+        default=False, metadata={"help": "Answer a query by all of its tools in one row, not by a row for each."}
+    )
     trajectories: str | None = field(default=None, metadata={"help": "Training trajectories (JSONL)."})
+    replay: str | None = field(default=None, metadata={"help": "General conversations (JSONL)."})
+    eval_queries: str | None = field(default=None, metadata={"help": "Queries to evaluate on while training."})
+    eval_qrels: str | None = field(default=None, metadata={"help": "Relevance file (TSV) of BEIR queries."})
+    max_eval_queries: int = field(default=200, metadata={"help": "How many queries to evaluate on."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Evaluations without a better metric after which training stops."}
+    )
     embedding_init: str = field(
         default="codebook",
         metadata={
@@ -97,47 +135,12 @@ class AlignmentArguments:
     augmentations: int = field(default=0, metadata={"help": "Noisy copies of each memorization and retrieval row."})
 
     def __post_init__(self):
-        if "retrieval" in self.stages and not self.queries:
-            raise ValueError("the stage 'retrieval' needs --queries")
-        if "trajectory" in self.stages and not self.trajectories:
-            raise ValueError("the stage 'trajectory' needs --trajectories")
-
-
-@dataclass
-class AlignmentTrainingArguments(SFTConfig):
-    """[`SFTConfig`] that leaves out on a machine without a GPU what only a GPU can do."""
-
-    activation_checkpointing: bool | None = field(
-        default=True, metadata={"help": "Whether to compute activations again to save memory."}
-    )
-
-    def __post_init__(self):
-        if not torch.cuda.is_available():
-            self.dataloader_pin_memory = False
-            if self.bf16 is None:
-                self.bf16 = False
-        super().__post_init__()
-
-
-class AlignmentTrainer(SFTTrainer):
-    """[`SFTTrainer`] that is quick on a CPU, where TRL applies the output embeddings to tokens without a loss, too."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if inputs["input_ids"].device.type != "cpu" or return_outputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs["labels"][:, 1:]
-        columns = (labels != -100).any(0).nonzero().flatten()
-        logits = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            logits_to_keep=columns,
-            use_cache=False,
-        ).logits
-        labels = labels[:, columns]
-        loss = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
-        if num_items_in_batch is None:
-            return loss / (labels != -100).sum()
-        return loss / num_items_in_batch * self.accelerator.num_processes  # the gradients' mean is taken over these
+        for stage in self.stages:
+            needed = {"retrieval": "queries", "trajectory": "trajectories", "replay": "replay"}.get(stage)
+            if needed and not getattr(self, needed):
+                raise ValueError(f"the stage {stage!r} needs --{needed}")
+        if self.stage_weights is not None and len(self.stage_weights) != len(self.stages):
+            raise ValueError(f"--stage_weights needs {len(self.stages)} numbers, one for each stage")
 
 
 def load_model_and_tokenizer(
@@ -145,29 +148,42 @@ def load_model_and_tokenizer(
     training_args: AlignmentTrainingArguments,
     model_args: ModelConfig,
     catalog: ToolCatalog,
-):
+) -> tuple[PreTrainedModel | PeftModel, ToolWeaverTokenizer]:
     """Load an aligned model as it is; give a base model the code tokens and their embeddings."""
     codes = ToolCodes.from_pretrained(args.codes_dir)
-    model = AutoModelForCausalLM.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        dtype=model_args.dtype,
-        attn_implementation=model_args.attn_implementation,
-        trust_remote_code=training_args.trust_remote_code,
-    )
-    if os.path.exists(os.path.join(model_args.model_name_or_path, "tool_codes.json")):
-        tokenizer = ToolWeaverTokenizer.from_pretrained(model_args.model_name_or_path)
-        if tokenizer.tool_codes != {tool_id: codes[tool_id] for tool_id in codes.ids}:
+    changes = codes.compare(catalog)
+    if any(changes):
+        raise ValueError(
+            f"the catalogue in {args.codes_dir} is not the one that its codes were learnt for: "
+            + "; ".join(f"{kind}: {', '.join(ids[:5])}" for kind, ids in changes._asdict().items() if ids)
+        )
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    kwargs = {
+        "revision": revision,
+        "dtype": model_args.dtype,
+        "attn_implementation": model_args.attn_implementation,
+        "trust_remote_code": training_args.trust_remote_code,
+    }
+    if find_adapter_config_file(name, revision=revision):
+        # The last stage's adapter is trained on; without LoRA in this stage it becomes part of the weights.
+        model = AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=model_args.use_peft, **kwargs)
+        if not model_args.use_peft:
+            model = model.merge_and_unload()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+
+    if cached_file(name, TOOL_CODES_FILE, revision=revision, _raise_exceptions_for_missing_entries=False):
+        aligned = ToolCodes.from_pretrained(name, revision=revision)
+        differing = [tool_id for tool_id in aligned if aligned[tool_id] != codes.get(tool_id)]
+        differing += [i for i in aligned.checksums if aligned.checksums[i] != codes.checksums.get(i)]
+        if aligned.codebook_sizes != codes.codebook_sizes or differing:
             raise ValueError(
-                f"{model_args.model_name_or_path} was aligned with other codes than those in {args.codes_dir}; give "
-                "the folder of its codes, or start from the base model"
+                f"{name} was aligned with other codes or another catalogue than those in {args.codes_dir} "
+                f"({', '.join(differing[:5])} differ); give the folder of its codes, or start from the base model"
             )
-        return model, tokenizer
-    base = AutoTokenizer.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=training_args.trust_remote_code,
-    )
+        # Tools that were added since are taken in: their codes are made of tokens that the model has.
+        return model, ToolWeaverTokenizer.from_pretrained(name, revision=revision, tool_codes=codes.to_dict())
+    base = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=training_args.trust_remote_code)
     tokenizer = ToolWeaverTokenizer.from_base(base, codes)
     # Codes of another origin than the RQ-VAE, such as one token a tool, have no codebook to start from.
     codebooks = RQVAEModel.from_pretrained(args.codes_dir).codebooks() if args.embedding_init == "codebook" else None
@@ -177,40 +193,77 @@ def load_model_and_tokenizer(
     return model, tokenizer
 
 
+def load_rows(
+    args: AlignmentArguments, catalog: ToolCatalog, tokenizer: ToolWeaverTokenizer, max_length: int | None, seed: int
+) -> Dataset:
+    """Build the rows of every stage: conversations, then tokens with the loss on the turns to learn."""
+    generator = random.Random(seed)
+    datasets = []
+    for stage, weight in zip(args.stages, args.stage_weights or [1.0] * len(args.stages), strict=True):
+        if stage == "memorization":
+            rows = memorization_rows(catalog, tokenizer)
+        elif stage == "retrieval":
+            rows = retrieval_rows(load_queries(args.queries, args.qrels), tokenizer, args.tools_as_sequence)
+        elif stage == "trajectory":
+            rows = trajectory_rows(load_trajectories(args.trajectories), tokenizer)
+        else:
+            rows = load_trajectories(args.replay)
+        dataset, too_long = tokenize_rows(rows, tokenizer, max_length)
+        if too_long:
+            logger.warning(f"{stage}: {too_long} of {len(rows)} rows have more than {max_length} tokens: left out")
+        if stage in ("memorization", "retrieval") and args.augmentations:
+            noisy = [leave_out_words(row, generator) for _ in range(args.augmentations) for row in rows]
+            noisy, _ = tokenize_rows(noisy, tokenizer, max_length, split_share=0.3, seed=seed)
+            dataset = concatenate_datasets([dataset, noisy])
+        datasets.append(weigh_rows(dataset, weight, seed))
+        logger.info(f"{stage}: {len(datasets[-1])} rows an epoch")
+    dataset = concatenate_datasets(datasets)
+    if len(dataset) == 0:
+        raise ValueError(f"no row to train on fits in --max_length {max_length}")
+    return dataset
+
+
+def load_eval_queries(args: AlignmentArguments, seed: int) -> list[Query]:
+    """Read the validation queries, a sample of them where there are many."""
+    if args.eval_queries is None:
+        return []
+    queries = load_queries(args.eval_queries, args.eval_qrels)
+    return random.Random(seed).sample(queries, min(args.max_eval_queries, len(queries)))
+
+
 def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, model_args: ModelConfig) -> None:
     """Align a model and save it with its tokenizer and catalogue in `training_args.output_dir`."""
     set_seed(training_args.seed)
     catalog = ToolCatalog.from_file(os.path.join(args.codes_dir, "catalog.jsonl"))
     model, tokenizer = load_model_and_tokenizer(args, training_args, model_args, catalog)
 
-    # The rows: conversations, then tokens with the loss on the assistant's turns
-    rows = []
-    if "memorization" in args.stages:
-        rows += memorization_rows(catalog, tokenizer)
-    if "retrieval" in args.stages:
-        rows += retrieval_rows(load_queries(args.queries, args.qrels), tokenizer)
-    generator = random.Random(training_args.seed)
-    noisy_rows = [leave_out_words(row, generator) for _ in range(args.augmentations) for row in rows]
-    if "trajectory" in args.stages:
-        rows += trajectory_rows(load_trajectories(args.trajectories), tokenizer)
-    dataset, too_long = tokenize_rows(rows, tokenizer, training_args.max_length)
-    if noisy_rows:
-        noisy, _ = tokenize_rows(noisy_rows, tokenizer, training_args.max_length, bpe_dropout=0.15)
-        dataset = concatenate_datasets([dataset, noisy])
-    if too_long:
-        logger.warning(f"{too_long} of {len(rows)} rows have more than {training_args.max_length} tokens: left out")
-    if len(dataset) == 0:
-        raise ValueError(f"no row to train on fits in --max_length {training_args.max_length}")
+    train_dataset = load_rows(args, catalog, tokenizer, training_args.max_length, training_args.seed)
+    eval_queries = load_eval_queries(args, training_args.seed)
+    eval_dataset = tokenize_rows(retrieval_rows(eval_queries, tokenizer), tokenizer)[0] if eval_queries else None
+    if not training_args.packing:
+        training_args.max_length = None  # no row is longer, so none is to be cut
 
     # With LoRA, the rows of the code tokens are trained beside the adapters, and no other embedding
-    peft_config = get_peft_config(model_args)
-    if peft_config is not None:
-        peft_config.trainable_token_indices = tokenizer.code_token_ids
+    peft_config = None if isinstance(model, PeftModel) else get_peft_config(model_args)
+    if isinstance(peft_config, LoraConfig):
+        peft_config.trainable_token_indices = trainable_code_rows(model, tokenizer)
 
     trainer = AlignmentTrainer(
-        model=model, args=training_args, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        eval_queries=eval_queries,
+        processing_class=tokenizer,
+        peft_config=peft_config,
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if args.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+    check_output_dir(training_args.output_dir, size_on_disk(trainer.model, training_args))
+    checkpoint = training_args.resume_from_checkpoint
+    if checkpoint and str(checkpoint).lower() in ("true", "last"):
+        checkpoint = last_checkpoint(training_args.output_dir)  # None where there is none yet: from the start
+    trainer.train(resume_from_checkpoint=checkpoint)
 
     # The folder holds all that retrieval and the agent need
     trainer.save_model(training_args.output_dir)

@@ -10,11 +10,12 @@ from typing import Any
 
 import jsonschema
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .catalog import ToolCatalog
 from .data import render_calls
 from .logits_process import ToolCodeLogitsProcessor
+from .retrieval import load_aligned_model
 from .tokenization_toolweaver import HUB_KWARGS, ToolWeaverTokenizer
 from .trie import CodeTrie
 
@@ -90,7 +91,7 @@ class ToolAgent:
         """
         hub_kwargs = {name: kwargs.pop(name) for name in HUB_KWARGS if name in kwargs}
         return cls(
-            AutoModelForCausalLM.from_pretrained(folder, **hub_kwargs),
+            load_aligned_model(folder, **hub_kwargs),
             ToolWeaverTokenizer.from_pretrained(folder, **hub_kwargs),
             ToolCatalog.from_pretrained(folder, repo_type="model", **hub_kwargs),
             functions,

@@ -81,6 +81,16 @@ def initialize_code_embeddings(
         matrix[tokenizer.code_token_ids] = rows.to(matrix)
 
 
+def trainable_code_rows(model: PreTrainedModel, tokenizer: ToolWeaverTokenizer) -> dict[str, list[int]]:
+    """Name the embedding matrices of a model and the rows of the code tokens, for `trainable_token_indices` of LoRA."""
+    names = {id(module): name for name, module in model.named_modules()}
+    matrices = [model.get_input_embeddings()]
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not matrices[0].weight:  # PEFT finds tied heads by itself
+        matrices.append(head)
+    return {names[id(matrix)].split(".")[-1]: tokenizer.code_token_ids for matrix in matrices}
+
+
 def _project(codebook: torch.Tensor, dim: int, generator: torch.Generator) -> torch.Tensor:
     """Return a random projection of a codebook, of shape `(codebook_size, dim)`, that keeps its distances' ratios."""
     vectors = codebook.float().cpu()

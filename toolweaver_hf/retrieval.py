@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from .tokenization_toolweaver import HUB_KWARGS, ToolWeaverTokenizer
 from .trie import CodeTrie
@@ -19,6 +20,24 @@ class RetrievedTool(NamedTuple):
 
     tool_id: str
     score: float
+
+
+def load_aligned_model(folder: str | os.PathLike, **kwargs) -> PreTrainedModel:
+    """Load a model that was aligned, from a folder or a repository of the Hub.
+
+    Where it holds a LoRA adapter alone, the base model is loaded, gets room for the code tokens, and takes the adapter
+    into its weights.
+
+    Args:
+        folder (`str`): The folder or repository.
+        kwargs: Passed on to [`AutoModelForCausalLM.from_pretrained`], such as `dtype` and `device_map`.
+    """
+    hub_kwargs = {name: value for name, value in kwargs.items() if name in HUB_KWARGS}
+    if find_adapter_config_file(os.fspath(folder), **hub_kwargs) is None:
+        return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    from peft import AutoPeftModelForCausalLM
+
+    return AutoPeftModelForCausalLM.from_pretrained(folder, **kwargs).merge_and_unload()
 
 
 class ToolRetriever:
@@ -62,7 +81,7 @@ class ToolRetriever:
             model_kwargs: Passed on to [`AutoModelForCausalLM.from_pretrained`], such as `dtype` and `device_map`.
                 Those that say where from, such as `revision` and `token`, hold for the tokenizer, too.
         """
-        model = AutoModelForCausalLM.from_pretrained(folder, **model_kwargs)
+        model = load_aligned_model(folder, **model_kwargs)
         hub_kwargs = {name: value for name, value in model_kwargs.items() if name in HUB_KWARGS}
         return cls(model, ToolWeaverTokenizer.from_pretrained(folder, **hub_kwargs))
 

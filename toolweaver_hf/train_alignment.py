@@ -1,0 +1,186 @@
+"""`AlignmentTrainer`: TRL's `SFTTrainer` for models that write codes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from peft import PeftModel
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTConfig, SFTTrainer
+
+from .data import Query
+from .evaluation import evaluate_rankings
+from .retrieval import ToolRetriever
+
+
+EVALUATION_MEASURES = ("nDCG@1", "nDCG@5")
+
+
+@dataclass
+class AlignmentTrainingArguments(SFTConfig):
+    """[`SFTConfig`] that leaves out on a machine without a GPU what only a GPU can do, and picks the best checkpoint
+    by retrieval."""
+
+    activation_checkpointing: bool | None = field(
+        default=True, metadata={"help": "Whether to compute activations again to save memory."}
+    )
+
+    def __post_init__(self):
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False
+            if self.bf16 is None:
+                self.bf16 = False
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = EVALUATION_MEASURES[0]
+        if self.packing and self.packing_strategy == "wrapped":
+            raise ValueError("packing_strategy 'wrapped' cuts rows, and the codes in them; take 'bfd'")
+        super().__post_init__()
+
+
+class AlignmentTrainer(SFTTrainer):
+    """
+    [`SFTTrainer`] for rows of `id`, `input_ids` and `labels`, as [`~data.tokenize_rows`] makes them.
+
+    It measures retrieval while it trains, is quick on a CPU, stops at a loss that is not finite with the ids of the
+    rows that gave it, and saves of a LoRA model the adapter alone.
+
+    Args:
+        eval_queries (`Sequence[Query]`, *optional*):
+            Queries to retrieve tools for in every evaluation, by constrained beam search. The measures come into the
+            log as `eval_nDCG@1` and `eval_nDCG@5`.
+        kwargs:
+            As for [`SFTTrainer`].
+    """
+
+    def __init__(self, *args, eval_queries: Sequence[Query] | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.eval_queries = list(eval_queries or ())
+        if isinstance(self.model, PeftModel):
+            # The code tokens' rows are in the adapter; PEFT would add the whole matrix, since it has grown.
+            self.model.save_pretrained = partial(self.model.save_pretrained, save_embedding_layers=False)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if inputs["input_ids"].device.type == "cpu" and not return_outputs:
+            loss = outputs = self._labelled_loss(model, inputs, num_items_in_batch)
+        else:
+            outputs = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss = outputs[0] if return_outputs else outputs
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"the loss became {loss.item()} in step {self.state.global_step + 1}, on the rows "
+                f"{', '.join(self._row_ids(inputs))}; lower the learning rate, or look at these rows"
+            )
+        return outputs
+
+    def _labelled_loss(self, model, inputs: dict[str, Any], num_items_in_batch) -> torch.Tensor:
+        """The loss by way of the output embeddings of the tokens with a label alone: on a CPU, they take most time."""
+        labels = inputs["labels"][:, 1:]
+        keep = labels != -100
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda module, args: (args[0][:, :-1][keep],))
+        try:
+            others = {name: value for name, value in inputs.items() if name != "labels"}
+            logits = model(**others, use_cache=False).logits
+        finally:
+            hook.remove()
+        loss = cross_entropy(logits.float(), labels[keep], reduction="sum")
+        if num_items_in_batch is None:
+            return loss / keep.sum().clamp(min=1)
+        if self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # the processes' gradients are averaged
+        return loss / num_items_in_batch
+
+    def _row_ids(self, inputs: dict[str, Any]) -> list[str]:
+        """Find the ids of the rows that a batch was made of."""
+        batch = inputs["input_ids"].cpu()
+        lengths = inputs["attention_mask"].sum(1).tolist() if "attention_mask" in inputs else [batch.shape[1]]
+        rows = {tuple(ids[:length]) for ids, length in zip(batch.tolist(), lengths, strict=True)}
+        dataset = self.train_dataset if self.model.training else self.eval_dataset
+        ids = [row["id"] for row in dataset if "id" in row and tuple(row["input_ids"]) in rows]
+        return ids or [self.processing_class.decode(row)[:80] for row in rows]
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.eval_queries:
+            measured = self._measure_retrieval()
+            output.metrics.update({f"{metric_key_prefix}_{name}": measured[name] for name in EVALUATION_MEASURES})
+        return output
+
+    def _measure_retrieval(self) -> dict[str, float]:
+        retriever = ToolRetriever(self.model, self.processing_class)
+        numbers = list(range(len(self.eval_queries)))
+        # Padding gives every process as many queries, so that a sharded model is called by all alike.
+        with self.accelerator.split_between_processes(numbers, apply_padding=True) as mine:
+            rankings = retriever(
+                [self.eval_queries[i].text for i in mine], batch_size=self.args.per_device_eval_batch_size
+            )
+        found = dict(gather_object(list(zip(mine, rankings, strict=True))))
+        return evaluate_rankings(self.eval_queries, [found[i] for i in numbers])["all"]
+
+
+def size_on_disk(model: PreTrainedModel | PeftModel, args: SFTConfig) -> int:
+    """How many bytes a run writes at least: its checkpoints, as many as are kept, and the final model."""
+    parameters = list(model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    saved = trained if isinstance(model, PeftModel) else parameters
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in saved)
+    moments = (
+        0 if args.save_only_model else 2 * sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    )
+    checkpoints = 0 if args.save_strategy == "no" else args.save_total_limit or 1
+    return weights + checkpoints * (weights + moments)
+
+
+def check_output_dir(folder: str | os.PathLike, num_bytes: int) -> None:
+    """Make sure, before hours of training, that a folder can be written and has room.
+
+    Args:
+        folder (`str`):
+            The folder; it is made where it is missing.
+        num_bytes (`int`):
+            How much will be written.
+
+    Raises:
+        `OSError`: saying what is wrong.
+    """
+    probe = Path(folder, f".write-test-{os.getpid()}")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        probe.write_bytes(bytes(4096))
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written ({error}); choose another --output_dir") from None
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise OSError(
+            f"{folder} has {free / 1e9:.1f} GB free, but this run writes at least {num_bytes / 1e9:.1f} GB; "
+            "free some, or lower --save_total_limit"
+        )
+
+
+def last_checkpoint(folder: str | os.PathLike) -> str | None:
+    """Return the newest checkpoint in a folder that was written to its end, or `None`.
+
+    [`~transformers.trainer_utils.get_last_checkpoint`] would return one that a kill cut short.
+    """
+    checkpoints = sorted(
+        Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True
+    )
+    for checkpoint in checkpoints:
+        try:
+            TrainerState.load_from_json(checkpoint / TRAINER_STATE_NAME)  # what a checkpoint is completed by
+            return str(checkpoint)
+        except (OSError, ValueError, TypeError):
+            continue
+    return None
