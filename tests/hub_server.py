@@ -16,6 +16,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 
+MY_TOKEN = "hf_thisIsTheSecretOfTheUserMe"
 LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".png")
 
 
@@ -98,7 +99,7 @@ class HubServer(ThreadingHTTPServer):
         self.reset()
 
     def reset(self):
-        self.users = {"hf_mine": "me", "hf_other": "other"}
+        self.users = {MY_TOKEN: "me"}
         self.repositories, self.objects, self.parts, self.log = {}, {}, {}, []
         self.part_size = 1 << 20
         self.stall_upload = lambda sha256: False
