@@ -7,39 +7,60 @@ from hypothesis import strategies as st
 from toolweaver_hf import CodeTrie
 
 
-def code_sets(levels=3, size=4):
+@st.composite
+def code_sets(draw, max_levels=8, size=4):
     """Sets of codes as token ids: each level has a range of its own, as a tokenizer gives it."""
+    levels = draw(st.integers(1, max_levels))
     code = st.tuples(*[st.integers(10 + level * size, 9 + (level + 1) * size) for level in range(levels)])
-    return st.lists(code, min_size=1, max_size=30, unique=True)
+    return draw(st.lists(code, min_size=1, max_size=30, unique=True))
+
+
+def following(codes, prefix):
+    return sorted({code[len(prefix)] for code in codes if code[: len(prefix)] == prefix})
 
 
 @given(code_sets(), st.data())
 @settings(max_examples=80, deadline=None)
 def test_children_equal_brute_force(codes, data):
     trie = CodeTrie(np.array(codes))
-    chosen = data.draw(st.sets(st.integers(0, len(codes) - 1)))
-    allowed = trie.allow([sorted(chosen)])
-    prefixes = {code[:depth] for code in codes for depth in range(3)}
-    for prefix in prefixes | {(9,), (10, 10)}:
-        node = trie.walk(torch.tensor([prefix], dtype=torch.long).view(1, -1))
-        expected = sorted({code[len(prefix)] for code in codes if code[: len(prefix)] == prefix})
-        tokens, present = trie.children(node, max(trie.max_children))
-        assert tokens[present].tolist() == expected
-        expected = sorted({codes[i][len(prefix)] for i in chosen if codes[i][: len(prefix)] == prefix})
-        tokens, present = trie.children(node, max(trie.max_children), allowed)
-        assert tokens[present].tolist() == expected
+    sets = data.draw(st.lists(st.sets(st.integers(0, len(codes) - 1)), min_size=1, max_size=4))
+    forest = trie.restrict([sorted(tools) for tools in sets])
+    prefixes = {code[:depth] for code in codes for depth in range(len(code))} | {(9,), (10, 10)}
+    for prefix in prefixes:
+        ids = torch.tensor([prefix], dtype=torch.long).view(1, -1)
+        tokens, present = trie.children(trie.walk(ids), max(trie.max_children))
+        assert tokens[present].tolist() == following(codes, prefix)
+        nodes = forest.walk(ids.repeat(len(sets), 1), forest.roots)
+        tokens, present = forest.children(nodes, max(forest.max_children))
+        for row, tools in enumerate(sets):
+            assert tokens[row][present[row]].tolist() == following([codes[i] for i in tools], prefix)
 
 
-@given(code_sets())
+@given(code_sets(), st.data())
 @settings(max_examples=40, deadline=None)
-def test_every_code_leads_to_its_tool(codes):
+def test_every_code_leads_to_its_tool(codes, data):
     trie = CodeTrie(np.array(codes))
-    leaves = trie.walk(torch.tensor(codes))
-    assert trie.tools[leaves - (trie.num_nodes - len(trie))].tolist() == list(range(len(codes)))
+    assert trie.tool_of(trie.walk(torch.tensor(codes))).tolist() == list(range(len(codes)))
+    tools = data.draw(st.sets(st.integers(0, len(codes) - 1), min_size=1))
+    found = trie.restrict([sorted(tools)])
+    expected = [i if i in tools else -1 for i in range(len(codes))]
+    assert found.tool_of(found.walk(torch.tensor(codes))).tolist() == expected
 
 
-def test_equal_codes_are_refused():
+def test_equal_sets_share_a_root():
+    forest = CodeTrie(np.array([[1, 5], [1, 6], [2, 5]])).restrict([[0, 1], [2], [], [1, 0, 1]])
+    assert forest.roots.tolist() == [0, 1, -1, 0]
+    assert len(forest) == 3
+
+
+def test_errors():
     with pytest.raises(ValueError, match="rows 0 and 2 have the same code"):
         CodeTrie(np.array([[1, 5], [1, 6], [1, 5]]))
     with pytest.raises(ValueError, match="have the shape"):
         CodeTrie(np.zeros((0, 2)))
+    trie = CodeTrie(np.array([[1, 5], [1, 6]]))
+    for tools in ([2], [-1]):
+        with pytest.raises(ValueError, match="rows of tool_code_ids, 0 to 1"):
+            trie.restrict([tools])
+    with pytest.raises(ValueError, match="at least one set"):
+        trie.restrict([])

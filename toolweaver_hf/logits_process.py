@@ -15,11 +15,11 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
     [`LogitsProcessor`] that constrains generation to the codes of a trie.
 
     It keeps no state: where a row stands in the trie is read from its `input_ids`, so that beams may be reordered,
-    repeated and dropped freely.
+    repeated and dropped freely. What a step costs depends on the batch and the vocabulary, not on the number of tools.
 
     Args:
         trie ([`CodeTrie`]):
-            The codes of the tools.
+            The codes of the tools. The tokens of each level differ from those of the others.
         mode (`str`, *optional*, defaults to `"retrieval"`):
             `"retrieval"`: the new tokens are one code, then the end of the sequence. `"trajectory"`: free text; once
             the first token of a code has been generated, the other levels follow, then free text again.
@@ -38,7 +38,8 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
             alone holds for all sequences. Defaults to every tool.
 
     Raises:
-        `ValueError`: for an unknown mode, or a missing argument of the mode.
+        `ValueError`: for an unknown mode, a missing argument of the mode, or no tool where one is forced; in a step,
+            for rows that the sets of allowed tools do not divide, or scores of too few tokens.
 
     Example:
 
@@ -49,6 +50,8 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
     >>> output = model.generate(**inputs, num_beams=5, num_return_sequences=5, logits_processor=[processor])
     ```
     """
+
+    supports_continuous_batching = False  # there, a step sees one token of a row, not the row
 
     def __init__(
         self,
@@ -66,13 +69,28 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
             raise ValueError(f"code_start must be 'allowed', 'forbidden' or 'forced', not {code_start!r}")
         if mode == "retrieval" and (prompt_length is None or eos_token_id is None):
             raise ValueError("the mode 'retrieval' needs prompt_length and eos_token_id")
-        self.trie = trie
         self.mode = mode
-        self.prompt_length = prompt_length
+        self.prompt_length = prompt_length or 0
         self.eos_token_id = eos_token_id
         self.code_start = code_start
-        self.code_tokens = trie.tokens[1:].unique() if code_token_ids is None else torch.as_tensor(code_token_ids)
-        self.allowed = None if allowed_tools is None else trie.allow(allowed_tools)
+        self.trie = trie if allowed_tools is None else trie.restrict(allowed_tools)
+        if code_start == "forced" and (self.trie.roots < 0).any():
+            raise ValueError("a sequence that must name a tool has an empty set of allowed tools")
+        # What may follow where no code has begun: added to the scores of a slice of the vocabulary, for each root.
+        tokens, present = self.trie.children(self.trie.roots, self.trie.max_children[0])
+        starts = tokens[present].cpu()
+        codes = torch.as_tensor(trie.code_tokens if code_token_ids is None else code_token_ids)
+        masked = codes if self._keeps_text else starts
+        low, high = (int(masked.min()), int(masked.max()) + 1) if len(masked) else (0, 1)
+        self._slice = slice(low, high)
+        self._bias = torch.full((len(tokens), high - low), 0.0 if self._keeps_text else float("-inf"))
+        self._bias[:, masked - low] = float("-inf")
+        if mode == "retrieval" or code_start != "forbidden":
+            self._bias[present.nonzero()[:, 0].cpu(), starts - low] = 0.0
+
+    @property
+    def _keeps_text(self) -> bool:
+        return self.mode == "trajectory" and self.code_start != "forced"
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Mask the scores of the tokens that may not come next.
@@ -84,58 +102,59 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
         Returns:
             `torch.FloatTensor` of the shape of `scores`, with `-inf` for every token that is not allowed.
         """
-        self.trie = self.trie.to(scores.device)
-        self.code_tokens = self.code_tokens.to(scores.device)
-        allowed = None
-        if self.allowed is not None:
-            self.allowed = self.allowed.to(scores.device)
-            # The beams of a sequence stand together, in the order of the batch.
-            allowed = self.allowed.repeat_interleave(len(scores) // len(self.allowed), dim=0)
-        if self.mode == "retrieval":
-            return self._retrieval(input_ids, scores, allowed)
-        return self._trajectory(input_ids, scores, allowed)
+        if self._bias.device != scores.device:
+            self.trie, self._bias = self.trie.to(scores.device), self._bias.to(scores.device)
+        num_sets = len(self.trie.roots)
+        if len(scores) % num_sets:
+            raise ValueError(f"{num_sets} sets of allowed tools cannot hold for {len(scores)} rows")
+        if self._slice.stop > scores.shape[1] or self.trie.vocab_size > scores.shape[1]:
+            raise ValueError(
+                f"the scores are of {scores.shape[1]} tokens, but codes have tokens up to {self.trie.vocab_size - 1}: "
+                "resize the model's embeddings to the tokenizer"
+            )
+        # The beams of a sequence stand together, in the order of the batch.
+        beams = len(scores) // num_sets
+        roots, bias = self.trie.roots.repeat_interleave(beams), self._bias
+        if num_sets > 1:
+            bias = bias.repeat_interleave(beams, dim=0)
+        step = self._retrieval if self.mode == "retrieval" else self._trajectory
+        return step(input_ids[:, self.prompt_length :], scores, roots, bias)
 
-    def _retrieval(self, input_ids, scores, allowed):
-        depth = input_ids.shape[1] - self.prompt_length
+    def _retrieval(self, new_ids, scores, roots, bias):
+        trie, depth = self.trie, new_ids.shape[1]
         masked = torch.full_like(scores, float("-inf"))
-        if depth >= self.trie.num_levels:
+        if depth >= trie.num_levels:
             masked[:, self.eos_token_id] = scores[:, self.eos_token_id]
-            return masked
-        nodes = self.trie.walk(input_ids[:, self.prompt_length :])
-        tokens, present = self.trie.children(nodes, self.trie.max_children[depth], allowed)
-        _keep_(masked, scores, tokens, present)
-        # A row that left the trie, such as a spare beam of probability zero, can only end.
-        lost = ~present.any(1)
-        masked[:, self.eos_token_id] = torch.where(lost, scores[:, self.eos_token_id], masked[:, self.eos_token_id])
+        elif depth == 0:
+            masked[:, self._slice] = scores[:, self._slice] + bias
+            masked[:, self.eos_token_id] = torch.where(roots < 0, scores[:, self.eos_token_id], float("-inf"))
+        else:
+            tokens, present = trie.children(trie.walk(new_ids, roots), trie.max_children[depth])
+            # A place without a child repeats the first one. A row that left the trie, such as a spare beam of
+            # probability zero, can only end.
+            first = torch.where(present[:, :1], tokens[:, :1], self.eos_token_id)
+            tokens = torch.where(present, tokens, first)
+            masked.scatter_(1, tokens, scores.gather(1, tokens))
         return masked
 
-    def _trajectory(self, input_ids, scores, allowed):
+    def _trajectory(self, new_ids, scores, roots, bias):
         trie = self.trie
-        # An unfinished code at the end of a row has at most num_levels - 1 tokens; only one suffix can be one, for
-        # the tokens of the levels differ. Free text stands at the root.
-        start = 0 if self.prompt_length is None else self.prompt_length
-        nodes = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
-        for length in range(1, min(trie.num_levels, input_ids.shape[1] - start + 1)):
-            reached = trie.walk(input_ids[:, -length:])
-            nodes = torch.where(reached > 0, reached, nodes)
-        inside = (nodes > 0)[:, None]
-        tokens, present = trie.children(nodes, max(trie.max_children), allowed)
-        if self.code_start == "forced":
-            masked = torch.full_like(scores, float("-inf"))
+        # A code that has begun and not ended has at most num_levels - 1 tokens. The node is -1 in free text.
+        nodes = torch.full_like(roots, -1)
+        for tokens in new_ids[:, max(0, new_ids.shape[1] - trie.num_levels + 1) :].unbind(1):
+            further = trie.step(nodes, tokens)
+            nodes = torch.where(further >= 0, further, trie.step(roots, tokens))
+        inside = (nodes >= 0)[:, None]
+        closed = torch.zeros_like(scores[:, :1]).masked_fill_(inside, float("-inf"))
+        if self._keeps_text:
+            masked = scores + closed
+            masked[:, self._slice] += bias
         else:
-            masked = scores.index_fill(1, self.code_tokens, float("-inf"))
-            masked.masked_fill_(inside, float("-inf"))
-        if self.code_start == "forbidden":
-            present = present & inside
-        return _keep_(masked, scores, tokens, present)
-
-
-def _keep_(
-    masked: torch.FloatTensor, scores: torch.FloatTensor, tokens: torch.LongTensor, present: torch.BoolTensor
-) -> torch.FloatTensor:
-    """Copy the scores of the tokens that are present into `masked`, row by row, in place."""
-    # Absent entries repeat the row's first token, so that writing them again changes nothing.
-    first = present.to(torch.uint8).argmax(1, keepdim=True)
-    tokens = torch.where(present, tokens, tokens.gather(1, first))
-    values = torch.where(present.any(1, keepdim=True), scores.gather(1, tokens), masked.gather(1, tokens))
-    return masked.scatter_(1, tokens, values)
+            masked = torch.full_like(scores, float("-inf"))
+            masked[:, self._slice] = scores[:, self._slice] + (bias + closed)
+        if trie.num_levels > 1:
+            tokens, present = trie.children(nodes, max(trie.max_children[1:]))
+            tokens = torch.where(present, tokens, tokens[:, :1])
+            values = torch.where(inside, scores.gather(1, tokens), masked.gather(1, tokens))
+            masked.scatter_(1, tokens, values)
+        return masked

@@ -15,6 +15,8 @@ class CodeTrie:
     the leaves, one a tool, come last. Looking up the children of a whole batch of prefixes takes a few tensor
     operations, whatever the number of tools.
 
+    [`CodeTrie.restrict`] makes a forest of the same form, with a root for each set of tools.
+
     Args:
         tool_code_ids (`np.ndarray` or `torch.Tensor` of shape `(num_tools, num_levels)`):
             Token ids of the tools' codes.
@@ -23,70 +25,109 @@ class CodeTrie:
         `ValueError`: if two tools share a code, or there is none.
 
     Attributes:
-        tokens (`torch.LongTensor` of shape `(num_nodes,)`): Token that leads to each node; -1 for the root.
+        num_levels (`int`): Length of every code.
+        roots (`torch.LongTensor` of shape `(num_sets,)`): The root of each set of tools, -1 for an empty one.
         first_child (`torch.LongTensor` of shape `(num_nodes + 1,)`): The children of node `i` are the nodes
             `first_child[i]` to `first_child[i + 1] - 1`.
-        first_leaf (`torch.LongTensor` of shape `(num_nodes + 1,)`): Below node `i` are the leaves, counted from the
-            first leaf of all, `first_leaf[i]` to `end_leaf[i] - 1`.
-        tools (`torch.LongTensor` of shape `(num_tools,)`): Row in `tool_code_ids` of each leaf.
+        max_children (`list[int]`): The most children that a node has, for each depth.
+        tools (`torch.LongTensor` of shape `(num_leaves,)`): Row in `tool_code_ids` of each leaf.
     """
 
     def __init__(self, tool_code_ids: np.ndarray | torch.Tensor):
-        codes = np.asarray(tool_code_ids, dtype=np.int64)
+        codes = torch.as_tensor(tool_code_ids).cpu().numpy().astype(np.int64, copy=False)
         if codes.ndim != 2 or codes.size == 0:
             raise ValueError(f"tool_code_ids must have the shape (num_tools, num_levels), not {codes.shape}")
-        num_tools, self.num_levels = codes.shape
-        self.vocab_size = int(codes.max()) + 1  # of the trie: no token of a code is larger
-
         order = np.lexsort(codes.T[::-1])
         codes = codes[order]
-        # A sorted code opens a new node on a level if it differs from the one before there or on a level above.
-        opens = np.ones((num_tools, self.num_levels), dtype=bool)
-        opens[1:] = np.logical_or.accumulate(codes[1:] != codes[:-1], axis=1)
-        if not opens[:, -1].all():
-            twin = int(np.flatnonzero(~opens[:, -1])[0])
-            raise ValueError(f"the tools in rows {order[twin - 1]} and {order[twin]} have the same code")
+        twins = np.flatnonzero((codes[1:] == codes[:-1]).all(1))
+        if len(twins):
+            raise ValueError(f"the tools in rows {order[twins[0]]} and {order[twins[0] + 1]} have the same code")
+        self._codes, self._order = codes, order
+        self._leaf_of_tool = np.empty_like(order)
+        self._leaf_of_tool[order] = np.arange(len(order))
+        self._build(codes, order, np.zeros(len(codes), dtype=np.int64))
+        self.roots = torch.zeros(1, dtype=torch.long)
 
-        tokens, parents, first_leaf = [np.array([-1])], [np.array([-1])], [np.array([0])]
-        node_of_leaf, num_nodes = np.zeros(num_tools, dtype=np.int64), 1
-        self.max_children = []  # most children of a node, for each depth
+    def _build(self, codes: np.ndarray, tools: np.ndarray, sets: np.ndarray) -> None:
+        """Lay out the nodes of codes that are sorted within ascending sets."""
+        num_leaves, self.num_levels = codes.shape
+        self.vocab_size = int(self._codes.max()) + 1  # of the trie: no token of a code is larger
+        # A code opens a new node on a level if it differs from the one before there, on a level above or in its set.
+        opens = np.ones((num_leaves, self.num_levels + 1), dtype=bool)
+        opens[1:, 0] = sets[1:] != sets[:-1]
+        opens[1:, 1:] = codes[1:] != codes[:-1]
+        np.logical_or.accumulate(opens, axis=1, out=opens)
+        node_of_leaf = np.cumsum(opens[:, 0]) - 1
+        num_roots = num_nodes = int(opens[:, 0].sum())
+        tokens, parents, self.max_children = [np.full(num_nodes, -1)], [], []
         for level in range(self.num_levels):
-            starts = np.flatnonzero(opens[:, level])
+            starts = np.flatnonzero(opens[:, level + 1])
             tokens.append(codes[starts, level])
             parents.append(node_of_leaf[starts])
-            first_leaf.append(starts)
-            self.max_children.append(int(np.unique(parents[-1], return_counts=True)[1].max()))
-            node_of_leaf = num_nodes + np.cumsum(opens[:, level]) - 1
+            self.max_children.append(int(np.bincount(parents[-1] - parents[-1][0]).max()) if num_leaves else 1)
+            node_of_leaf = num_nodes - 1 + np.cumsum(opens[:, level + 1])
             num_nodes += len(starts)
         parent = np.concatenate(parents)
-        children = np.bincount(parent[1:], minlength=num_nodes)
-        end_leaf = [np.append(starts[1:], num_tools) for starts in first_leaf]
-
-        self.tokens = torch.from_numpy(np.concatenate(tokens))
-        self.first_child = torch.from_numpy(np.concatenate([[1], 1 + np.cumsum(children)]))
-        self.first_leaf = torch.from_numpy(np.concatenate(first_leaf))
-        self.end_leaf = torch.from_numpy(np.concatenate(end_leaf))
-        self.tools = torch.from_numpy(order)
-        # Sorted, because parents ascend and the tokens below a parent do: one binary search finds a child.
-        self._keys = torch.from_numpy(parent[1:] * self.vocab_size + self.tokens.numpy()[1:])
+        children = np.bincount(parent, minlength=num_nodes)
+        self.num_nodes = num_nodes
+        self.first_child = torch.from_numpy(np.concatenate([[0], np.cumsum(children)]) + num_roots)
+        self.tools = torch.from_numpy(tools)
+        # Padded, so that a row of the most children can be read at every node.
+        self._tokens = torch.from_numpy(np.concatenate([*tokens, np.zeros(max(self.max_children), dtype=np.int64)]))
+        # Sorted, because parents ascend and the tokens below a parent do: one binary search finds a child. The last
+        # one is larger than any.
+        keys = parent * self.vocab_size + self._tokens.numpy()[num_roots:num_nodes]
+        self._keys = torch.from_numpy(np.append(keys, np.iinfo(np.int64).max))
 
     def __len__(self) -> int:
         return len(self.tools)
 
     @property
-    def num_nodes(self) -> int:
-        """`int`: The number of nodes, the root and the leaves included."""
-        return len(self.tokens)
+    def code_tokens(self) -> np.ndarray:
+        """`np.ndarray`: The tokens that occur in codes, ascending; those of tools outside the sets included."""
+        return np.unique(self._codes)
 
     def to(self, device: torch.device | str) -> CodeTrie:
         """Return the trie with its tensors on a device."""
-        if self.tokens.device == torch.device(device):
+        if self._tokens.device == torch.device(device):
             return self
         trie = object.__new__(CodeTrie)
         trie.__dict__ = {
             name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in vars(self).items()
         }
         return trie
+
+    def restrict(self, tool_sets: Sequence[Sequence[int]]) -> CodeTrie:
+        """Return a forest in which each row of a batch has a root of its own, above the tools that it may reach.
+
+        Equal sets share a root. The cost grows with the sets, not with the catalogue: nothing is sorted again.
+
+        Args:
+            tool_sets (`Sequence[Sequence[int]]`): For each row the tools, as rows of `tool_code_ids`.
+
+        Raises:
+            `ValueError`: if there is no set, or a set names a row that does not exist.
+        """
+        if len(tool_sets) == 0:
+            raise ValueError("give at least one set of tools")
+        numbers: dict[bytes, int] = {}  # of the distinct sets
+        leaves, rows = [], []
+        for tools in tool_sets:
+            tools = np.asarray(tools, dtype=np.int64)
+            if tools.size and not (tools.min() >= 0 and tools.max() < len(self._order)):
+                raise ValueError(f"tools must be rows of tool_code_ids, 0 to {len(self._order) - 1}, not {tools}")
+            below = np.unique(self._leaf_of_tool[tools])
+            rows.append(numbers.setdefault(below.tobytes(), len(numbers)))
+            if len(numbers) > len(leaves):
+                leaves.append(below)
+        sizes = np.array([len(below) for below in leaves])
+        leaves = np.concatenate(leaves)
+        forest = object.__new__(CodeTrie)
+        forest._codes, forest._order, forest._leaf_of_tool = self._codes, self._order, self._leaf_of_tool
+        forest._build(self._codes[leaves], self._order[leaves], np.repeat(np.arange(len(sizes)), sizes))
+        root_of_set = np.where(sizes > 0, np.cumsum(sizes > 0) - 1, -1)
+        forest.roots = torch.from_numpy(root_of_set[rows])
+        return forest.to(self._tokens.device)
 
     def step(self, nodes: torch.LongTensor, tokens: torch.LongTensor) -> torch.LongTensor:
         """Follow one token from each node.
@@ -98,61 +139,43 @@ class CodeTrie:
         Returns:
             `torch.LongTensor` of shape `(batch,)`: the child of each node, -1 where the token leads nowhere.
         """
+        known = (nodes >= 0) & (tokens >= 0) & (tokens < self.vocab_size)
         keys = nodes * self.vocab_size + tokens
-        position = torch.searchsorted(self._keys, keys).clamp(max=len(self._keys) - 1)
-        found = (self._keys[position] == keys) & (nodes >= 0) & (tokens >= 0) & (tokens < self.vocab_size)
-        return torch.where(found, position + 1, -1)
+        position = torch.searchsorted(self._keys, keys)
+        found = known & (self._keys[position] == keys)
+        return torch.where(found, position + (self.num_nodes - len(self._keys) + 1), -1)
 
-    def walk(self, prefixes: torch.LongTensor) -> torch.LongTensor:
-        """Follow prefixes of codes from the root.
+    def walk(self, prefixes: torch.LongTensor, nodes: torch.LongTensor | None = None) -> torch.LongTensor:
+        """Follow prefixes of codes.
 
         Args:
             prefixes (`torch.LongTensor` of shape `(batch, depth)`): Token ids.
+            nodes (`torch.LongTensor` of shape `(batch,)`, *optional*): Where they start. Defaults to the first root.
 
         Returns:
             `torch.LongTensor` of shape `(batch,)`: the node of each prefix, -1 where no code starts with it.
         """
-        nodes = torch.zeros(len(prefixes), dtype=torch.long, device=prefixes.device)
+        nodes = self.roots[:1].expand(len(prefixes)) if nodes is None else nodes
         for tokens in prefixes.unbind(1):
             nodes = self.step(nodes, tokens)
         return nodes
 
-    def children(
-        self, nodes: torch.LongTensor, width: int, allowed: torch.Tensor | None = None
-    ) -> tuple[torch.LongTensor, torch.BoolTensor]:
+    def children(self, nodes: torch.LongTensor, width: int) -> tuple[torch.LongTensor, torch.BoolTensor]:
         """List the tokens that may follow each node.
 
         Args:
             nodes (`torch.LongTensor` of shape `(batch,)`): Nodes; -1 for none.
-            width (`int`): Room for children, at least the most that one of the nodes has.
-            allowed (`torch.Tensor` of shape `(batch, num_tools + 1)`, *optional*):
-                The tools that each row may reach, as [`CodeTrie.allow`] gives it.
+            width (`int`): Room for children: the entry of `max_children` for the nodes' depth, or the largest of all.
 
         Returns:
             `tuple` of two tensors of shape `(batch, width)`: the tokens, ascending, and which of them are there.
         """
-        start = self.first_child[nodes.clamp(min=0)]
-        end = torch.where(nodes >= 0, self.first_child[nodes.clamp(min=0) + 1], start)
+        # The node -1 reads the last entry as its start and the first as its end: it has no children.
+        start, end = self.first_child[nodes], self.first_child[nodes + 1]
         child = start[:, None] + torch.arange(width, device=nodes.device)
-        present = child < end[:, None]
-        child = torch.where(present, child, 1)
-        if allowed is not None:
-            reachable = allowed.gather(1, self.end_leaf[child]) - allowed.gather(1, self.first_leaf[child])
-            present = present & (reachable > 0)
-        return self.tokens[child], present
+        return self._tokens[child], child < end[:, None]
 
-    def allow(self, tool_sets: Sequence[Sequence[int]]) -> torch.IntTensor:
-        """Prepare sets of tools that restrict decoding, one for each row of a batch.
-
-        Args:
-            tool_sets (`Sequence[Sequence[int]]`): For each row the tools, as rows of `tool_code_ids`.
-
-        Returns:
-            `torch.IntTensor` of shape `(batch, num_tools + 1)`: the number of allowed tools among the first `i` leaves.
-        """
-        leaf_of_tool = torch.empty_like(self.tools)
-        leaf_of_tool[self.tools] = torch.arange(len(self.tools), device=self.tools.device)
-        counts = torch.zeros((len(tool_sets), len(self) + 1), dtype=torch.int32, device=self.tools.device)
-        for row, tools in zip(counts, tool_sets, strict=True):
-            row[1 + leaf_of_tool[torch.as_tensor(tools, dtype=torch.long, device=self.tools.device)]] = 1
-        return counts.cumsum(1, dtype=torch.int32)
+    def tool_of(self, nodes: torch.LongTensor) -> torch.LongTensor:
+        """Return the tools of leaves, as rows of `tool_code_ids`; -1 for nodes that are none."""
+        leaves = nodes - (self.num_nodes - len(self))
+        return torch.where(leaves >= 0, self.tools[leaves.clamp(min=0)], -1)
