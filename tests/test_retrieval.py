@@ -1,11 +1,13 @@
 import math
 
+import ir_measures
+import numpy as np
 import pytest
 import torch
 from conftest import small_llama
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from toolweaver_hf import CodeTrie, ToolCodeLogitsProcessor, ToolRetriever
+from toolweaver_hf import ToolCodes, ToolRetriever, ToolWeaverTokenizer
 
 
 QUERIES = ["Will it rain?", "How many dollars is a euro today, and was it more in the spring?"]
@@ -45,56 +47,75 @@ def test_allowed_tools(tokenizer):
         retriever(QUERIES[0], allowed_tools=["snow"])
 
 
-@pytest.mark.parametrize("num_beams", [1, 4])
-def test_generation_comes_to_a_tool(tokenizer, num_beams):
-    """Through `generate`, with left padding and beams; in the mode `trajectory` codes are whole or absent."""
-    model = small_llama(len(tokenizer)).eval()
-    tokenizer.padding_side = "left"
-    inputs = tokenizer(QUERIES, return_tensors="pt", padding=True, return_token_type_ids=False)
-    length = inputs["input_ids"].shape[1]
-    trie = CodeTrie(tokenizer.tool_code_ids)
-    processor = ToolCodeLogitsProcessor(trie, prompt_length=length, eos_token_id=tokenizer.eos_token_id)
-    output = model.generate(
-        **inputs,
-        num_beams=num_beams,
-        num_return_sequences=num_beams,
-        do_sample=False,
-        max_new_tokens=5,
-        logits_processor=[processor],
-        pad_token_id=0,
-    )[:, length:]
-    names = [tokenizer.decode_tool(row[:2]) for row in output]
-    assert len(set(names[:num_beams])) == num_beams
-    assert (output[:, 2] == tokenizer.eos_token_id).all()
+def many_tools(base_tokenizer, num_tools=60, sizes=(4, 5, 6)):
+    generator = np.random.default_rng(0)
+    flat = generator.choice(math.prod(sizes), num_tools, replace=False)
+    codes = {f"tool_{i}": np.unravel_index(code, sizes) for i, code in enumerate(flat)}
+    return ToolWeaverTokenizer.from_base(base_tokenizer, ToolCodes(sizes, codes))
 
 
-def test_trajectory_mode_ends_what_it_starts(tokenizer):
-    trie = CodeTrie(tokenizer.tool_code_ids)
-    first, second = tokenizer.level_offsets
-    codes = {"mode": "trajectory", "code_token_ids": tokenizer.code_token_ids}
-    processor = ToolCodeLogitsProcessor(trie, prompt_length=1, **codes)
-    scores = torch.zeros(3, len(tokenizer))
-    allowed = processor(torch.tensor([[5, 6], [5, first], [first, 6]]), scores).isfinite()
-    text = list(range(first))
-    assert allowed[0].nonzero().flatten().tolist() == [*text, first, first + 1, first + 2]
-    assert allowed[1].nonzero().flatten().tolist() == [second, second + 1]
-    assert torch.equal(allowed[2], allowed[0])
-    only_mail = ToolCodeLogitsProcessor(trie, **codes, allowed_tools=[[tokenizer.tool_ids.index("mail")]])
-    allowed = only_mail(torch.tensor([[5, 6]]), scores[:1]).isfinite()
-    assert allowed[0].nonzero().flatten().tolist() == [*text, first + 1]
-    forced = ToolCodeLogitsProcessor(trie, **codes, code_start="forced")
-    assert forced(torch.tensor([[5, 6]]), scores[:1]).isfinite()[0].nonzero().flatten().tolist() == [
-        first,
-        first + 1,
-        first + 2,
-    ]
+@pytest.mark.parametrize("tied", [True, False])
+def test_scoring_codes_alone_changes_no_rank_and_no_score(base_tokenizer, tied):
+    tokenizer = many_tools(base_tokenizer)
+    model = small_llama(len(tokenizer), tie_word_embeddings=tied)
+    full, codes = ToolRetriever(model, tokenizer), ToolRetriever(model, tokenizer, full_head=False)
+    for arguments in ({}, {"num_beams": 3, "top_k": 3}, {"exhaustive": True, "top_k": 60}):
+        for expected, found in zip(full(QUERIES, **arguments), codes(QUERIES, **arguments), strict=True):
+            assert [tool.tool_id for tool in found] == [tool.tool_id for tool in expected]
+            for a, b in zip(found, expected, strict=True):
+                assert math.isclose(a.score, b.score, abs_tol=1e-4)
 
 
-def test_processor_errors(tokenizer):
-    trie = CodeTrie(tokenizer.tool_code_ids)
-    with pytest.raises(ValueError, match="mode must be"):
-        ToolCodeLogitsProcessor(trie, mode="other")
-    with pytest.raises(ValueError, match="needs prompt_length"):
-        ToolCodeLogitsProcessor(trie)
-    with pytest.raises(ValueError, match="code_start must be"):
-        ToolCodeLogitsProcessor(trie, mode="trajectory", code_start="maybe")
+def test_models_that_change_their_logits_need_the_full_head(tokenizer):
+    config = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    model = CohereForCausalLM(CohereConfig(**config, num_attention_heads=2, logit_scale=0.0625, pad_token_id=0))
+    assert ToolRetriever(model, tokenizer)(QUERIES[0])
+    with pytest.raises(ValueError, match="use full_head=True"):
+        ToolRetriever(model, tokenizer, full_head=False)
+
+
+def test_exhaustive_scores_are_the_teacher_forced_ones(base_tokenizer):
+    tokenizer = many_tools(base_tokenizer)
+    model = small_llama(len(tokenizer))
+    retriever = ToolRetriever(model, tokenizer)
+    for query, found in zip(QUERIES, retriever(QUERIES, exhaustive=True, top_k=60), strict=True):
+        expected = {tool_id: score(model, tokenizer, query, tool_id) for tool_id in tokenizer.tool_ids}
+        assert [tool.tool_id for tool in found] == sorted(expected, key=expected.get, reverse=True)
+        for tool in found:
+            assert math.isclose(tool.score, expected[tool.tool_id], abs_tol=1e-3)
+        (searched,) = retriever(query, num_beams=60, top_k=60)
+        assert [tool.tool_id for tool in searched] == [tool.tool_id for tool in found]
+
+
+def test_a_batch_and_its_padding_change_nothing(base_tokenizer):
+    tokenizer = many_tools(base_tokenizer)
+    retriever = ToolRetriever(small_llama(len(tokenizer)), tokenizer)
+    queries = [*QUERIES, "x", "One more that is rather longer than the others are, so that they are padded"]
+    for together, query in zip(retriever(queries), queries, strict=True):
+        for a, b in zip(together, *retriever(query), strict=True):
+            assert a.tool_id == b.tool_id
+            assert math.isclose(a.score, b.score, abs_tol=1e-4)
+
+
+def test_each_query_has_its_own_set_of_tools(base_tokenizer):
+    tokenizer = many_tools(base_tokenizer)
+    retriever = ToolRetriever(small_llama(len(tokenizer)), tokenizer)
+    sets = [["tool_3", "tool_8", "tool_9"], []]
+    first, second = retriever(QUERIES, allowed_tools=sets, batch_size=2)
+    assert {tool.tool_id for tool in first} == set(sets[0])
+    assert second == []
+    for tool in first:
+        assert math.isclose(tool.score, score(retriever.model, tokenizer, QUERIES[0], tool.tool_id), abs_tol=1e-3)
+    with pytest.raises(ValueError, match="2 sets of allowed tools are given for 3 queries"):
+        retriever([*QUERIES, "x"], allowed_tools=sets)
+
+
+def test_scores_make_a_run(tokenizer):
+    """As ir-measures and ranx take it: query id -> tool id -> score."""
+    results = ToolRetriever(small_llama(len(tokenizer)), tokenizer)(QUERIES)
+    run = {f"q{i}": {tool.tool_id: tool.score for tool in found} for i, found in enumerate(results)}
+    best = {f"q{i}": {found[0].tool_id: 1} for i, found in enumerate(results)}
+    assert ir_measures.calc_aggregate([ir_measures.nDCG @ 1, ir_measures.RR], best, run) == {
+        ir_measures.nDCG @ 1: 1.0,
+        ir_measures.RR: 1.0,
+    }

@@ -11,8 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from .hub import PushToHubMixin
-
 
 CATALOG_FILE = "catalog.jsonl"
 
@@ -128,7 +126,7 @@ class Tool:
         )
 
 
-class ToolCatalog(PushToHubMixin, Sequence[Tool]):
+class ToolCatalog(Sequence[Tool]):
     """An ordered set of tools with unique ids.
 
     Index it by position or by id; `len`, `in` (by id) and iteration work as expected.

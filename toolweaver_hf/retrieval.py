@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import linear
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -35,8 +36,10 @@ def load_aligned_model(folder: str | os.PathLike, **kwargs) -> PreTrainedModel:
     hub_kwargs = {name: value for name, value in kwargs.items() if name in HUB_KWARGS}
     if find_adapter_config_file(os.fspath(folder), **hub_kwargs) is None:
         return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-    from peft import AutoPeftModelForCausalLM
-
+    try:
+        from peft import AutoPeftModelForCausalLM
+    except ImportError:
+        raise ImportError(f"{folder} holds a LoRA adapter alone; to load it, pip install peft") from None
     return AutoPeftModelForCausalLM.from_pretrained(folder, **kwargs).merge_and_unload()
 
 
@@ -53,6 +56,14 @@ class ToolRetriever:
             The aligned causal language model.
         tokenizer ([`ToolWeaverTokenizer`]):
             Its tokenizer.
+        full_head (`bool`, *optional*, defaults to `True`):
+            Whether to apply the model's whole output embeddings to every beam. With `False` each beam is scored on
+            the rows of the level's codebook alone; the whole vocabulary, which normalizes a score, is looked at for
+            the beams only that can still come out best. Ranking and scores are the same, for models whose logits are
+            their output embeddings applied to the last hidden state.
+
+    Raises:
+        `ValueError`: with `full_head=False`, for a model whose logits are something else.
 
     Example:
 
@@ -65,33 +76,38 @@ class ToolRetriever:
     ```
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: ToolWeaverTokenizer):
+    def __init__(self, model: PreTrainedModel, tokenizer: ToolWeaverTokenizer, full_head: bool = True):
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self.full_head = full_head
         self.tool_ids = tokenizer.tool_ids
         self.trie = CodeTrie(tokenizer.tool_code_ids).to(model.device)
         self._row_of_tool = {tool_id: row for row, tool_id in enumerate(self.tool_ids)}
+        if not full_head:
+            self._check_head()
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, **model_kwargs) -> ToolRetriever:
+    def from_pretrained(cls, folder: str | os.PathLike, full_head: bool = True, **model_kwargs) -> ToolRetriever:
         """Load an aligned model and its tokenizer from a folder or a repository of the Hub.
 
         Args:
             folder (`str`): The folder or repository.
+            full_head (`bool`, *optional*, defaults to `True`): As for the class.
             model_kwargs: Passed on to [`AutoModelForCausalLM.from_pretrained`], such as `dtype` and `device_map`.
                 Those that say where from, such as `revision` and `token`, hold for the tokenizer, too.
         """
         model = load_aligned_model(folder, **model_kwargs)
         hub_kwargs = {name: value for name, value in model_kwargs.items() if name in HUB_KWARGS}
-        return cls(model, ToolWeaverTokenizer.from_pretrained(folder, **hub_kwargs))
+        return cls(model, ToolWeaverTokenizer.from_pretrained(folder, **hub_kwargs), full_head=full_head)
 
     def __call__(
         self,
         queries: str | Sequence[str],
         top_k: int = 5,
         num_beams: int | None = None,
-        allowed_tools: Iterable[str] | None = None,
+        allowed_tools: Iterable[str] | Sequence[Iterable[str]] | None = None,
         batch_size: int = 32,
+        exhaustive: bool = False,
         show_progress_bar: bool = False,
     ) -> list[list[RetrievedTool]]:
         """Rank the tools for each query.
@@ -103,10 +119,12 @@ class ToolRetriever:
                 Number of tools for each query; there are fewer where fewer exist or are allowed.
             num_beams (`int`, *optional*):
                 Prefixes kept at each level. Defaults to twice `top_k`, and at least 10.
-            allowed_tools (`Iterable[str]`, *optional*):
+            allowed_tools (`Iterable[str]`, or one for each query, *optional*):
                 Ids of the only tools that may be retrieved.
             batch_size (`int`, *optional*, defaults to 32):
                 Queries in one forward pass.
+            exhaustive (`bool`, *optional*, defaults to `False`):
+                Whether to score every tool instead of searching, for small catalogues. Queries go one by one then.
             show_progress_bar (`bool`, *optional*, defaults to `False`):
                 Whether to show a progress bar over the batches.
 
@@ -114,75 +132,160 @@ class ToolRetriever:
             `list[list[RetrievedTool]]`: for each query its tools, best first.
 
         Raises:
-            `ValueError`: if an allowed tool has no code.
+            `ValueError`: if an allowed tool has no code, or the sets of allowed tools are not one for each query.
         """
         queries = [queries] if isinstance(queries, str) else list(queries)
+        trie, roots = self._tries(allowed_tools, len(queries))
         num_beams = max(2 * top_k, 10) if num_beams is None else max(num_beams, top_k)
-        allowed = None
-        if allowed_tools is not None:
-            allowed_tools = list(allowed_tools)
-            unknown = [tool_id for tool_id in allowed_tools if tool_id not in self._row_of_tool]
-            if unknown:
-                raise ValueError(f"these allowed tools have no code: {', '.join(unknown[:5])}")
-            allowed = self.trie.allow([[self._row_of_tool[tool_id] for tool_id in allowed_tools]])
-        prompts = [
-            self.tokenizer.encode_conversation([{"role": "user", "content": query}], add_generation_prompt=True)
-            for query in queries
-        ]
+        if exhaustive:
+            num_beams, batch_size = len(trie), 1
+        prompts = [self.encode_query(query) for query in queries]
         # Queries of like length share a batch, so that little of it is padding.
-        by_length = sorted(range(len(queries)), key=lambda i: len(prompts[i]["input_ids"]))
+        by_length = sorted(range(len(queries)), key=lambda i: len(prompts[i]))
         results: list[list[RetrievedTool]] = [[] for _ in queries]
         starts = range(0, len(queries), batch_size)
         for start in tqdm(starts, desc="Retrieving", disable=not show_progress_bar):
             batch = by_length[start : start + batch_size]
-            rows, scores = self._beam_search([prompts[i]["input_ids"] for i in batch], num_beams, allowed)
-            for i, row, score in zip(batch, rows.tolist(), scores.tolist(), strict=True):
-                found = [RetrievedTool(self.tool_ids[r], s) for r, s in zip(row, score, strict=True) if s > -torch.inf]
-                results[i] = found[:top_k]
+            longest = max(len(prompts[i]) for i in batch)
+            pad = self.tokenizer.pad_token_id or 0
+            input_ids = torch.tensor([[pad] * (longest - len(prompts[i])) + prompts[i] for i in batch])
+            mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
+            found = self._beam_search(input_ids, mask, trie, roots[batch], num_beams, top_k)
+            for i, tools in zip(batch, self.name_tools(*found), strict=True):
+                results[i] = tools
         return results
+
+    def encode_query(self, query: str) -> list[int]:
+        """Return the token ids of the prompt that asks for a query's tools."""
+        messages = [{"role": "user", "content": query}]
+        return self.tokenizer.encode_conversation(messages, add_generation_prompt=True)["input_ids"]
+
+    def rank(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor,
+        top_k: int = 5,
+        num_beams: int | None = None,
+        allowed_tools: Iterable[str] | Sequence[Iterable[str]] | None = None,
+    ) -> tuple[torch.LongTensor, torch.FloatTensor]:
+        """Rank the tools for a batch of prompts that are tokenized and padded on the left.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): The prompts, as `encode_query` gives them.
+            attention_mask (`torch.LongTensor` of shape `(batch, length)`): 0 for the padding.
+            top_k, num_beams, allowed_tools: As for `__call__`.
+
+        Returns:
+            `tuple` of two tensors of shape `(batch, top_k)` or less: the tools, as rows of `tool_ids`, and their
+            log-probabilities, descending; `-inf` where there is no further tool.
+        """
+        trie, roots = self._tries(allowed_tools, len(input_ids))
+        num_beams = max(2 * top_k, 10) if num_beams is None else max(num_beams, top_k)
+        return self._beam_search(input_ids, attention_mask, trie, roots, num_beams, top_k)
+
+    def name_tools(self, rows: torch.LongTensor, scores: torch.FloatTensor) -> list[list[RetrievedTool]]:
+        """Turn what `rank` returns into lists of tools."""
+        return [
+            [RetrievedTool(self.tool_ids[r], s) for r, s in zip(row, score, strict=True) if s > -torch.inf]
+            for row, score in zip(rows.tolist(), scores.tolist(), strict=True)
+        ]
+
+    def _tries(self, allowed_tools, num_queries: int) -> tuple[CodeTrie, torch.LongTensor]:
+        """The trie to search, and where each query starts in it."""
+        if allowed_tools is None:
+            return self.trie, self.trie.roots.expand(num_queries)
+        sets = list(allowed_tools)
+        if not sets or isinstance(sets[0], str):
+            sets = [sets]
+        sets = [list(tools) for tools in sets]
+        if len(sets) not in (1, num_queries):
+            raise ValueError(f"{len(sets)} sets of allowed tools are given for {num_queries} queries")
+        unknown = [tool_id for tools in sets for tool_id in tools if tool_id not in self._row_of_tool]
+        if unknown:
+            raise ValueError(f"these allowed tools have no code: {', '.join(unknown[:5])}")
+        trie = self.trie.restrict([[self._row_of_tool[tool_id] for tool_id in tools] for tools in sets])
+        return trie, trie.roots.expand(num_queries)
 
     @torch.inference_mode()
     def _beam_search(
-        self, prompts: list[list[int]], num_beams: int, allowed: torch.Tensor | None
+        self,
+        input_ids: torch.LongTensor,
+        mask: torch.LongTensor,
+        trie: CodeTrie,
+        roots: torch.LongTensor,
+        num_beams: int,
+        top_k: int,
     ) -> tuple[torch.LongTensor, torch.FloatTensor]:
-        """Search the codes for a batch of prompts.
-
-        Returns:
-            `tuple` of two tensors of shape `(batch, beams)`: the tools, as rows of `tool_ids`, and their
-            log-probabilities, descending; `-inf` where there is no further tool.
-        """
-        device, trie, batch = self.model.device, self.trie, len(prompts)
-        longest = max(map(len, prompts))
-        pad = self.tokenizer.pad_token_id or 0
-        input_ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts], device=device)
-        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-        nodes = torch.zeros((batch, 1), dtype=torch.long, device=device)
+        device, batch = self.model.device, len(input_ids)
+        input_ids, mask, nodes = input_ids.to(device), mask.to(device), roots[:, None]
         scores = torch.zeros((batch, 1), device=device)
         cache = DynamicCache(config=self.model.config)
         for level in range(trie.num_levels):
             position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-            output = self.model(
+            forward = self.model if self.full_head else self.model.base_model
+            output = forward(
                 input_ids=input_ids,
                 attention_mask=mask,
                 position_ids=position_ids,
                 cache=cache,
                 use_cache=True,
-                logits_to_keep=1,
+                **({"logits_to_keep": 1} if self.full_head else {}),
             )
-            log_probs = output.logits[:, -1].float().log_softmax(-1)
             width = trie.max_children[level]
-            permitted = None if allowed is None else allowed.expand(nodes.numel(), -1)
-            tokens, present = trie.children(nodes.flatten(), width, permitted)
-            candidates = log_probs.gather(1, tokens).masked_fill(~present, -torch.inf)
-            candidates = (scores.flatten()[:, None] + candidates).view(batch, -1)
-            scores, best = candidates.topk(min(num_beams, candidates.shape[1]), dim=1)
+            tokens, present = trie.children(nodes.flatten(), width)
+            keep = min(num_beams if level + 1 < trie.num_levels else top_k, nodes.shape[1] * width)
+            if self.full_head:
+                logits = output.logits[:, -1].float()
+                logits = logits.gather(1, tokens) - logits.logsumexp(1, keepdim=True)
+                candidates = scores.view(-1, 1) + logits.masked_fill(~present, -torch.inf)
+                scores, best = candidates.view(batch, -1).topk(keep)
+            else:
+                hidden = output.last_hidden_state[:, -1]
+                scores, best = self._best_of_level(level, hidden, scores, tokens, present, keep)
             beam = best // width  # the beam that each candidate goes on from
             tokens = tokens.view(batch, -1).gather(1, best)
             nodes = trie.step(nodes.gather(1, beam).flatten(), tokens.flatten()).view(batch, -1)
+            nodes = torch.where(scores > -torch.inf, nodes, -1)
             if level + 1 < trie.num_levels:
                 rows = (torch.arange(batch, device=device)[:, None] * (len(mask) // batch) + beam).flatten()
                 cache.batch_select_indices(rows)
                 mask = torch.cat([mask[rows], mask.new_ones((len(rows), 1))], dim=1)
                 input_ids = tokens.view(-1, 1)
-        first_leaf = trie.num_nodes - len(trie)
-        return trie.tools[(nodes - first_leaf).clamp(min=0)], scores
+        return trie.tool_of(nodes), scores
+
+    def _best_of_level(self, level, hidden, scores, tokens, present, keep):
+        """Find the best candidates of a level, exactly, without the whole vocabulary for every beam.
+
+        Normalized over the level's codebook alone, a candidate's score is never below its true one. So the whole
+        vocabulary is needed only for beams that have a candidate among the best: the others come after these anyway.
+        """
+        head = self.model.get_output_embeddings()
+        first = self.tokenizer.level_offsets[level]
+        rows = slice(first, first + self.tokenizer.codebook_sizes[level])
+        logits = linear(hidden, head.weight[rows], None if head.bias is None else head.bias[rows]).float()
+        normalizer = logits.logsumexp(1)
+        places = torch.where(present, tokens - first, 0)
+        unnormalized = scores.view(-1, 1) + logits.gather(1, places).masked_fill(~present, -torch.inf)
+        exact = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
+        while True:
+            candidates = (unnormalized - normalizer[:, None]).view(len(scores), -1)
+            values, best = candidates.topk(keep)
+            beams = best // tokens.shape[1] + torch.arange(len(scores), device=best.device)[:, None] * scores.shape[1]
+            needed = torch.zeros_like(exact).index_fill_(0, beams[values > -torch.inf], True) & ~exact
+            if not needed.any():
+                return values, best
+            normalizer[needed] = head(hidden[needed]).float().logsumexp(1)
+            exact |= needed
+
+    @torch.inference_mode()
+    def _check_head(self) -> None:
+        ids = torch.tensor([self.encode_query("?")], device=self.model.device)
+        head = self.model.get_output_embeddings()
+        logits = self.model(input_ids=ids, logits_to_keep=1).logits[:, -1]
+        if not isinstance(head, torch.nn.Linear) or not torch.allclose(
+            head(self.model.base_model(input_ids=ids).last_hidden_state[:, -1]), logits, rtol=1e-3, atol=1e-3
+        ):
+            raise ValueError(
+                f"the logits of {type(self.model).__name__} are more than its output embeddings applied to the last "
+                "hidden state: use full_head=True"
+            )
