@@ -16,6 +16,7 @@ from toolweaver_hf.cli import run
 from toolweaver_hf.data import load_queries
 from toolweaver_hf.embeddings import default_encoder
 from toolweaver_hf.evaluation import METRICS_FILE, METRICS_VERSION, evaluate_rankings, markdown_table
+from toolweaver_hf.hub import EVALUATION_FOLDER
 from toolweaver_hf.json_files import write_json
 from toolweaver_hf.retrieval import ToolRetriever
 
@@ -37,7 +38,8 @@ class EvaluationArguments:
         encoder (`str`, *optional*):
             sentence-transformers model of the dense rival. Defaults to the encoder that the catalogue is embedded with.
         output_dir (`str`, *optional*):
-            Folder for `metrics.json` and the rankings in TREC's run format.
+            Folder for `metrics.json` and the rankings in TREC's run format. Defaults to `evaluation` in the model's
+            folder, from where `toolweaver push` takes the results into the model's card.
     """
 
     model: str = field(metadata={"help": "Folder of an aligned model."})
@@ -68,12 +70,15 @@ def main(args: EvaluationArguments) -> dict[str, dict[str, dict[str, float]]]:
     for group in results["ToolWeaver"]:
         print(f"\n{group} ({results['ToolWeaver'][group]['queries']} queries), in percent\n")
         print(markdown_table(results, group))
-    if args.output_dir:
-        os.makedirs(args.output_dir, exist_ok=True)
+    output_dir = args.output_dir
+    if output_dir is None and os.path.isdir(args.model):
+        output_dir = os.path.join(args.model, EVALUATION_FOLDER)
+    if output_dir:
+        os.makedirs(output_dir, exist_ok=True)
         metrics = {"queries": os.path.basename(args.queries), "results": results}
-        write_json(os.path.join(args.output_dir, METRICS_FILE), metrics, METRICS_VERSION)
+        write_json(os.path.join(output_dir, METRICS_FILE), metrics, METRICS_VERSION)
         for name, ranking in rankings.items():
-            with open(os.path.join(args.output_dir, f"{name}.run"), "w", encoding="utf-8") as file:
+            with open(os.path.join(output_dir, f"{name}.run"), "w", encoding="utf-8") as file:
                 for query, tools in zip(queries, ranking, strict=True):
                     for rank, tool in enumerate(tools, start=1):
                         fields = (query.id, "Q0", tool.tool_id, rank, tool.score, name)

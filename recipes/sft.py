@@ -49,6 +49,7 @@ from toolweaver_hf.data import (
     weigh_rows,
 )
 from toolweaver_hf.embedding_init import initialize_code_embeddings, trainable_code_rows
+from toolweaver_hf.hub import push_folder, record_training
 from toolweaver_hf.modeling_rqvae import RQVAEModel
 from toolweaver_hf.tokenization_toolweaver import TOOL_CODES_FILE, ToolWeaverTokenizer
 from toolweaver_hf.train_alignment import (
@@ -248,6 +249,8 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
     if isinstance(peft_config, LoraConfig):
         peft_config.trainable_token_indices = trainable_code_rows(model, tokenizer)
 
+    # Pushed once, at the end and with a card; the Trainer would push its pickled arguments as well
+    push_to_hub, training_args.push_to_hub = training_args.push_to_hub, False
     trainer = AlignmentTrainer(
         model=model,
         args=training_args,
@@ -270,11 +273,18 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(training_args.output_dir)
         catalog.to_jsonl(os.path.join(training_args.output_dir, "catalog.jsonl"))
+        record_training(trainer, model_args.model_name_or_path, stages=args.stages)
         # Trainer pickles its arguments beside the model; nothing here reads them, and nobody should load a pickle.
         Path(training_args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
     trainer.accelerator.print(f"Aligned model saved in {training_args.output_dir}")
-    if training_args.push_to_hub:
-        trainer.push_to_hub()
+    if push_to_hub and trainer.is_world_process_zero():
+        push_folder(
+            training_args.output_dir,
+            training_args.hub_model_id or Path(training_args.output_dir).name,
+            private=training_args.hub_private_repo,
+            revision=training_args.hub_revision,
+            token=training_args.hub_token,
+        )
 
 
 def cli(argv: list[str] | None = None) -> None:

@@ -1,4 +1,18 @@
+import atexit
 import os
+import shutil
+import tempfile
+
+from hub_server import MY_TOKEN, HubServer
+
+
+# huggingface_hub reads these when it is imported. No test reaches the real Hub or the user's cache.
+HUB = HubServer().start()
+HF_HOME = tempfile.mkdtemp()
+atexit.register(shutil.rmtree, HF_HOME, ignore_errors=True)
+os.environ.update(HF_ENDPOINT=HUB.url, HF_HOME=HF_HOME, HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1")
+for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "TRANSFORMERS_OFFLINE"):
+    os.environ.pop(name, None)
 
 import pytest
 import torch
@@ -10,6 +24,14 @@ from toolweaver_hf.demo import DEMO_FOLDER
 
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """An empty Hub on loopback, and the user `me` logged in to it."""
+    HUB.reset()
+    monkeypatch.setenv("HF_TOKEN", MY_TOKEN)
+    return HUB
 
 
 @pytest.fixture(scope="session")

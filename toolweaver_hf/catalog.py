@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from .hub import PushToHubMixin
+
 
 CATALOG_FILE = "catalog.jsonl"
 
@@ -126,7 +128,7 @@ class Tool:
         )
 
 
-class ToolCatalog(Sequence[Tool]):
+class ToolCatalog(PushToHubMixin, Sequence[Tool]):
     """An ordered set of tools with unique ids.
 
     Index it by position or by id; `len`, `in` (by id) and iteration work as expected.

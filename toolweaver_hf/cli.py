@@ -12,6 +12,7 @@ COMMANDS = {
     "inspect": ("toolweaver_hf.report", "draw a report of learnt codes"),
     "sft": ("toolweaver_hf.recipes.sft", "align a language model with the codes"),
     "evaluate": ("toolweaver_hf.recipes.evaluate", "measure retrieval next to BM25 and a dense encoder"),
+    "push": ("toolweaver_hf.hub", "push what a step has made to the Hugging Face Hub, with its card"),
 }
 
 

@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 
 from .assignment import assign_codes
 from .catalog import Tool, ToolCatalog
+from .hub import PushToHubMixin
 from .modeling_rqvae import RQVAEModel
 from .tokenization_toolweaver import SCHEMA_VERSION, TOOL_CODES_FILE, check_tool_codes, write_tool_codes
 
@@ -26,7 +27,7 @@ class CatalogChanges(NamedTuple):
     changed: list[str]
 
 
-class ToolCodes(Mapping[str, tuple[int, ...]]):
+class ToolCodes(PushToHubMixin, Mapping[str, tuple[int, ...]]):
     """The code of every tool: a mapping from tool id to one codebook index a level.
 
     Args:

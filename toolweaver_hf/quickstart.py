@@ -29,7 +29,7 @@ class QuickstartArguments:
 
     Args:
         output_dir (`str`, *optional*, defaults to `"toolweaver-quickstart"`):
-            Folder for everything that the run makes: `codes`, `base`, `retrieval`, `agent`, `evaluation`.
+            Folder for everything that the run makes: `codes`, `base`, `retrieval` with its `evaluation`, `agent`.
         data (`str`, *optional*):
             Folder with `catalog.jsonl`, `queries.{train,validation,test}.jsonl` and
             `trajectories.{train,validation,test}.jsonl`. Defaults to the demo that comes with the package.
@@ -183,7 +183,6 @@ def main(args: QuickstartArguments) -> None:
             model=str(output / "retrieval"),
             queries=str(data / "queries.test.jsonl"),
             encoder=args.encoder,
-            output_dir=str(output / "evaluation"),
         )
     )
 
