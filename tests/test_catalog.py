@@ -1,10 +1,13 @@
 import json
+from pathlib import Path
 
+import jsonschema
 import pytest
 
 from toolweaver_hf.catalog import Tool, ToolCatalog
 
 
+FIXTURES = Path(__file__).parent / "fixtures"
 WEATHER = {
     "type": "object",
     "properties": {"city": {"type": "string", "description": "Name of the city."}, "days": {"type": "integer"}},
@@ -116,3 +119,77 @@ def test_item_of_a_json_list_is_named(tmp_path):
     path.write_text(json.dumps([{"name": "a", "description": "A."}, {"name": "b", "description": ""}]))
     with pytest.raises(ValueError, match=r"tools\.json, item 2: tool 'b'"):
         ToolCatalog.from_file(path)
+
+
+def test_openapi():
+    """Parameters and the body's properties are arguments; schemas referred to stand under `$defs`."""
+    catalog = ToolCatalog.from_file(FIXTURES / "openapi.yaml")
+    assert catalog.ids == ["getBook", "putBook", "get_loans", "post_loans"]
+    get = catalog["getBook"]
+    assert (get.category, get.description) == ("Books", "Look a book up. Gives its title and where it stands.")
+    assert get.parameters == {
+        "type": "object",
+        "properties": {
+            "isbn": {"type": "string", "description": "The book's ISBN."},
+            "fields": {"type": "array", "items": {"type": "string"}},
+        },
+        "required": ["isbn"],
+    }
+    assert get.metadata == {
+        "method": "GET",
+        "path": "/books/{isbn}",
+        "arguments": {"isbn": "path", "fields": "query"},
+    }
+    put = catalog["putBook"]
+    assert put.parameters["required"] == ["isbn", "title"]
+    assert put.parameters["$defs"].keys() == {"Book", "Person"}
+    jsonschema.validate({"isbn": "1", "title": None, "sequel": {"title": "II", "price": 2}}, put.parameters)
+    for wrong in ({"isbn": "1"}, {"isbn": "1", "title": "I", "price": 0}, {"isbn": "1", "title": "", "sequel": {}}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, put.parameters)
+    loans = catalog["post_loans"].parameters
+    assert loans["properties"]["body"] == {"type": "array", "items": {"$ref": "#/$defs/Book"}}
+    assert "required" not in loans
+    # Dates and words are texts in JSON, and so in YAML.
+    since, is_open = catalog["get_loans"].parameters["properties"].values()
+    assert since["default"] == "2024-01-31" and is_open["enum"] == ["yes", "no"]
+
+
+@pytest.mark.parametrize(
+    ("document", "says"),
+    [
+        ({"swagger": "2.0", "paths": {}}, "OpenAPI 2.0 is not read"),
+        ({"openapi": "3.1.0", "paths": {}}, "empty"),
+        ({"openapi": "3.1.0", "paths": {"/a": {"get": {"operationId": "x"}, "put": {"operationId": "x"}}}}, "PUT /a"),
+        ({"openapi": "3.1.0", "paths": {"/a": {"get": {"parameters": [{"$ref": "#/nowhere"}]}}}}, "GET /a: .*nowhere"),
+        ({"openapi": "3.1.0", "paths": {"/a": {"$ref": "other.yaml#/a"}}}, "out of the document"),
+        ({"openapi": "3.1.0", "paths": {"/a": {"$ref": "#/paths/~1a"}}}, "circle"),
+    ],
+)
+def test_openapi_errors(tmp_path, document, says):
+    path = tmp_path / "openapi.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=rf"openapi\.json.*{says}"):
+        ToolCatalog.from_file(path)
+
+
+def test_answer_of_an_mcp_server():
+    catalog = ToolCatalog.from_file(FIXTURES / "mcp_tools_list.json")
+    assert catalog["read_file"].description == "Gives the text of a file."
+    assert catalog["list_roots"].description == "List the folders that may be read"
+    assert catalog["read_file"].parameters["required"] == ["path"]
+
+
+def test_toolbench(tmp_path):
+    catalog = ToolCatalog.from_file(FIXTURES / "toolbench.json")
+    start = catalog["<<Chess Clock&&Start>>"]
+    assert start.document == (
+        "Gaming. Chess Clock: Start: Starts a clock. Times for games of chess. "
+        "Parameters: minutes (Time of each player), mode."
+    )
+    assert start.parameters["properties"]["minutes"]["type"] == "number"
+    assert start.parameters["required"] == ["minutes"]
+    assert catalog["<<Chess Clock&&Stop>>"].description == "Times for games of chess."
+    # A row of a query's api_list
+    row = {"category_name": "Gaming", "tool_name": "Chess Clock", "api_name": "Start", "api_description": "Starts."}
+    assert ToolCatalog.from_file(write(tmp_path / "apis.jsonl", [row])).ids == ["<<Chess Clock&&Start>>"]

@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from .hub import PushToHubMixin
+from .openapi import join_texts, openapi_tools
 
 
 CATALOG_FILE = "catalog.jsonl"
@@ -113,6 +117,8 @@ class Tool:
                 description=row.get("text"),
                 metadata=row.get("metadata") or {},
             )
+        if "api_name" in row and "tool_name" in row:  # ToolBench
+            return cls(**_toolbench_fields(row))
         if "id" not in row and "name" not in row:
             raise ValueError("a tool needs an 'id' (or 'name', or BEIR's '_id') beside its 'description'")
         optional = {
@@ -123,7 +129,7 @@ class Tool:
         return cls(
             id=row.get("id", row.get("name")),
             name=row.get("name", ""),
-            description=row.get("description"),
+            description=row.get("description") or row.get("title"),  # MCP's description is optional, its title as well
             **{key: value for key, value in optional.items() if value is not None},
         )
 
@@ -199,6 +205,13 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
 
         Raises:
             `ValueError`: naming the first item that is wrong.
+
+        Example:
+
+        ```python
+        >>> listed = await session.list_tools()  # an MCP client's session
+        >>> catalog = ToolCatalog.from_functions(tool.model_dump() for tool in listed.tools)
+        ```
         """
         return cls(_checked((f"function {number}", row) for number, row in enumerate(functions, start=1)))
 
@@ -206,10 +219,16 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
     def from_file(cls, path: str | os.PathLike) -> ToolCatalog:
         """Read a catalogue.
 
-        A `.jsonl` file has one tool a line, any other is one JSON document: a list of tools, or an object that holds
-        the list under `tools` or `functions`. A tool is a row as [`ToolCatalog.to_jsonl`] writes it, an OpenAI
-        function schema (bare or in its `{"type": "function"}` wrapper), an item of MCP's `tools/list`, or a document
-        of a BEIR corpus (`_id`, `title`, `text`).
+        A `.jsonl` file has one tool a line. Any other is one document of JSON, or of YAML where it is named so:
+
+        - a list of tools, or an object that holds it under `tools` or `functions`;
+        - what an MCP server answers to `tools/list`, with or without its JSON-RPC envelope;
+        - an OpenAPI 3 description, each operation of which is a tool (see [`~openapi.openapi_tools`]);
+        - a file of ToolBench with its `api_list`.
+
+        A tool is a row as [`ToolCatalog.to_jsonl`] writes it, an OpenAI function schema (bare or in its
+        `{"type": "function"}` wrapper), an item of MCP's list, a document of a BEIR corpus (`_id`, `title`, `text`),
+        or an API of ToolBench, whose id is `<<tool&&api>>` as in ToolGen.
 
         Raises:
             `ValueError`: naming the file, the line or item, and the tool that is wrong.
@@ -223,20 +242,14 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
         if path.suffix == ".jsonl":
             rows = _json_lines(text, path)
         else:
-            try:
-                document = json.loads(text)
-            except ValueError as error:
-                raise ValueError(f"{path} is not valid JSON: {error}") from None
-            if isinstance(document, dict):
-                document = document.get("tools", document.get("functions"))
-            if not isinstance(document, list):
-                raise ValueError(f"{path} holds no list of tools: give a JSON list, or an object with a list 'tools'")
-            rows = ((f"{path}, item {number}", row) for number, row in enumerate(document, start=1))
+            rows = ((f"{path}, {place}", row) for place, row in _document_rows(_parse(text, path)))
         try:
             return cls(_checked(rows))
         except ValueError as error:
             message = str(error)
             raise ValueError(message if message.startswith(str(path)) else f"{path}: {message}") from None
+        except RecursionError:
+            raise ValueError(f"{path}: a tool's schema is nested too deeply") from None
 
     @classmethod
     def from_pretrained(
@@ -276,8 +289,94 @@ def _json_lines(text: str, path: Path) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 yield f"{path}, line {number}", json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from None
+
+
+def _parse(text: str, path: Path) -> Any:
+    """Parse a document of JSON or, by its name, of YAML."""
+    if path.suffix not in (".yaml", ".yml"):
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
+    try:
+        # A few lines of aliases can stand for more data than fits into memory.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, _JsonLikeLoader)):
+            raise ValueError("aliases are not read: write it as JSON")
+        return json.loads(json.dumps(yaml.load(text, _JsonLikeLoader)))
+    except (ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path} is not YAML that JSON could say as well: {error}") from None
+
+
+class _JsonLikeLoader(yaml.CSafeLoader):
+    """Reads plain words as JSON does: `no` and dates are texts."""
+
+
+_JsonLikeLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":bool"))]
+    for first, resolvers in yaml.CSafeLoader.yaml_implicit_resolvers.items()
+}
+_JsonLikeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|false)$"), list("tf"))
+
+
+def _document_rows(document: Any) -> Iterator[tuple[str, Any]]:
+    """Find the tools in a document; yield each with its place."""
+    if isinstance(document, dict):
+        if "openapi" in document or "swagger" in document:
+            yield from openapi_tools(document)
+            return
+        if isinstance(document.get("result"), dict):  # a JSON-RPC answer of an MCP server
+            document = document["result"]
+        if isinstance(document.get("api_list"), list) and "tool_name" in document:  # ToolBench
+            shared = {name: document.get(name) for name in ("tool_name", "tool_description", "category_name")}
+            document = [
+                shared | {"api_name": api.get("name")} | api if isinstance(api, dict) else api
+                for api in document["api_list"]
+            ]
+        else:
+            document = document.get("tools", document.get("functions"))
+    if not isinstance(document, list):
+        raise ValueError("it holds no list of tools: give a list, an object with a list 'tools', or OpenAPI 3")
+    for number, row in enumerate(document, start=1):
+        yield f"item {number}", row
+
+
+TOOLBENCH_TYPES = {
+    "number": "number",
+    "integer": "integer",
+    "boolean": "boolean",
+    "array": "array",
+    "object": "object",
+}
+
+
+def _toolbench_fields(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a [`Tool`] for an API of ToolBench."""
+    tool, api = row["tool_name"], row["api_name"]
+    if not isinstance(tool, str) or not isinstance(api, str):
+        raise ValueError("an API of ToolBench needs a 'tool_name' and an 'api_name'")
+    properties, required = {}, []
+    for kind in ("required_parameters", "optional_parameters"):
+        declared = row.get(kind) or []
+        for parameter in declared if isinstance(declared, list) else [None]:
+            if not isinstance(parameter, dict) or not isinstance(parameter.get("name"), str):
+                raise ValueError(f"tool '<<{tool}&&{api}>>': each of its {kind} needs a 'name'")
+            schema = {"type": TOOLBENCH_TYPES.get(str(parameter.get("type")).lower(), "string")}
+            if isinstance(parameter.get("description"), str) and parameter["description"].strip():
+                schema["description"] = parameter["description"].strip()
+            properties[parameter["name"]] = schema
+            if kind == "required_parameters":
+                required.append(parameter["name"])
+    parameters = {"type": "object", "properties": properties}
+    description = join_texts(row.get("api_description") or row.get("description"), row.get("tool_description"))
+    return {
+        "id": f"<<{tool}&&{api}>>",
+        "name": f"{tool}: {api}",
+        "description": description or f"{api} of {tool}",  # many APIs of ToolBench are described by name alone
+        "parameters": parameters | ({"required": required} if required else {}),
+        "category": row.get("category_name") or None,
+    }
 
 
 def _checked(rows: Iterable[tuple[str, Any]]) -> Iterator[Tool]:
