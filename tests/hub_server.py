@@ -194,7 +194,9 @@ class HubHandler(BaseHTTPRequestHandler):
         url = f"{self.server.url}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
         if (kind, repo_id) in self.server.repositories:
             return self.answer({"url": url, "error": "You already created this repo"}, 409)
-        repository = Repository(kind, repo_id, bool(body.get("private")))
+        repository = Repository(
+            kind, repo_id, "private" in (body.get("visibility"), body.get("private") and "private")
+        )
         repository.commit("main", {".gitattributes": Blob.regular(b"*.safetensors filter=lfs\n")}, "initial commit")
         self.server.repositories[kind, repo_id] = repository
         self.answer({"url": url, "name": repo_id, "id": repo_id})

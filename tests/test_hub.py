@@ -1,14 +1,21 @@
 """Artifacts on a Hub: pushed, loaded in a process that knows only transformers, pushed again."""
 
+import json
+import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import small_llama
-from huggingface_hub import HfApi, RepoCard
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from datasets import load_dataset
+from hub_server import MY_TOKEN
+from huggingface_hub import DatasetCard, HfApi, ModelCard, RepoCard, constants, hf_hub_download
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from toolweaver_hf import (
     RQVAEConfig,
@@ -16,10 +23,16 @@ from toolweaver_hf import (
     Tool,
     ToolAgent,
     ToolCatalog,
+    ToolCodes,
     ToolRetriever,
     ToolWeaverTokenizer,
 )
-from toolweaver_hf.hub import push_folder
+from toolweaver_hf.cli import main as toolweaver
+from toolweaver_hf.demo import DEMO_FOLDER
+from toolweaver_hf.embedding_init import trainable_code_rows
+from toolweaver_hf.evaluation import MEASURES
+from toolweaver_hf.hub import create_card, push_folder
+from toolweaver_hf.json_files import write_json
 
 
 QUERY = "Will it rain in Oslo?"
@@ -115,3 +128,239 @@ except RuntimeError:
     inputs = ToolWeaverTokenizer.from_pretrained(model_dir)(QUERY, return_tensors="pt", return_token_type_ids=False)
     generated = AutoModelForCausalLM.from_pretrained(model_dir).generate(**inputs, max_new_tokens=8, do_sample=False)
     assert torch.equal(found["generated"], generated)
+
+
+def test_with_the_package_no_remote_code_is_used(hub, model_dir, codes_dir):
+    push_folder(model_dir, "me/aligned")
+    push_folder(codes_dir, "me/codes")
+    assert type(AutoConfig.from_pretrained("me/codes")) is RQVAEConfig
+    assert type(AutoModel.from_pretrained("me/codes")) is RQVAEModel
+    assert type(AutoModel.from_pretrained("me/codes", trust_remote_code=True)) is RQVAEModel
+    assert type(AutoTokenizer.from_pretrained("me/aligned")) is ToolWeaverTokenizer
+    assert not any(path.endswith(".py") for _, path in hub.log if "/resolve/" in path)
+
+
+def test_code_is_named_in_every_saved_configuration(hub, model_dir, codes_dir, tmp_path):
+    """Also where what is saved came from a repository, whose name then stands in no `auto_map`."""
+    push_folder(codes_dir, "me/codes")
+    push_folder(model_dir, "me/aligned")
+    AutoModel.from_pretrained("me/codes").save_pretrained(tmp_path / "again")
+    AutoTokenizer.from_pretrained("me/aligned").save_pretrained(tmp_path / "again")
+    ToolRetriever.from_pretrained("me/aligned").model.save_pretrained(tmp_path / "aligned")
+    for folder in (codes_dir, tmp_path / "again"):
+        assert json.loads((folder / "config.json").read_text())["auto_map"] == {
+            "AutoConfig": "configuration_rqvae.RQVAEConfig",
+            "AutoModel": "modeling_rqvae.RQVAEModel",
+        }
+    for folder in (model_dir, tmp_path / "again"):
+        auto_map = json.loads((folder / "tokenizer_config.json").read_text())["auto_map"]
+        assert set(auto_map["AutoTokenizer"]) == {"tokenization_toolweaver.ToolWeaverTokenizer", None}
+        assert (folder / "tokenization_toolweaver.py").exists()
+
+
+def test_every_class_pushes_itself(hub, model_dir, codes_dir):
+    """`push_to_hub` with the arguments that it has everywhere, and what comes back."""
+    kwargs = {"private": True, "token": MY_TOKEN, "commit_message": "Mine", "create_pr": False}
+    codes, catalog = ToolCodes.from_pretrained(codes_dir), ToolCatalog.from_pretrained(codes_dir)
+    model, tokenizer = RQVAEModel.from_pretrained(codes_dir), ToolWeaverTokenizer.from_pretrained(model_dir)
+    model.push_to_hub("me/codes", **kwargs)
+    codes.push_to_hub("me/codes", **kwargs)
+    tokenizer.push_to_hub("me/tokenizer", **kwargs)
+    catalog.push_to_hub("me/tools", **kwargs)
+    assert all(repository.private for repository in hub.repositories.values())
+    assert dict(ToolCodes.from_pretrained("me/codes", token=MY_TOKEN)) == dict(codes)
+    assert list(ToolCatalog.from_pretrained("me/tools")) == list(catalog)
+    assert AutoTokenizer.from_pretrained("me/tokenizer").tool_codes == tokenizer.tool_codes
+    assert torch.equal(AutoModel.from_pretrained("me/codes").codebooks()[1], model.codebooks()[1])
+    assert "## The codes" in RepoCard.load("me/codes").text
+
+
+def test_push_again_by_branch_and_pull_request(hub, codes_dir):
+    first = push_folder(codes_dir, "me/codes")
+    uploads = [path for method, path in hub.log if method == "PUT"]
+    assert push_folder(codes_dir, "me/codes").oid == first.oid  # nothing has changed
+    codes = ToolCodes.from_pretrained(codes_dir)
+    codes.remove("fx")
+    codes.save_pretrained(codes_dir)
+    push_folder(codes_dir, "me/codes", revision="fewer")
+    ToolCodes.from_pretrained(codes_dir).push_to_hub("me/codes", create_pr=True)
+    assert [path for method, path in hub.log if method == "PUT"] == uploads  # the weights were not sent again
+    assert "fx" in ToolCodes.from_pretrained("me/codes")
+    assert "fx" in ToolCodes.from_pretrained("me/codes", revision=first.oid)
+    assert "fx" not in ToolCodes.from_pretrained("me/codes", revision="fewer")
+    assert "fx" not in ToolCodes.from_pretrained("me/codes", revision="refs/pr/1")
+    assert files_of("me/codes", revision="refs/pr/1") == files_of("me/codes")
+
+
+def test_a_file_in_parts(hub, model_dir):
+    hub.part_size = 10_000
+    push_folder(model_dir, "me/aligned")
+    assert sum(method == "PUT" for method, _ in hub.log) > 3
+    path = hf_hub_download("me/aligned", "model.safetensors")
+    assert Path(path).read_bytes() == (model_dir / "model.safetensors").read_bytes()
+
+
+def test_an_interrupted_upload_is_taken_up_again(hub, model_dir):
+    """A push is killed between two large files. The next one sends only the second."""
+    weights = load_file(model_dir / "model.safetensors")
+    index, names = {}, sorted(weights)
+    for i, part in enumerate((names[:3], names[3:]), start=1):
+        file = f"model-{i:05}-of-00002.safetensors"
+        save_file({name: weights[name] for name in part}, model_dir / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(part, file)
+    (model_dir / "model.safetensors").unlink()
+    (model_dir / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    before = {path.name: path.read_bytes() for path in model_dir.iterdir()}
+    hub.stall_upload = lambda sha256: bool(hub.objects) or hub.stalled.is_set()
+    process = subprocess.Popen([sys.executable, "-m", "toolweaver_hf.cli", "push", str(model_dir), "me/aligned"])
+    for _ in range(600):
+        if hub.objects and hub.stalled.wait(0.1):
+            break
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    hub.stall_upload = lambda sha256: False
+    assert len(hub.objects) == 1 and files_of("me/aligned") == set()
+    assert {path.name: path.read_bytes() for path in model_dir.iterdir()} == before
+    sent = sum(method == "PUT" for method, _ in hub.log)
+    push_folder(model_dir, "me/aligned")
+    assert sum(method == "PUT" for method, _ in hub.log) - sent == 1
+    assert ToolRetriever.from_pretrained("me/aligned")(QUERY) == ToolRetriever.from_pretrained(model_dir)(QUERY)
+
+
+def test_adapters(hub, tokenizer, model_dir, tmp_path):
+    """Adapters alone: the base is found on the Hub by its name, and stands on the card."""
+    base = small_llama(tokenizer.level_offsets[0])
+    base.push_to_hub("me/base")
+    base = AutoModelForCausalLM.from_pretrained("me/base")
+    base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, trainable_token_indices=trainable_code_rows(base, tokenizer))
+    model = get_peft_model(base, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "trainable_tokens_delta" in name:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    push_folder(tmp_path / "adapter", "me/adapter")
+    card = ModelCard.load("me/adapter")
+    assert card.data.base_model == "me/base" and "LoRA adapters" in card.text
+    found, expected = ToolRetriever.from_pretrained("me/adapter")(QUERY, top_k=4), ToolRetriever(model, tokenizer)
+    assert [tool.tool_id for tool in found[0]] == [tool.tool_id for tool in expected(QUERY, top_k=4)[0]]
+
+
+def test_a_dataset(hub, tmp_path):
+    """Catalogue, queries and trajectories: `load_dataset` reads the splits by the card's configurations."""
+    for path in DEMO_FOLDER.glob("*.jsonl"):
+        rows = path.read_text(encoding="utf-8").splitlines(keepends=True)[:20]
+        (tmp_path / path.name).write_text("".join(rows), encoding="utf-8")
+    push_folder(tmp_path, "me/demo", license="apache-2.0")
+    assert list(ToolCatalog.from_pretrained("me/demo")) == list(ToolCatalog.from_file(tmp_path / "catalog.jsonl"))
+    queries = load_dataset("me/demo", "queries")
+    assert {*queries} == {"train", "validation", "test"} and queries["test"][0]["tools"]
+    trajectories = load_dataset("me/demo", "trajectories", split="train")
+    assert trajectories[0]["messages"][0]["role"] == "user"
+    card = DatasetCard.load("me/demo")
+    card.validate(repo_type="dataset")
+    assert card.data.license == "apache-2.0" and "ToolCatalog.from_pretrained" in card.text
+
+
+# Refusals and accidents
+
+
+def test_who_may_not_write_is_told_so(hub, codes_dir, capfd):
+    for token, repo_id in (("hf_aTokenThatIsNotKnown", "me/codes"), (MY_TOKEN, "other/codes")):
+        with pytest.raises(SystemExit) as stop:
+            toolweaver(["push", str(codes_dir), repo_id, "--token", token])
+        assert stop.value.code == 2
+        error = capfd.readouterr().err
+        assert f"did not let you write to {repo_id}" in error and "hf auth login" in error
+        assert token not in error
+    assert not hub.repositories
+
+
+def test_what_is_not_there(hub, codes_dir, tmp_path):
+    for load in (ToolCodes, ToolCatalog, ToolRetriever, ToolWeaverTokenizer, RQVAEModel):
+        with pytest.raises(OSError, match="me/nothing"):
+            load.from_pretrained("me/nothing")
+    push_folder(codes_dir, "me/codes")
+    with pytest.raises(OSError, match="nowhere"):
+        ToolCodes.from_pretrained("me/codes", revision="nowhere")
+    hub.repositories["model", "me/codes"].private = True
+    with pytest.raises(OSError, match="me/codes"):
+        ToolCodes.from_pretrained("me/codes", token=False, cache_dir=tmp_path / "empty")
+
+
+def test_no_network(hub, codes_dir, monkeypatch):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
+    before = {path.name: path.read_bytes() for path in codes_dir.iterdir()}
+    with pytest.raises(OSError, match=r"cannot reach the Hub at http://127\.0\.0\.1.*is as it was"):
+        push_folder(codes_dir, "me/codes")
+    assert {path.name: path.read_bytes() for path in codes_dir.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("tool_codes.json", "{}", "tool_codes.json"),
+        ("tool_codes.json", '{"schema_version": 99}', "newer"),
+        ("metrics.json", "[]", "metrics.json"),
+        ("tool_codes.json", None, "holds nothing to push"),
+    ],
+)
+def test_nothing_broken_is_pushed(hub, codes_dir, file, content, says):
+    (codes_dir / "catalog.jsonl").unlink()
+    (codes_dir / file).unlink(missing_ok=True)
+    if content is not None:
+        (codes_dir / file).write_text(content)
+    with pytest.raises(ValueError, match=says):
+        push_folder(codes_dir, "me/codes")
+    assert not hub.log
+
+
+# Cards
+
+
+def test_the_card_says_what_the_run_recorded(hub, model_dir):
+    runs = [{"stages": ["memorization", "retrieval"], "rows": 12, "learning_rate": 0.001, "versions": {"trl": "1.16"}}]
+    write_json(model_dir / "training.json", {"base_model": "someone/base", "runs": runs}, 1)
+    measured = {"all": {"queries": 3, **dict.fromkeys(MEASURES, 0.5)}}
+    rival = {"all": {"queries": 3, **dict.fromkeys(MEASURES, 0.25)}}
+    (model_dir / "evaluation").mkdir()
+    metrics = {"queries": "queries.test.jsonl", "results": {"ToolWeaver": measured, "BM25": rival}}
+    write_json(model_dir / "evaluation" / "metrics.json", metrics, 1)
+    toolweaver(["push", str(model_dir), "me/aligned", "--license", "mit", "--datasets", "me/demo"])
+    card = ModelCard.load("me/aligned")
+    card.validate()
+    data = card.data
+    assert (data.library_name, data.license, data.base_model) == ("transformers", "mit", "someone/base")
+    assert (data.datasets, data.pipeline_tag) == (["me/demo"], "text-generation")
+    assert {"toolweaver", "tool-use"} <= {*data.tags}
+    results = {result.metric_name: result.metric_value for result in data.eval_results}
+    assert results == dict.fromkeys(MEASURES, 0.5)
+    for text in ("stages: memorization, retrieval; rows: 12; learning rate: 0.001", "| BM25 | 25.0 |", "`<a_0><b_0>`"):
+        assert text in card.text
+    assert MY_TOKEN not in str(card)
+
+
+def test_what_is_not_known_is_not_on_the_card(hub, model_dir, codes_dir):
+    for folder in (model_dir, codes_dir):
+        card = create_card(folder, "me/repository")
+        card.validate()
+        assert {*card.data.to_dict()} <= {"library_name", "pipeline_tag", "tags"}
+        for word in ("None", "Undefined", "[More", "{{", "## Training", "## Evaluation", "\n\n\n"):
+            assert word not in card.text
+        assert card.text.count("\n## ") == 4
+
+
+def test_a_card_of_ones_own_is_kept(hub, model_dir):
+    card = create_card(model_dir, "me/aligned")
+    card.text += "\nMore of mine.\n"
+    card.save(model_dir / "README.md")
+    push_folder(model_dir, "me/aligned")
+    assert "More of mine." in ModelCard.load("me/aligned").text
+    (model_dir / "README.md").write_text("---\ntags: [trl, sft]\n---\nWritten by a machine")
+    push_folder(model_dir, "me/aligned")
+    assert "## The codes" in ModelCard.load("me/aligned").text

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from .hub import PushToHubMixin
 from .openapi import join_texts, openapi_tools
@@ -266,9 +268,14 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
             `ValueError`: naming the file, the line and the tool that is wrong.
             `OSError`: if there is no such file.
         """
-        from transformers.utils import cached_file  # slow to import, and a catalogue is mostly a file at hand
-
-        return cls.from_file(cached_file(folder, CATALOG_FILE, repo_type=repo_type, **hub_kwargs))
+        if os.path.isdir(folder):
+            return cls.from_file(Path(folder) / CATALOG_FILE)
+        try:
+            return cls.from_file(hf_hub_download(str(folder), CATALOG_FILE, repo_type=repo_type, **hub_kwargs))
+        except (HFValidationError, HfHubHTTPError) as error:
+            raise OSError(
+                f"no {CATALOG_FILE} in {folder}, neither a folder nor a {repo_type} on the Hub: {error}"
+            ) from None
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the catalogue as `catalog.jsonl` in `folder`."""
