@@ -1,10 +1,12 @@
 import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
 
 from toolweaver_hf.assignment import assign_codes, check_capacity
 
@@ -20,30 +22,72 @@ def test_codes_are_unique_up_to_full_capacity(num_tools, seed, identical):
     assert codes.min() >= 0 and codes.max() < 4
 
 
-@given(st.integers(2, 5), st.integers(0, 10_000))
-@settings(max_examples=40, deadline=None)
-def test_last_level_loses_as_little_as_brute_force(num_tools, seed):
-    """One prefix, everyone's nearest code the same: all but its nearest tool move, at the least total cost."""
+@given(st.integers(1, 5), st.integers(0, 3), st.integers(0, 10_000))
+@settings(max_examples=80, deadline=None)
+def test_as_few_tools_move_as_can_be_and_lose_as_little(num_tools, num_taken, seed):
+    """Two prefixes far from each other; each is compared with all its assignments of one tool to a code."""
     generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn(num_tools, 2, generator=generator) * 0.1
-    last = torch.cat([torch.zeros(1, 2), torch.nn.functional.normalize(torch.randn(5, 2, generator=generator)) * 3])
-    codes = assign_codes(latents, [torch.zeros(1, 2), last])[:, 1]
+    first = torch.tensor([[0.0, 0.0], [50.0, 0.0]])
+    last = torch.randn(5 + num_taken, 2, generator=generator)
+    latents = torch.cat([first[i] + 0.6 * torch.randn(num_tools, 2, generator=generator) for i in range(2)])
+    taken = [[0, code] for code in torch.randperm(len(last), generator=generator)[:num_taken].tolist()]
+    codes = assign_codes(latents, [first, last], np.array(taken).reshape(-1, 2))
+    for prefix in range(2):
+        tools = range(prefix * num_tools, (prefix + 1) * num_tools)
+        cost = torch.cdist((latents[tools] - first[prefix]).double(), last.double()).square().numpy()
+        nearest = cost.argmin(1)
+        free = [code for code in range(len(last)) if [prefix, code] not in taken]
+
+        def moves_and_cost(choice, nearest=nearest, cost=cost):
+            return (np.not_equal(choice, nearest).sum(), cost[range(num_tools), choice].sum())
+
+        best = min(moves_and_cost(choice) for choice in itertools.permutations(free, num_tools))
+        assert codes[tools, 0].tolist() == [prefix] * num_tools
+        assert moves_and_cost(codes[tools, 1]) == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-3, 1.0])
+def test_large_groups_are_solved_exactly(noise):
+    """Nearly identical tools in one prefix: the total cost is that of a plain solver over all columns."""
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 8, generator=generator) + noise * torch.randn(120, 8, generator=generator)
+    last = 2 * torch.randn(256, 8, generator=generator)
+    codes = assign_codes(latents, [torch.zeros(1, 8), last])[:, 1]
     cost = torch.cdist(latents.double(), last.double()).square().numpy()
-    stays = int(cost[:, 0].argmin())
-    assert codes[stays] == 0
-    moving = [tool for tool in range(num_tools) if tool != stays]
-    best = min(
-        sum(cost[tool, code] for tool, code in zip(moving, choice, strict=True))
-        for choice in itertools.permutations(range(1, 6), len(moving))
-    )
-    assert cost[moving, codes[moving]].sum() == pytest.approx(best, rel=1e-5)
+    nearest = cost.argmin(1)
+    stays = codes == nearest
+    assert stays.sum() == len(set(nearest)) and len(set(codes)) == 120
+    free = np.setdiff1d(np.arange(256), nearest)
+    moved = cost[~stays][:, free]
+    assert cost[~stays, codes[~stays]].sum() == pytest.approx(moved[linear_sum_assignment(moved)].sum(), rel=1e-9)
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=8), st.integers(0, 10_000))
+@settings(max_examples=40, deadline=None)
+def test_any_number_of_levels_of_any_sizes(sizes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    num_tools = min(40, math.prod(sizes))
+    latents = torch.randn(num_tools, 3, generator=generator)
+    codebooks = [torch.randn(size, 3, generator=generator) for size in sizes]
+    codes = assign_codes(latents, codebooks)
+    assert len({tuple(code) for code in codes.tolist()}) == num_tools
+    assert (codes >= 0).all() and (codes < sizes).all()
+    assert np.array_equal(codes, assign_codes(latents, codebooks))
+
+
+def test_a_crowded_prefix_keeps_those_who_would_lose_most():
+    first = torch.tensor([[0.0], [10.0], [30.0]])
+    latents = torch.tensor([[0.0], [1.0], [2.0], [3.0], [30.0]])
+    codes = assign_codes(latents, [first, torch.tensor([[0.0], [0.5]])])
+    assert codes[:, 0].tolist() == [0, 0, 1, 1, 2]
 
 
 def test_tools_alone_on_their_code_are_not_moved():
     codebooks = [torch.tensor([[0.0], [10.0]]), torch.tensor([[-1.0], [0.0], [1.0]])]
     codes = assign_codes(torch.tensor([[-1.0], [10.0], [10.01], [11.0]]), codebooks)
-    assert codes[0].tolist() == [0, 0] and codes[1].tolist() == [1, 1] and codes[3].tolist() == [1, 2]
-    assert codes[2].tolist() == [1, 0]
+    assert codes[0].tolist() == [0, 0] and codes[3].tolist() == [1, 2]
+    # Of the two that share [1, 1], 10.0 is a little nearer to the free code: the sum is least if it moves.
+    assert codes[1].tolist() == [1, 0] and codes[2].tolist() == [1, 1]
 
 
 def test_taken_codes_are_not_given():

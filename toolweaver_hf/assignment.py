@@ -10,6 +10,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 
+CHUNK_SIZE = 8192  # rows of a matrix of distances
+LARGEST_EXACT = 1 << 26  # entries of the largest matrix of costs that is solved exactly
+
+
 def check_capacity(num_tools: int, codebook_sizes: Sequence[int]) -> None:
     """Raise a `ValueError` if there are more tools than codes."""
     capacity = math.prod(codebook_sizes)
@@ -26,10 +30,14 @@ def assign_codes(
 ) -> np.ndarray:
     """Give every tool a code of its own.
 
-    Every level takes the nearest codebook vector. A prefix that would hold more tools than it has codes passes the
-    ones that lose least on to the nearest prefix with room. Of the tools that share a whole code the nearest keeps it;
-    the others get free codes of their prefix by an exact assignment of least total squared distance. No other tool is
-    moved.
+    Every level takes the nearest codebook vector. Two things make tools move from there, and no other tool moves:
+
+    - A prefix that would hold more tools than it has codes passes the ones that lose least on to the nearest prefix
+      with room.
+    - Of the tools that share a whole code one keeps it, and the others get free codes of their prefix. Who keeps it
+      and who goes where is the optimal transport in which each code holds one tool: of all assignments inside a
+      prefix that give every tool a code of its own and move as few tools as can be, the one of least total squared
+      distance. (A prefix of more than some 8,000 tools is solved by the rule for crowded prefixes instead.)
 
     Args:
         latents (`torch.Tensor` of shape `(num_tools, code_dim)`):
@@ -48,96 +56,165 @@ def assign_codes(
     sizes = [len(codebook) for codebook in codebooks]
     taken = np.zeros((0, len(sizes)), dtype=np.int64) if taken is None else np.asarray(taken, dtype=np.int64)
     check_capacity(len(latents) + len(taken), sizes)
-    if not torch.isfinite(latents).all():
+    if not torch.isfinite(latents.sum(1)).all():
         raise ValueError("a latent vector holds NaN or infinity; check the embeddings and the training's loss")
-    latents = latents.float()
-    codebooks = [codebook.float() for codebook in codebooks]
 
-    residual = latents
+    residual = latents.float()
+    codebooks = [codebook.float() for codebook in codebooks]
     prefix = np.zeros(len(latents), dtype=np.int64)  # of the levels so far, as one number
     taken_prefix = np.zeros(len(taken), dtype=np.int64)
     codes = np.empty((len(latents), len(sizes)), dtype=np.int64)
-    for level, codebook in enumerate(codebooks[:-1]):
-        below = math.prod(sizes[level + 1 :])
-        cell_taken = taken_prefix * sizes[level] + taken[:, level]
-        index = _nearest_with_room(residual, codebook, prefix, cell_taken, below)
+    for level, codebook in enumerate(codebooks):
+        index, _ = _nearest(residual, codebook)
+        taken_index = taken[:, level]
+        if level < len(sizes) - 1:
+            room = math.prod(sizes[level + 1 :])
+            _make_room(index, residual, codebook, prefix, taken_prefix, taken_index, room)
+            residual = residual - codebook[torch.from_numpy(index).to(codebook.device)]
+        else:
+            _separate(index, residual, codebook, prefix, taken_prefix, taken_index)
         codes[:, level] = index
         prefix = prefix * sizes[level] + index
-        taken_prefix = cell_taken
-        residual = residual - codebook[torch.from_numpy(index).to(codebook.device)]
-
-    codes[:, -1] = _last_level(residual, codebooks[-1], prefix, taken_prefix, taken[:, -1])
+        taken_prefix = taken_prefix * sizes[level] + taken_index
     return codes
 
 
-def _nearest_with_room(
-    residual: torch.Tensor, codebook: torch.Tensor, prefix: np.ndarray, cell_taken: np.ndarray, room: int
-) -> np.ndarray:
-    """Choose for each tool the nearest code of a level under which there is still room below its prefix."""
-    size = len(codebook)
-    index = np.concatenate([torch.cdist(c, codebook).argmin(1).cpu().numpy() for c in residual.split(8192)])
-    cell = prefix * size + index
-    cells, counts = np.unique(np.concatenate([cell, cell_taken]), return_counts=True)
-    for full_prefix in np.unique(cells[counts > room] // size):
-        members = np.flatnonzero(prefix == full_prefix)
-        left = room - np.bincount(cell_taken[cell_taken // size == full_prefix] % size, minlength=size)
-        cost = torch.cdist(residual[torch.from_numpy(members).to(residual.device)], codebook).square().cpu().numpy()
-        index[members] = _capacitated(cost, left)
-    return index
+def _nearest(points: torch.Tensor, centers: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each point the nearest center, and the squared distance less the squared norm of the point."""
+    norms = centers.square().sum(1)
+    nearest = [torch.addmm(norms, rows, centers.T, alpha=-2).min(1) for rows in points.split(CHUNK_SIZE)]
+    if not nearest:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
+    distance, index = (torch.cat(parts).cpu().numpy() for parts in zip(*nearest, strict=True))
+    return index, distance
 
 
-def _capacitated(cost: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """Assign rows to columns that hold at most `room` rows each; rows that lose least move, to the nearest with room.
-
-    Args:
-        cost (`np.ndarray` of shape `(rows, columns)`): The cost of each assignment.
-        room (`np.ndarray` of shape `(columns,)`): Rows that each column can hold; in sum at least `rows`.
-    """
-    open_cost = np.where(room > 0, cost, np.inf)
-    choice = open_cost.argmin(1)
-    while True:
-        counts = np.bincount(choice, minlength=len(room))
-        over = np.flatnonzero(counts > room)
-        if not len(over):
-            return choice
-        # Fill the crowded columns with those who would lose most elsewhere; nobody may enter them any more.
-        open_cost[:, counts >= room] = np.inf
-        for column in over:
-            members = np.flatnonzero(choice == column)
-            loss = open_cost[members].min(1) - cost[members, column]
-            leaving = members[np.argsort(loss, kind="stable")[: counts[column] - room[column]]]
-            choice[leaving] = open_cost[leaving].argmin(1)
+def _members(prefix: np.ndarray, wanted: np.ndarray) -> list[np.ndarray]:
+    """Return for each of the wanted prefixes the positions that have it."""
+    order = np.argsort(prefix, kind="stable")
+    ordered = prefix[order]
+    starts, ends = np.searchsorted(ordered, wanted), np.searchsorted(ordered, wanted, side="right")
+    return [order[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
-def _last_level(
+def _make_room(
+    index: np.ndarray,
     residual: torch.Tensor,
     codebook: torch.Tensor,
     prefix: np.ndarray,
     taken_prefix: np.ndarray,
-    taken_last: np.ndarray,
-) -> np.ndarray:
-    """Choose for each tool a code of the last level that no other tool of its prefix has."""
+    taken_index: np.ndarray,
+    room: int,
+) -> None:
+    """Change the codes of a level, in place, so that no more than `room` tools have the same one below a prefix."""
     size = len(codebook)
-    nearest = [torch.cdist(chunk, codebook).min(1) for chunk in residual.split(8192)]
-    index = torch.cat([chunk.indices for chunk in nearest]).cpu().numpy()
-    distance = torch.cat([chunk.values for chunk in nearest]).cpu().numpy()
+    cells, counts = np.unique(
+        np.concatenate([prefix * size + index, taken_prefix * size + taken_index]), return_counts=True
+    )
+    crowded = np.unique(cells[counts > room] // size)
+    for tools, held in zip(_members(prefix, crowded), _members(taken_prefix, crowded), strict=True):
+        left = room - np.bincount(taken_index[held], minlength=size)
+        index[tools] = _spill(residual[torch.from_numpy(tools).to(residual.device)], codebook, index[tools], left)
 
-    # The nearest tool of each cell keeps it, unless it was taken before; sorted by cell, then by distance.
-    cell = prefix * size + index
-    order = np.lexsort((distance, cell))
-    moves = np.ones(len(cell), dtype=bool)
-    moves[order[np.append(True, cell[order[1:]] != cell[order[:-1]])]] = False
-    moves |= np.isin(cell, taken_prefix * size + taken_last)
 
-    by_prefix = np.argsort(prefix, kind="stable")
-    sorted_prefix = prefix[by_prefix]
-    for group in np.unique(prefix[moves]):
-        members = by_prefix[slice(*np.searchsorted(sorted_prefix, [group, group + 1]))]
-        moving = members[moves[members]]
-        held = np.concatenate([index[members[~moves[members]]], taken_last[taken_prefix == group]])
-        free = np.setdiff1d(np.arange(size), held)
-        rows = residual[torch.from_numpy(moving).to(residual.device)].double()
-        cost = torch.cdist(rows, codebook[torch.from_numpy(free).to(codebook.device)].double()).square()
-        row, column = linear_sum_assignment(cost.cpu().numpy())
-        index[moving[row]] = free[column]
-    return index
+def _spill(points: torch.Tensor, centers: torch.Tensor, choice: np.ndarray, room: np.ndarray) -> np.ndarray:
+    """Move points from crowded centers, those who lose least first, to the nearest center with room.
+
+    Args:
+        points (`torch.Tensor` of shape `(num_points, dim)`): The points.
+        centers (`torch.Tensor` of shape `(num_centers, dim)`): The centers.
+        choice (`np.ndarray` of shape `(num_points,)`): The nearest center of each point.
+        room (`np.ndarray` of shape `(num_centers,)`): Points that each center can hold; in sum at least `num_points`.
+    """
+    choice = choice.copy()
+    norms = centers.square().sum(1)
+    open_centers = np.ones(len(centers), dtype=bool)
+    while True:
+        counts = np.bincount(choice, minlength=len(centers))
+        rows = np.flatnonzero((counts > room)[choice])
+        if not len(rows):
+            return choice
+        # Nobody may enter a full center any more; it keeps those who would lose most elsewhere.
+        open_centers &= counts < room
+        elsewhere = np.flatnonzero(open_centers)
+        moving = points[torch.from_numpy(rows).to(points.device)]
+        other = centers[torch.from_numpy(elsewhere).to(centers.device)]
+        own = torch.from_numpy(choice[rows]).to(centers.device)
+        best, distance = _nearest(moving, other)
+        loss = distance - (norms[own] - 2 * (moving * centers[own]).sum(1)).cpu().numpy()
+        order = np.lexsort((-loss, choice[rows]))
+        crowded = choice[rows[order]]
+        rank = np.arange(len(order)) - np.searchsorted(crowded, crowded)
+        leaving = order[rank >= room[crowded]]
+        choice[rows[leaving]] = elsewhere[best[leaving]]
+
+
+def _separate(
+    index: np.ndarray,
+    residual: torch.Tensor,
+    codebook: torch.Tensor,
+    prefix: np.ndarray,
+    taken_prefix: np.ndarray,
+    taken_index: np.ndarray,
+) -> None:
+    """Change the codes of the last level, in place, so that no two tools of a prefix have the same one."""
+    size = len(codebook)
+    cell, taken_cell = prefix * size + index, taken_prefix * size + taken_index
+    _, cell_number, counts = np.unique(cell, return_inverse=True, return_counts=True)
+    crowded = (counts[cell_number] > 1) | np.isin(cell, taken_cell)
+    groups = np.unique(prefix[crowded])
+    for tools, held in zip(_members(prefix, groups), _members(taken_prefix, groups), strict=True):
+        rows = tools[crowded[tools]]
+        taken = np.zeros(size, dtype=bool)
+        taken[taken_index[held]] = True
+        if len(rows) * size > LARGEST_EXACT:
+            points = residual[torch.from_numpy(tools).to(residual.device)]
+            index[tools] = _spill(points, codebook, index[tools], 1 - taken)
+            continue
+        used = taken.copy()
+        used[index[tools]] = True
+        own = np.unique(index[rows])
+        own = own[~taken[own]]
+        columns = np.concatenate([own, np.flatnonzero(~used)])
+        points = residual[torch.from_numpy(rows).to(residual.device)].double()
+        centers = codebook[torch.from_numpy(columns).to(codebook.device)].double()
+        cost = torch.addmm(centers.square().sum(1), points, centers.T, alpha=-2).cpu().numpy()
+        index[rows] = columns[_fewest_moves(cost, index[rows], columns[: len(own)])]
+
+
+def _fewest_moves(cost: np.ndarray, choice: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Assign each tool a column of its own so that as few as can be move, at the least total cost.
+
+    Args:
+        cost (`np.ndarray` of shape `(num_tools, num_columns)`): Cost of each column, up to a constant in each row. The
+            first columns are the codes that tools have now, the others are free.
+        choice (`np.ndarray` of shape `(num_tools,)`): The code that each tool has now.
+        own (`np.ndarray` of shape `(num_own,)`): The codes of the first columns, which one tool each may keep.
+    """
+    num_tools, num_own = len(choice), len(own)
+    # A tool needs no more than the nearest free columns, as many as tools move.
+    num_moving = num_tools - num_own
+    free = cost[:, num_own:]
+    if num_moving < free.shape[1]:
+        wanted = np.argpartition(free, num_moving - 1, axis=1)[:, :num_moving] if num_moving else np.zeros(0, int)
+        kept = np.concatenate([np.arange(num_own), num_own + np.unique(wanted)])
+    else:
+        kept = np.arange(cost.shape[1])
+    cost = cost[:, kept]
+    # To keep the code is worth more than all that distances can add up to; nobody enters the code of another.
+    reward = 1 + np.ptp(cost, axis=1).sum()
+    keeps = choice[:, None] == own
+    cost[:, :num_own] = np.where(keeps, cost[:, :num_own] - reward, cost.max() + reward)
+    return kept[_linear_sum_assignment(cost)]
+
+
+def _linear_sum_assignment(cost: np.ndarray) -> np.ndarray:
+    """Return for each row its column in the assignment of least total cost.
+
+    Where rows are much alike and want the same few columns, as those of nearly identical tools do, the matrix is made
+    square and its columns are centered: the same solution, found an order of magnitude sooner.
+    """
+    rows, columns = cost.shape
+    if rows > 64 and columns <= 1.25 * rows:
+        cost = np.concatenate([cost, np.zeros((columns - rows, columns))]) - cost.mean(0)
+    return linear_sum_assignment(cost)[1][:rows]
