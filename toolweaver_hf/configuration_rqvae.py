@@ -1,6 +1,8 @@
 """Configuration of the residual-quantized variational autoencoder (RQ-VAE)."""
 
+import math
 from collections.abc import Sequence
+from typing import Literal
 
 from transformers import PreTrainedConfig
 
@@ -22,9 +24,19 @@ class RQVAEConfig(PreTrainedConfig):
             Weight of the commitment loss beside the codebook loss.
         collaborative_weight (`float`, *optional*, defaults to 1.0):
             Weight of the collaborative loss, which draws tools that are used together to common codes.
+        codebook_update (`str`, *optional*, defaults to `"gradient"`):
+            How the codebooks learn: `"gradient"`, by the codebook loss, or `"ema"`, as exponential moving averages of
+            the residuals that chose each code; the codebook loss is then reported, but not part of the whole.
+        ema_decay (`float`, *optional*, defaults to 0.99):
+            Share of a moving average that a step keeps.
+        sinkhorn_epsilon (`float`, *optional*, defaults to 0.05):
+            Entropic regularization of the last level's uniform mapping in training; 0 leaves it out.
+        sinkhorn_iterations (`int`, *optional*, defaults to 10):
+            Number of Sinkhorn-Knopp rounds of that mapping.
 
     Raises:
-        `ValueError`: if a size is not a positive whole number, or there are not 1 to 8 levels.
+        `ValueError`: if a size is not a positive whole number, there are not 1 to 8 levels, or another value is out of
+            its range.
     """
 
     model_type = "toolweaver_rqvae"
@@ -37,6 +49,10 @@ class RQVAEConfig(PreTrainedConfig):
         codebook_sizes: Sequence[int] = (256, 256),
         commitment_weight: float = 0.25,
         collaborative_weight: float = 1.0,
+        codebook_update: Literal["gradient", "ema"] = "gradient",
+        ema_decay: float = 0.99,
+        sinkhorn_epsilon: float = 0.05,
+        sinkhorn_iterations: int = 10,
         **kwargs,
     ):
         if not 1 <= len(codebook_sizes) <= 8:
@@ -49,12 +65,28 @@ class RQVAEConfig(PreTrainedConfig):
         ):
             if not all(isinstance(size, int) and 1 <= size <= 1 << 20 for size in sizes):
                 raise ValueError(f"{name} must be whole numbers from 1 to {1 << 20}, not {sizes}")
+        for name, value in (
+            ("commitment_weight", commitment_weight),
+            ("collaborative_weight", collaborative_weight),
+            ("sinkhorn_epsilon", sinkhorn_epsilon),
+            ("sinkhorn_iterations", sinkhorn_iterations),
+        ):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a number from 0 up, not {value}")
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay must be from 0 to below 1, not {ema_decay}")
+        if codebook_update not in ("gradient", "ema"):
+            raise ValueError(f"codebook_update must be 'gradient' or 'ema', not {codebook_update!r}")
         self.input_dim = input_dim
         self.hidden_sizes = list(hidden_sizes)
         self.code_dim = code_dim
         self.codebook_sizes = list(codebook_sizes)
         self.commitment_weight = commitment_weight
         self.collaborative_weight = collaborative_weight
+        self.codebook_update = codebook_update
+        self.ema_decay = ema_decay
+        self.sinkhorn_epsilon = sinkhorn_epsilon
+        self.sinkhorn_iterations = sinkhorn_iterations
         super().__init__(**kwargs)
 
 

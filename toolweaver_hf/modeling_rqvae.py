@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn.functional import mse_loss, silu
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -20,16 +21,18 @@ class RQVAEOutput(ModelOutput):
 
     Args:
         loss (`torch.FloatTensor` of shape `()`):
-            reconstruction + codebook + commitment_weight * commitment + collaborative_weight * collaborative loss.
+            reconstruction + codebook + commitment_weight * commitment + collaborative_weight * collaborative loss;
+            without the codebook loss where the codebooks are moving averages.
         reconstruction_loss (`torch.FloatTensor` of shape `()`):
             Squared error of the reconstruction, as a share of the embeddings' variance.
-        codebook_loss (`torch.FloatTensor` of shape `()`):
+        codebook_loss (`torch.FloatTensor` of shape `()`, *optional*):
             Squared distance of the chosen codebook vectors to the residuals, which are held fixed; summed over levels.
-        commitment_loss (`torch.FloatTensor` of shape `()`):
+        commitment_loss (`torch.FloatTensor` of shape `()`, *optional*):
             The same with the codebook vectors held fixed.
         collaborative_loss (`torch.FloatTensor` of shape `()`, *optional*):
-            Squared distance of the quantized vectors of co-used tools, as a share of that of tools drawn at random.
-        codes (`torch.LongTensor` of shape `(batch_size, num_levels)`):
+            Squared distance of the quantized vectors of co-used tools, as a share of that of tools drawn at random;
+            the mean over levels of the vectors up to each.
+        codes (`torch.LongTensor` of shape `(batch_size, num_levels)`, *optional*):
             The index that each level chose.
         reconstruction (`torch.FloatTensor` of shape `(batch_size, input_dim)`):
             The decoded embeddings.
@@ -42,6 +45,50 @@ class RQVAEOutput(ModelOutput):
     collaborative_loss: torch.FloatTensor | None = None
     codes: torch.LongTensor | None = None
     reconstruction: torch.FloatTensor | None = None
+
+
+def uniform_mapping(distances: torch.Tensor, epsilon: float = 0.05, iterations: int = 10) -> torch.Tensor:
+    r"""
+    The uniform mapping of a level by Sinkhorn-Knopp (ToolWeaver, section 3.1): entropic optimal transport from
+    residuals to codes in which every code receives the same mass.
+
+    It runs in log space in float32, so that no `epsilon` over- or underflows, and without a round trip to the host.
+
+    Args:
+        distances (`torch.Tensor` of shape `(..., num_residuals, codebook_size)`):
+            Squared distances, up to a constant in each row; one problem for each index of the leading dimensions.
+        epsilon (`float`, *optional*, defaults to 0.05):
+            Entropic regularization, in units of the mean distance to the nearest code and above.
+        iterations (`int`, *optional*, defaults to 10):
+            Number of Sinkhorn-Knopp rounds.
+
+    Returns:
+        `torch.Tensor` of the shape of `distances`: logarithms of the transport plan; each row sums to
+        `1 / num_residuals`, each column to `1 / codebook_size` as far as the rounds converged.
+    """
+    cost = distances.float()
+    cost = cost - cost.amin(-1, keepdim=True)
+    plan = -cost / (epsilon * cost.mean((-2, -1), keepdim=True)).clamp(min=1e-12)
+    rows, columns = math.log(plan.shape[-2]), math.log(plan.shape[-1])
+    row = torch.zeros_like(plan[..., :1])
+    column = torch.zeros_like(plan[..., :1, :])
+    for _ in range(iterations):
+        column = -(plan + row).logsumexp(-2, keepdim=True) - columns
+        row = -(plan + column).logsumexp(-1, keepdim=True) - rows
+    return plan + row + column
+
+
+def _num_processes() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _sum_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """Sum over the processes of a distributed training; gradients flow back to all of them."""
+    if _num_processes() == 1:
+        return values
+    from torch.distributed.nn.functional import all_reduce
+
+    return all_reduce(values)
 
 
 class RQVAEMLP(nn.Module):
@@ -57,56 +104,68 @@ class RQVAEMLP(nn.Module):
         return hidden_states
 
 
-def uniform_mapping(distances: torch.Tensor, epsilon: float = 0.05, iterations: int = 20) -> torch.Tensor:
-    r"""
-    The uniform mapping of a level by Sinkhorn-Knopp (ToolWeaver, section 3.1): entropic optimal transport from
-    residuals to codes in which every code receives the same mass.
+class RQVAECodebook(nn.Module):
+    """The vectors of one level, learnt by gradients or as moving averages of the residuals that chose them."""
 
-    It runs in log space in float32, so that no `epsilon` over- or underflows.
+    def __init__(self, size: int, config: RQVAEConfig):
+        super().__init__()
+        self.ema = config.codebook_update == "ema"
+        self.decay = config.ema_decay
+        self.weight = nn.Parameter(torch.empty(size, config.code_dim), requires_grad=not self.ema)
+        if self.ema:
+            self.register_buffer("ema_count", torch.ones(size))
+            self.register_buffer("ema_sum", torch.zeros(size, config.code_dim))
 
-    Args:
-        distances (`torch.Tensor` of shape `(batch_size, codebook_size)`):
-            Squared distances, up to a constant in each row.
-        epsilon (`float`, *optional*, defaults to 0.05):
-            Entropic regularization, in units of the mean distance to the nearest code and above.
-        iterations (`int`, *optional*, defaults to 20):
-            Number of Sinkhorn-Knopp rounds.
+    def distances(self, residual: torch.Tensor) -> torch.Tensor:
+        """Return squared distances of shape `(batch_size, codebook_size)`, less the squared norm of the residual."""
+        weight = self.weight.detach().float()
+        return torch.addmm(weight.square().sum(1), residual, weight.T, alpha=-2)
 
-    Returns:
-        `torch.Tensor` of shape `(batch_size, codebook_size)`: logarithms of the transport plan; each row sums to
-        `1 / batch_size`, each column to `1 / codebook_size` as far as the rounds converged.
-    """
-    cost = distances.float()
-    cost = cost - cost.min(1, keepdim=True).values
-    plan = -cost / (epsilon * cost.mean()).clamp(min=1e-12)
-    rows, columns = math.log(plan.shape[0]), math.log(plan.shape[1])
-    for _ in range(iterations):
-        plan = plan - plan.logsumexp(0, keepdim=True) - columns
-        plan = plan - plan.logsumexp(1, keepdim=True) - rows
-    return plan
+    @torch.no_grad()
+    def set_rows(self, rows: torch.LongTensor | slice, vectors: torch.Tensor) -> None:
+        """Put vectors in rows of the codebook, and start their moving averages anew."""
+        self.weight[rows] = vectors.to(self.weight.dtype)
+        if self.ema:
+            self.ema_count[rows] = 1.0
+            self.ema_sum[rows] = vectors.to(self.ema_sum.dtype)
+
+    @torch.no_grad()
+    def update(self, residual: torch.Tensor, index: torch.LongTensor) -> None:
+        """Take a step of the moving averages over the residuals of all processes."""
+        count = torch.zeros_like(self.ema_count).index_add_(0, index, torch.ones_like(residual[:, 0]))
+        total = torch.zeros_like(self.ema_sum).index_add_(0, index, residual)
+        self.ema_count.lerp_(_sum_over_processes(count), 1 - self.decay)
+        self.ema_sum.lerp_(_sum_over_processes(total), 1 - self.decay)
+        # A code whose average has all but vanished keeps its vector.
+        kept = self.ema_count[:, None] < 1e-3
+        mean = self.ema_sum / self.ema_count.clamp(min=1e-3)[:, None]
+        self.weight.copy_(torch.where(kept, self.weight, mean))
 
 
 class RQVAEQuantizer(nn.Module):
-    """One codebook a level; each level quantizes the residual that the levels before it left."""
+    """One codebook a level; each level quantizes the residual that the levels before it left. Runs in float32."""
 
     def __init__(self, config: RQVAEConfig):
         super().__init__()
-        self.codebooks = nn.ParameterList(nn.Parameter(torch.empty(k, config.code_dim)) for k in config.codebook_sizes)
+        self.codebooks = nn.ModuleList(RQVAECodebook(size, config) for size in config.codebook_sizes)
+        self.epsilon = config.sinkhorn_epsilon
+        self.iterations = config.sinkhorn_iterations
 
-    @staticmethod
-    def distances(residual: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-        """Squared distances of shape `(batch_size, codebook_size)`, less the squared norm of the residual."""
-        return codebook.square().sum(1) - 2 * residual @ codebook.T
-
-    def choose(self, level: int, residual: torch.Tensor) -> torch.LongTensor:
-        """Choose a code for each residual: the nearest one; in training, on the last level, by the uniform mapping."""
-        distances = self.distances(residual, self.codebooks[level].detach())
-        if self.training and level == len(self.codebooks) - 1:
-            return uniform_mapping(distances).argmax(1)
-        return distances.argmin(1)
+    def choose(self, level: int, residual: torch.Tensor, uniform: bool) -> torch.LongTensor:
+        """Choose a code for each residual: the nearest one or, on the last level, by the uniform mapping."""
+        codebook = self.codebooks[level]
+        if not uniform or not self.epsilon or level < len(self.codebooks) - 1:
+            return codebook.distances(residual).argmin(1)
+        batch_size, rank = len(residual), 0
+        if _num_processes() > 1:  # the mapping is uniform over the batch of all processes
+            gathered = [torch.empty_like(residual) for _ in range(_num_processes())]
+            distributed.all_gather(gathered, residual.contiguous())
+            residual, rank = torch.cat(gathered), distributed.get_rank()
+        plan = uniform_mapping(codebook.distances(residual), self.epsilon, self.iterations)
+        return plan[rank * batch_size : (rank + 1) * batch_size].argmax(1)
 
     def forward(
-        self, latents: torch.Tensor, codes: torch.LongTensor | None = None
+        self, latents: torch.Tensor, codes: torch.LongTensor | None = None, uniform: bool = False
     ) -> tuple[torch.LongTensor, list[torch.Tensor], list[torch.Tensor]]:
         """Quantize latents, or look codes up.
 
@@ -114,6 +173,8 @@ class RQVAEQuantizer(nn.Module):
             latents (`torch.Tensor` of shape `(batch_size, code_dim)`): The encoder's output.
             codes (`torch.LongTensor` of shape `(batch_size, num_levels)`, *optional*): Codes to use instead of the
                 nearest ones.
+            uniform (`bool`, *optional*, defaults to `False`): Whether the last level chooses by the uniform mapping,
+                as it does in training.
 
         Returns:
             `tuple`: the codes of shape `(batch_size, num_levels)`; for each level the residual that it quantized, and
@@ -122,13 +183,18 @@ class RQVAEQuantizer(nn.Module):
         chosen, residuals, vectors = [], [], []
         residual = latents
         for level, codebook in enumerate(self.codebooks):
-            index = self.choose(level, residual.detach()) if codes is None else codes[:, level]
-            vector = codebook[index]
+            index = self.choose(level, residual.detach(), uniform) if codes is None else codes[:, level]
+            vector = codebook.weight[index].float()
             chosen.append(index)
             residuals.append(residual)
             vectors.append(vector)
             residual = residual - vector.detach()
         return torch.stack(chosen, dim=1), residuals, vectors
+
+    def update(self, residuals: list[torch.Tensor], codes: torch.LongTensor) -> None:
+        """Take a step of the codebooks' moving averages."""
+        for level, codebook in enumerate(self.codebooks):
+            codebook.update(residuals[level].detach(), codes[:, level])
 
 
 class RQVAEPreTrainedModel(PreTrainedModel):
@@ -141,11 +207,11 @@ class RQVAEPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
-        elif isinstance(
-            module, nn.ParameterList
-        ):  # the codebooks; a module without parameters of its own is passed over
-            for codebook in module:
-                nn.init.normal_(codebook)
+        elif isinstance(module, RQVAECodebook):
+            nn.init.normal_(module.weight)
+            if module.ema:
+                nn.init.ones_(module.ema_count)
+                module.ema_sum.copy_(module.weight)
         elif isinstance(module, RQVAEModel):
             nn.init.zeros_(module.mean)
             nn.init.ones_(module.scale)
@@ -186,7 +252,7 @@ class RQVAEModel(RQVAEPreTrainedModel):
 
     def codebooks(self) -> list[torch.Tensor]:
         """Return for each level its codebook, of shape `(codebook_size, code_dim)`."""
-        return [codebook.detach() for codebook in self.quantizer.codebooks]
+        return [codebook.weight.detach() for codebook in self.quantizer.codebooks]
 
     def encode(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return the latent vectors, of shape `(batch_size, code_dim)`, of embeddings `(batch_size, input_dim)`."""
@@ -199,7 +265,7 @@ class RQVAEModel(RQVAEPreTrainedModel):
 
     def quantize(self, latents: torch.Tensor) -> torch.LongTensor:
         """Return the codes, of shape `(batch_size, num_levels)`, nearest to latent vectors `(batch_size, code_dim)`."""
-        return self.quantizer(latents)[0]
+        return self.quantizer(latents.float(), uniform=False)[0]
 
     def forward(
         self,
@@ -207,6 +273,7 @@ class RQVAEModel(RQVAEPreTrainedModel):
         neighbors: torch.Tensor | None = None,
         neighbor_weights: torch.Tensor | None = None,
         codes: torch.LongTensor | None = None,
+        quantize: bool = True,
     ) -> RQVAEOutput:
         """Quantize and reconstruct embeddings.
 
@@ -219,22 +286,46 @@ class RQVAEModel(RQVAEPreTrainedModel):
                 Weight of each of these pairs; 0 for a tool without a neighbor.
             codes (`torch.LongTensor` of shape `(batch_size, num_levels)`, *optional*):
                 Codes to use instead of the nearest ones.
+            quantize (`bool`, *optional*, defaults to `True`):
+                `False` for a plain autoencoder, as in the first part of a training.
         """
         latents = self.encode(embeddings)
-        codes, residuals, vectors = self.quantizer(latents, codes)
-        codebook_loss = sum(mse_loss(v, r.detach()) for r, v in zip(residuals, vectors, strict=True))
-        commitment_loss = sum(mse_loss(r, v.detach()) for r, v in zip(residuals, vectors, strict=True))
-        quantized = latents + (sum(vectors) - latents).detach()
-        reconstruction = self.decode(quantized)
-        reconstruction_loss = (reconstruction - embeddings).square().mean() / self.scale.square()
-        loss = reconstruction_loss + codebook_loss + self.config.commitment_weight * commitment_loss
+        if not quantize:
+            reconstruction = self.decode(latents)
+            reconstruction_loss = (reconstruction - embeddings).square().mean() / self.scale.square()
+            return RQVAEOutput(
+                loss=reconstruction_loss, reconstruction_loss=reconstruction_loss, reconstruction=reconstruction
+            )
 
         collaborative_loss = None
+        with torch.autocast(latents.device.type, enabled=False):
+            latents = latents.float()
+            learns = self.training and codes is None
+            codes, residuals, vectors = self.quantizer(latents, codes, uniform=learns)
+            codebook_loss = sum(mse_loss(v, r.detach()) for r, v in zip(residuals, vectors, strict=True))
+            commitment_loss = sum(mse_loss(r, v.detach()) for r, v in zip(residuals, vectors, strict=True))
+            if learns and self.config.codebook_update == "ema":
+                self.quantizer.update(residuals, codes)
+            quantized = latents + (sum(vectors) - latents).detach()
         if neighbors is not None:
             others = self.encode(neighbors)
-            _, _, other_vectors = self.quantizer(others)
-            others = others + (sum(other_vectors) - others).detach()
-            collaborative_loss = self.collaborative_loss(quantized, others, neighbor_weights)
+            with torch.autocast(latents.device.type, enabled=False):
+                others = others.float()
+                other_vectors = self.quantizer(others, uniform=False)[2]
+                losses = [
+                    self.collaborative_loss(
+                        latents + (vector - latents).detach(), others + (other - others).detach(), neighbor_weights
+                    )
+                    for vector, other in zip(accumulate(vectors), accumulate(other_vectors), strict=True)
+                ]
+                collaborative_loss = sum(losses) / len(losses)
+        reconstruction = self.decode(quantized)
+        reconstruction_loss = (reconstruction - embeddings).square().mean() / self.scale.square()
+
+        loss = reconstruction_loss + self.config.commitment_weight * commitment_loss
+        if self.config.codebook_update == "gradient":
+            loss = loss + codebook_loss
+        if collaborative_loss is not None:
             loss = loss + self.config.collaborative_weight * collaborative_loss
         return RQVAEOutput(
             loss=loss,
@@ -253,19 +344,23 @@ class RQVAEModel(RQVAEPreTrainedModel):
         r"""
         The graph Laplacian's quadratic form over the pairs drawn (ToolWeaver, the collaborative regularization).
 
-        It is the weighted mean of \\(\|z_u - z_v\|^2\\) over co-used pairs, divided by the same mean over pairs drawn
-        at random. So it is 1 where co-use has no influence and 0 where co-used tools coincide, whatever the number of
-        tools and edges, the dimension and the scale of the latent space.
+        It is the mean of \\(w \|z_u - z_v\|^2\\) over the batch, divided by the mean of \\(\|z_u - z_v\|^2\\) over pairs
+        drawn at random. With weights that are 1 on average it is 1 where co-use has no influence and 0 where co-used
+        tools coincide, whatever the number of tools and edges, the dimension and the scale of the latent space.
 
         Args:
             quantized (`torch.Tensor` of shape `(batch_size, code_dim)`): One end of each pair.
             others (`torch.Tensor` of shape `(batch_size, code_dim)`): The other end.
             weights (`torch.Tensor` of shape `(batch_size,)`, *optional*): The pairs' weights.
         """
-        weights = torch.ones_like(quantized[:, 0]) if weights is None else weights.to(quantized.dtype)
-        together = (weights * (quantized - others).square().sum(1)).sum() / weights.sum().clamp(min=1e-8)
-        apart = 2 * (quantized - quantized.mean(0)).square().sum(1).mean()
-        return together / apart.clamp(min=1e-8)
+        together = (quantized - others).square().sum(1)
+        if weights is not None:
+            together = weights.to(together.dtype) * together
+        # The variance of all processes' batches, from sums over them.
+        count = len(quantized) * _num_processes()
+        total = _sum_over_processes(torch.cat([quantized.sum(0), quantized.square().sum()[None]])) / count
+        apart = 2 * (total[-1] - total[:-1].square().sum())
+        return together.mean() / apart.clamp(min=1e-8)
 
 
 RQVAEModel.register_for_auto_class("AutoModel")

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import scipy.sparse
 import torch
-from torch.utils.data import Dataset
+from accelerate.utils import broadcast
+from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from .modeling_rqvae import RQVAEModel
 
 
 SAMPLE_SIZE = 32768  # tools that k-means and the revival of codes look at
+CHUNK_SIZE = 8192  # tools in a forward pass over all of them
+LOSSES = ("reconstruction_loss", "codebook_loss", "commitment_loss", "collaborative_loss")
 
 
 class _ToolIndices(Dataset):
@@ -23,15 +29,54 @@ class _ToolIndices(Dataset):
     def __len__(self) -> int:
         return self.num_tools
 
-    def __getitem__(self, index: int) -> dict[str, int]:
-        return {"index": index}
+    def __getitem__(self, index: int) -> int:
+        return index
+
+    def __getitems__(self, indices: list[int]) -> list[int]:
+        return indices
+
+
+def _collate(indices: list[int]) -> dict[str, torch.LongTensor]:
+    return {"index": torch.tensor(indices)}
+
+
+class _FullBatches(Sampler[int]):
+    """A permutation of the tools in each epoch, filled up from its start to whole batches of all processes.
+
+    So every step sees as many tools, and the same ones for any number of processes.
+    """
+
+    def __init__(self, num_tools: int, batch_size: int, seed: int):
+        self.num_tools, self.batch_size, self.seed = num_tools, batch_size, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.num_tools // self.batch_size) * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(_seed(self.seed, self.epoch))
+        order = torch.randperm(self.num_tools, generator=generator)
+        return iter(order.repeat(-(-len(self) // self.num_tools))[: len(self)].tolist())
+
+
+def _seed(seed: int, step: int) -> int:
+    return (seed * 1_000_003 + step) % (1 << 63)
 
 
 class RQVAETrainer(Trainer):
     """[`Trainer`] of an [`RQVAEModel`].
 
-    The first part of the training reconstructs without quantization. Then the codebooks are started by k-means, level
+    The first tenth of the training reconstructs without quantization. Then the codebooks are started by k-means, level
     by level on the residuals, and the whole loss is trained; codes that no tool chooses are revived on the way.
+
+    Batches and draws depend on the seed and the step alone: a training that is resumed, or that several processes
+    share, takes the same steps as an unbroken one on one process with the same number of tools a step. A step never
+    waits for the device.
+
+    [`~RQVAETrainer.evaluate`] measures the codes of the whole catalogue.
 
     Args:
         model ([`RQVAEModel`]):
@@ -59,51 +104,116 @@ class RQVAETrainer(Trainer):
         **kwargs,
     ):
         embeddings = torch.as_tensor(embeddings, dtype=torch.float32)
-        if embeddings.ndim != 2 or embeddings.shape[1] != model.config.input_dim:
-            raise ValueError(f"embeddings must have the shape (num_tools, {model.config.input_dim})")
-        broken = ~torch.isfinite(embeddings).all(1)
+        num_tools = len(embeddings)
+        if embeddings.ndim != 2 or embeddings.shape[1] != model.config.input_dim or not num_tools:
+            raise ValueError(
+                f"embeddings must have the shape (num_tools, {model.config.input_dim}), not {tuple(embeddings.shape)}"
+            )
+        broken = ~torch.isfinite(embeddings.sum(1))
         if broken.any():
             raise ValueError(f"the embedding of the tool in row {int(broken.nonzero()[0])} holds NaN or infinity")
-        if cousage is not None and cousage.shape != (len(embeddings), len(embeddings)):
-            raise ValueError(f"cousage must have the shape {(len(embeddings), len(embeddings))}, not {cousage.shape}")
-        args.remove_unused_columns = False  # the batches hold the tools' positions alone
+        if cousage is not None and cousage.shape != (num_tools, num_tools):
+            raise ValueError(f"cousage must have the shape {(num_tools, num_tools)}, not {cousage.shape}")
         model.mean.copy_(embeddings.mean(0))
-        model.scale.copy_((embeddings - model.mean).square().mean().sqrt().clamp(min=1e-6))
-        super().__init__(model=model, args=args, train_dataset=_ToolIndices(len(embeddings)), **kwargs)
+        variance = sum(float((rows - model.mean).square().sum()) for rows in embeddings.split(CHUNK_SIZE))
+        model.scale.fill_(max((variance / embeddings.numel()) ** 0.5, 1e-6))
+
+        args.remove_unused_columns = False  # the batches hold the tools' positions alone
+        args.logging_nan_inf_filter = False  # looking for NaN would wait for the device in every step
+        # A batch larger than the catalogue would hold tools twice.
+        args.per_device_train_batch_size = min(args.per_device_train_batch_size, -(-num_tools // args.world_size))
+        tools = _ToolIndices(num_tools)
+        super().__init__(
+            model=model, args=args, train_dataset=tools, eval_dataset=tools, data_collator=_collate, **kwargs
+        )
         self.embeddings = embeddings.to(args.device)
         self.neighbors = None
         if cousage is not None and cousage.nnz and model.config.collaborative_weight > 0:
             self.neighbors = _Neighbors(cousage, args.device)
+        self._generator = torch.Generator(args.device)
         self._sums: dict[str, torch.Tensor] = {}
         self._steps_summed = 0
         self.quantizing = False
         self.add_callback(_CodebookCallback(self))
 
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        batch_size = self.args.train_batch_size * self.args.world_size
+        return _FullBatches(len(self.embeddings), batch_size, self.args.seed)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         index = inputs["index"]
-        embeddings = self.embeddings[index]
-        if not self.quantizing:
-            module = self.accelerator.unwrap_model(model)
-            reconstruction = module.decode(module.encode(embeddings))
-            return (reconstruction - embeddings).square().mean() / module.scale.square()
-        neighbors, weights = (None, None) if self.neighbors is None else self.neighbors.draw(index)
-        output = model(embeddings, None if neighbors is None else self.embeddings[neighbors], weights)
-        for name in ("reconstruction_loss", "codebook_loss", "commitment_loss", "collaborative_loss"):
-            value = getattr(output, name)
-            if value is not None:
-                self._sums[name] = self._sums.get(name, 0) + value.detach()
-        self._steps_summed += 1
+        neighbors, weights = None, None
+        if self.quantizing and self.neighbors is not None:
+            # The draws for the batch of all processes, of which this one takes its part.
+            self._generator.manual_seed(_seed(self.args.seed, self.state.global_step))
+            draws = torch.rand(
+                self.args.world_size, len(index), dtype=torch.float64, device=index.device, generator=self._generator
+            )
+            neighbors, weights = self.neighbors.draw(index, draws[self.args.process_index])
+            neighbors = self.embeddings[neighbors]
+        output = model(self.embeddings[index], neighbors, weights, quantize=self.quantizing)
+        if self.quantizing:
+            for name in LOSSES:
+                value = getattr(output, name)
+                if value is not None:
+                    self._sums[name] = self._sums.get(name, 0) + value.detach()
+            self._steps_summed += 1
         return (output.loss, output) if return_outputs else output.loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if self._sums:
-            logs = logs | {name: float(total) / self._steps_summed for name, total in self._sums.items()}
+            means = {
+                name: float(self.accelerator.reduce(total, "mean")) / self._steps_summed
+                for name, total in self._sums.items()
+            }
             self._sums, self._steps_summed = {}, 0
+            logs = logs | means
         super().log(logs, *args, **kwargs)
+
+    @torch.no_grad()
+    def encode(self) -> torch.Tensor:
+        """Return the latent vectors of all tools, of shape `(num_tools, code_dim)`."""
+        model = self.accelerator.unwrap_model(self.model).eval()
+        return torch.cat([model.encode(rows) for rows in self.embeddings.split(CHUNK_SIZE)])
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Measure the nearest codes of the whole catalogue.
+
+        Returns:
+            `dict[str, float]`: `eval_reconstruction_loss`; `eval_collision_rate`, the share of tools beyond the first
+            on a code; `eval_codebook_use`, the share of its codes that the least used level uses. Before the codebooks
+            are started, the reconstruction alone, without quantization.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        was_training = model.training
+        model.eval()
+        losses, codes = [], []
+        for rows in self.embeddings.split(CHUNK_SIZE):
+            output = model(rows, quantize=self.quantizing)
+            losses.append(output.reconstruction_loss * len(rows))
+            codes.append(output.codes)
+        model.train(was_training)
+        num_tools = len(self.embeddings)
+        metrics = {"reconstruction_loss": float(sum(losses)) / num_tools}
+        if self.quantizing:
+            codes = torch.cat(codes).cpu().numpy()
+            sizes = model.config.codebook_sizes
+            metrics["collision_rate"] = 1 - len(np.unique(np.ravel_multi_index(codes.T, sizes))) / num_tools
+            metrics["codebook_use"] = min(len(np.unique(c)) / size for c, size in zip(codes.T, sizes, strict=True))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
 
 class _Neighbors:
-    """Draws for each tool a co-used one, with a probability in proportion to their similarity."""
+    """Draws for each tool a co-used one, with a probability in proportion to their similarity.
+
+    The weight of a pair is the sum of its tool's similarities, scaled to 1 on average over the tools that have any. So
+    the weighted mean over a batch is the Laplacian's form up to a constant, and what a tool feels of it does not
+    change with the number of edges, nor with the number of tools that have none.
+    """
 
     def __init__(self, cousage: scipy.sparse.csr_array, device: torch.device):
         self.indices = torch.from_numpy(cousage.indices.astype(np.int64)).to(device)
@@ -111,13 +221,18 @@ class _Neighbors:
         cumulative = np.concatenate([[0.0], np.cumsum(cousage.data, dtype=np.float64)])
         self.cumulative = torch.from_numpy(cumulative[1:]).to(device)
         self.start = torch.from_numpy(cumulative[cousage.indptr]).to(device)
+        self.mean = cumulative[-1] / np.count_nonzero(np.diff(cousage.indptr))
 
-    def draw(self, index: torch.LongTensor) -> tuple[torch.LongTensor, torch.Tensor]:
-        """Return for each tool a neighbor, and the sum of its similarities as the weight of the pair."""
+    def draw(self, index: torch.LongTensor, draws: torch.Tensor) -> tuple[torch.LongTensor, torch.Tensor]:
+        """Return for each tool a neighbor, and the weight of the pair.
+
+        Args:
+            index (`torch.LongTensor` of shape `(batch_size,)`): The tools.
+            draws (`torch.Tensor` of shape `(batch_size,)`): Uniform random numbers from 0 to 1.
+        """
         start, weight = self.start[index], self.start[index + 1] - self.start[index]
-        target = start + weight * torch.rand(len(index), dtype=weight.dtype, device=weight.device)
-        edge = torch.searchsorted(self.cumulative, target, right=True).clamp(max=len(self.indices) - 1)
-        return self.indices[edge], weight.float()
+        edge = torch.searchsorted(self.cumulative, start + weight * draws, right=True)
+        return self.indices[edge.clamp(max=len(self.indices) - 1)], (weight / self.mean).float()
 
 
 class _CodebookCallback(TrainerCallback):
@@ -129,8 +244,8 @@ class _CodebookCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.start = state.max_steps // 10
         self.every = max(1, state.max_steps // 40)
-        self.trainer.quantizing = state.global_step > self.start
-        if self.start == 0:
+        self.trainer.quantizing = state.global_step > 0 and state.global_step >= self.start
+        if self.start == 0 and state.global_step == 0:
             self.on_step_end(args, state, control)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -139,18 +254,54 @@ class _CodebookCallback(TrainerCallback):
             return
         trainer = self.trainer
         model = trainer.accelerator.unwrap_model(trainer.model)
-        # Every process draws the same sample and comes to the same codebooks.
-        generator = torch.Generator().manual_seed(args.seed + step)
-        sample = torch.randperm(len(trainer.embeddings), generator=generator)[:SAMPLE_SIZE].to(
-            trainer.embeddings.device
-        )
+        generator = torch.Generator().manual_seed(_seed(args.seed, step))
+        sample = torch.randperm(len(trainer.embeddings), generator=generator)[:SAMPLE_SIZE]
         with torch.no_grad():
-            latents = model.encode(trainer.embeddings[sample])
-            if step == self.start:
-                start_codebooks(model, latents, generator)
-                trainer.quantizing = True
-            else:
-                revive_codes(model, latents, generator)
+            latents = model.encode(trainer.embeddings[sample.to(args.device)]).float()
+        if step == self.start:
+            start_codebooks(model, latents, generator)
+            trainer.quantizing = True
+        else:
+            revive_codes(model, latents, generator)
+        if args.world_size > 1:  # all processes go on with the codebooks of the first
+            broadcast([*model.quantizer.state_dict().values()])
+
+
+class CodesEarlyStoppingCallback(TrainerCallback, ExportableState):
+    """Stops the training when the codes get no better: neither fewer collisions nor a better reconstruction.
+
+    Args:
+        patience (`int`, *optional*, defaults to 5):
+            Number of evaluations in a row without improvement of either after which the training stops.
+        threshold (`float`, *optional*, defaults to 0.01):
+            Share by which a measure must fall below its best so far to count as improved.
+    """
+
+    def __init__(self, patience: int = 5, threshold: float = 0.01):
+        if patience < 1:
+            raise ValueError(f"patience must be at least 1, not {patience}")
+        self.patience, self.threshold = patience, threshold
+        self.best: dict[str, float] = {}
+        self.waited = 0
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if "eval_collision_rate" not in metrics:
+            return  # the codebooks are not started yet
+        improved = False
+        for name in ("eval_collision_rate", "eval_reconstruction_loss"):
+            best = self.best.get(name)
+            if best is None or metrics[name] < (1 - self.threshold) * best:
+                self.best[name] = metrics[name]
+                improved = True
+        self.waited = 0 if improved else self.waited + 1
+        if self.waited >= self.patience:
+            control.should_training_stop = True
+
+    def state(self) -> dict:
+        return {
+            "args": {"patience": self.patience, "threshold": self.threshold},
+            "attributes": {"best": self.best, "waited": self.waited},
+        }
 
 
 @torch.no_grad()
@@ -164,8 +315,9 @@ def start_codebooks(model: RQVAEModel, latents: torch.Tensor, generator: torch.G
     """
     residual = latents
     for codebook in model.quantizer.codebooks:
-        codebook.copy_(kmeans(residual, len(codebook), generator))
-        residual = residual - codebook[_nearest(residual, codebook)]
+        centers = kmeans(residual, len(codebook.weight), generator)
+        codebook.set_rows(slice(None), centers)
+        residual = residual - centers[_nearest(residual, centers)]
 
 
 def kmeans(
@@ -220,19 +372,21 @@ def revive_codes(model: RQVAEModel, latents: torch.Tensor, generator: torch.Gene
     """
     revived, residual = [], latents
     for codebook in model.quantizer.codebooks:
-        nearest = _nearest(residual, codebook)
-        dead = (torch.bincount(nearest, minlength=len(codebook)) == 0).nonzero().flatten()
+        vectors = codebook.weight.float()
+        nearest = _nearest(residual, vectors)
+        dead = (torch.bincount(nearest, minlength=len(vectors)) == 0).nonzero().flatten()
         dead = dead[: len(residual)]
-        error = (residual - codebook[nearest]).square().sum(1)
+        error = (residual - vectors[nearest]).square().sum(1)
         if len(dead) and error.sum() > 0:
             draw = torch.multinomial(error.cpu() + 1e-12, len(dead), generator=generator).to(residual.device)
-            codebook[dead] = residual[draw]
-            nearest = _nearest(residual, codebook)
+            codebook.set_rows(dead, residual[draw])
+            vectors = codebook.weight.float()
+            nearest = _nearest(residual, vectors)
         revived.append(len(dead))
-        residual = residual - codebook[nearest]
+        residual = residual - vectors[nearest]
     return revived
 
 
-def _nearest(points: torch.Tensor, centers: torch.Tensor, chunk_size: int = 16384) -> torch.LongTensor:
+def _nearest(points: torch.Tensor, centers: torch.Tensor) -> torch.LongTensor:
     norms = centers.square().sum(1)
-    return torch.cat([(norms - 2 * chunk @ centers.T).argmin(1) for chunk in points.split(chunk_size)])
+    return torch.cat([torch.addmm(norms, rows, centers.T, alpha=-2).argmin(1) for rows in points.split(CHUNK_SIZE)])
