@@ -1,26 +1,50 @@
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.sparse
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, TrainerCallback
 
 from toolweaver_hf import RQVAEConfig, RQVAEModel, Tool, ToolCatalog
 from toolweaver_hf.cousage import cousage_graph
 from toolweaver_hf.modeling_rqvae import uniform_mapping
 from toolweaver_hf.recipes.tokenize_tools import RQVAETrainingArguments
-from toolweaver_hf.train_rqvae import RQVAETrainer, kmeans
+from toolweaver_hf.train_rqvae import CodesEarlyStoppingCallback, RQVAETrainer, kmeans
+
+
+def trainer(embeddings, folder, cousage=None, **kwargs):
+    """A trainer of a small model; keyword arguments go to the configuration or to the training."""
+    sizes = {"input_dim": 32, "codebook_sizes": [8, 8], "hidden_sizes": [64], "code_dim": 16}
+    own = {name: kwargs.pop(name) for name in [*kwargs] if name in RQVAEConfig().to_dict()}
+    torch.manual_seed(0)
+    args = RQVAETrainingArguments(output_dir=str(folder), disable_tqdm=True, **kwargs)
+    return RQVAETrainer(RQVAEModel(RQVAEConfig(**(sizes | own))), args, embeddings, cousage)
 
 
 def fit(embeddings, folder, cousage=None, steps=200, **kwargs):
-    config = RQVAEConfig(**({"codebook_sizes": [8, 8], "hidden_sizes": [64], "code_dim": 16} | kwargs), input_dim=32)
-    torch.manual_seed(0)
-    args = RQVAETrainingArguments(output_dir=str(folder), max_steps=steps, disable_tqdm=True)
-    trainer = RQVAETrainer(RQVAEModel(config), args, embeddings, cousage)
-    trainer.train()
-    return trainer.model.eval()
+    fitted = trainer(embeddings, folder, cousage, max_steps=steps, **kwargs)
+    fitted.train()
+    return fitted.model.eval()
+
+
+def ring(num_tools):
+    """Each tool is used with the one before and the one after it."""
+    tools = np.arange(num_tools)
+    graph = scipy.sparse.coo_array((np.ones(num_tools), (tools, (tools + 1) % num_tools)), shape=(num_tools,) * 2)
+    return scipy.sparse.csr_array(graph + graph.T)
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +139,117 @@ def test_cousage_graph():
     assert cousage_graph(catalog, []).nnz == 0
     with pytest.raises(ValueError, match="'d'"):
         cousage_graph(catalog, [["a", "d"]])
+
+
+def test_resumed_training_ends_as_the_unbroken_one(embeddings, tmp_path):
+    graph = ring(240)
+    for step in (4, 23):  # when the codebooks are started, and amid the rest
+        whole, broken = tmp_path / f"whole{step}", tmp_path / f"broken{step}"
+        options = {
+            "max_steps": 40,
+            "per_device_train_batch_size": 64,
+            "codebook_update": "ema" if step == 4 else "gradient",
+        }
+        expected = trainer(embeddings, whole, graph, **options)
+        expected.train()
+        first = trainer(embeddings, broken, graph, save_strategy="steps", save_steps=step, **options)
+        first.add_callback(StopAt(step))
+        first.train()
+        torch.manual_seed(99)  # nothing depends on the global state
+        second = trainer(embeddings, broken, graph, **options)
+        second.train(resume_from_checkpoint=True)
+        for name, value in expected.model.state_dict().items():
+            torch.testing.assert_close(second.model.state_dict()[name], value, rtol=0, atol=0, msg=name)
+
+
+def test_moving_averages_learn_codebooks(embeddings, tmp_path):
+    fitted = trainer(embeddings, tmp_path, max_steps=200, codebook_update="ema")
+    fitted.train()
+    metrics = fitted.evaluate()
+    assert metrics["eval_reconstruction_loss"] < 0.1
+    model = fitted.model
+    assert not any(codebook.weight.requires_grad for codebook in model.quantizer.codebooks)
+    before = [codebook.clone() for codebook in model.codebooks()]
+    model.train()(embeddings).loss.backward()
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.codebooks(), strict=True))
+    model.save_pretrained(tmp_path / "saved")
+    again = RQVAEModel.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again.eval()(embeddings).codes, model.eval()(embeddings).codes)
+
+
+def test_a_moving_average_is_the_mean_of_its_residuals(embeddings):
+    model = RQVAEModel(RQVAEConfig(input_dim=32, codebook_sizes=[4], codebook_update="ema", ema_decay=0.0)).train()
+    with torch.no_grad():
+        latents = model.encode(embeddings)
+        codes = model(embeddings).codes[:, 0]
+    for code in codes.unique():
+        torch.testing.assert_close(model.codebooks()[0][code], latents[codes == code].mean(0))
+
+
+def test_bf16(embeddings, tmp_path):
+    fitted = trainer(embeddings, tmp_path, ring(240), max_steps=100, bf16=True, use_cpu=True)
+    fitted.train()
+    assert fitted.evaluate()["eval_reconstruction_loss"] < 0.2
+    assert all(parameter.dtype == torch.float32 for parameter in fitted.model.parameters())
+    half = fitted.model.to(torch.bfloat16).eval()
+    assert half(embeddings.bfloat16(), neighbors=embeddings.flip(0).bfloat16()).loss.isfinite()
+
+
+def test_early_stopping_waits_for_both_measures(embeddings, tmp_path):
+    callback = CodesEarlyStoppingCallback(patience=2)
+    fitted = trainer(embeddings, tmp_path, max_steps=2000, eval_strategy="steps", eval_steps=20)
+    fitted.add_callback(callback)
+    fitted.train()
+    assert 200 < fitted.state.global_step < 2000
+    history = [entry for entry in fitted.state.log_history if "eval_collision_rate" in entry]
+    for name in ("eval_collision_rate", "eval_reconstruction_loss"):
+        assert min(entry[name] for entry in history[-2:]) > 0.99 * min(entry[name] for entry in history[:-2])
+
+
+def test_losses_are_logged_one_by_one(embeddings, tmp_path):
+    pytest.importorskip("tensorboard")
+    fitted = trainer(embeddings, tmp_path, ring(240), max_steps=20, logging_steps=10, report_to="tensorboard")
+    fitted.train()
+    last = [entry for entry in fitted.state.log_history if "reconstruction_loss" in entry][-1]
+    weights = fitted.model.config
+    assert last["loss"] == pytest.approx(
+        last["reconstruction_loss"]
+        + last["codebook_loss"]
+        + weights.commitment_weight * last["commitment_loss"]
+        + weights.collaborative_weight * last["collaborative_loss"],
+        rel=1e-3,
+    )
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+def test_two_processes_have_the_losses_of_one(tmp_path):
+    """The same number of tools a step, on one process and on two."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, sys\n"
+        "import torch\n"
+        "sys.path.insert(0, sys.argv[3])\n"
+        "from test_rqvae import ring, trainer\n"
+        "embeddings = torch.randn(200, 32, generator=torch.Generator().manual_seed(0))\n"
+        "fitted = trainer(embeddings, sys.argv[1], ring(200), max_steps=40, logging_steps=5, use_cpu=True,\n"
+        "                 per_device_train_batch_size=int(sys.argv[2]))\n"
+        "fitted.train()\n"
+        "if fitted.is_world_process_zero():\n"
+        "    json.dump([entry for entry in fitted.state.log_history if 'loss' in entry], open(sys.argv[1] + '.json', 'w'))\n"
+    )
+    histories = []
+    for processes in (1, 2):
+        out = str(tmp_path / f"out{processes}")
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        done = subprocess.run(
+            [*launch, str(script), out, str(64 // processes), os.path.dirname(__file__)],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        histories.append(json.loads(Path(out + ".json").read_text()))
+    for one, two in zip(*histories, strict=True):
+        for name in ("loss", "reconstruction_loss", "codebook_loss", "commitment_loss", "collaborative_loss"):
+            if name in one:
+                assert two[name] == pytest.approx(one[name], rel=0.01), (name, one["step"])
