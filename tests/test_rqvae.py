@@ -187,9 +187,9 @@ def test_a_moving_average_is_the_mean_of_its_residuals(embeddings):
 
 
 def test_bf16(embeddings, tmp_path):
-    fitted = trainer(embeddings, tmp_path, ring(240), max_steps=100, bf16=True, use_cpu=True)
+    fitted = trainer(embeddings, tmp_path, max_steps=200, bf16=True, use_cpu=True)
     fitted.train()
-    assert fitted.evaluate()["eval_reconstruction_loss"] < 0.2
+    assert fitted.evaluate()["eval_reconstruction_loss"] < 0.1
     assert all(parameter.dtype == torch.float32 for parameter in fitted.model.parameters())
     half = fitted.model.to(torch.bfloat16).eval()
     assert half(embeddings.bfloat16(), neighbors=embeddings.flip(0).bfloat16()).loss.isfinite()
