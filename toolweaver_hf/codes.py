@@ -167,9 +167,9 @@ class ToolCodes(PushToHubMixin, Mapping[str, tuple[int, ...]]):
         path = cached_file(folder, TOOL_CODES_FILE, **hub_kwargs)
         try:
             document = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not valid JSON: {error}") from None
         document = check_tool_codes(document, str(path))
         return cls(
-            document["codebook_sizes"], document["codes"], document.get("checksums"), document.get("retired", ())
+            document["codebook_sizes"], document["codes"], document.get("checksums"), document.get("retired") or ()
         )

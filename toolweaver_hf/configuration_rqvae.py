@@ -55,6 +55,9 @@ class RQVAEConfig(PreTrainedConfig):
         sinkhorn_iterations: int = 10,
         **kwargs,
     ):
+        for name, sizes in (("hidden_sizes", hidden_sizes), ("codebook_sizes", codebook_sizes)):
+            if not isinstance(sizes, (list, tuple)) or len(sizes) > 64:
+                raise ValueError(f"{name} must be a list of at most 64 sizes, not {sizes}")
         if not 1 <= len(codebook_sizes) <= 8:
             raise ValueError(f"codebook_sizes must have 1 to 8 levels, not {len(codebook_sizes)}")
         for name, sizes in (
@@ -63,7 +66,7 @@ class RQVAEConfig(PreTrainedConfig):
             ("code_dim", [code_dim]),
             ("codebook_sizes", codebook_sizes),
         ):
-            if not all(isinstance(size, int) and 1 <= size <= 1 << 20 for size in sizes):
+            if not all(type(size) is int and 1 <= size <= 1 << 20 for size in sizes):
                 raise ValueError(f"{name} must be whole numbers from 1 to {1 << 20}, not {sizes}")
         for name, value in (
             ("commitment_weight", commitment_weight),

@@ -167,7 +167,7 @@ def load_trajectories(path: str | os.PathLike) -> list[dict[str, Any]]:
     for place, row in read_rows(path):
         try:
             rows.append({"id": str(row.get("id", place)), "messages": _read_messages(row)})
-        except ValueError as error:
+        except (ValueError, TypeError, AttributeError) as error:  # also of a value of another type than is asked for
             raise ValueError(f"{place}: {error}") from None
     return rows
 

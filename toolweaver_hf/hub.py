@@ -169,7 +169,9 @@ def push_folder(
     kind = artifact_kind(folder)
     card = _own_card(folder) or create_card(folder, repo_id, license=license, datasets=datasets)
     files, left_out = _files(folder)
-    if left_out:
+    if kind == "dataset":
+        files = [file for splits in _dataset_files(folder).values() for file in splits.values()]
+    elif left_out:
         logger.warning(f"Not pushed: {', '.join(left_out)}")
     operations = [CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=str(card).encode())]
     operations += [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(folder / name)) for name in files]
@@ -241,7 +243,7 @@ def create_card(
     Raises:
         `ValueError`: naming a file of the folder that is not valid.
     """
-    from .tokenization_toolweaver import check_tool_codes, code_tokens
+    from .tokenization_toolweaver import LEVEL_LETTERS, check_tool_codes
 
     folder, kind, name = Path(folder), artifact_kind(folder), repo_id.split("/")[-1]
     if kind == "dataset":
@@ -250,8 +252,7 @@ def create_card(
     codes = check_tool_codes(_read_object(path), str(path))
     sizes = codes["codebook_sizes"]
     example_tool, indices = next(iter(codes["codes"].items()))
-    tokens = code_tokens(sizes)
-    example_code = "".join(tokens[sum(sizes[:level]) + index] for level, index in enumerate(indices))
+    example_code = "".join(f"<{letter}_{index}>" for letter, index in zip(LEVEL_LETTERS, indices, strict=False))
     facts: dict[str, Any] = {
         "kind": kind,
         "repo_id": repo_id,

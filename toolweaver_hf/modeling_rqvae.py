@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import distributed, nn
 from torch.nn.functional import mse_loss, silu
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file
 
 from .configuration_rqvae import RQVAEConfig
+
+
+HUB_KWARGS = ("revision", "token", "cache_dir", "subfolder", "force_download", "local_files_only")
 
 
 @dataclass
@@ -201,6 +205,42 @@ class RQVAEPreTrainedModel(PreTrainedModel):
     config_class = RQVAEConfig
     base_model_prefix = "rqvae"
     main_input_name = "embeddings"
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+        """Load a model as every model, from safetensors alone.
+
+        Raises:
+            `ValueError`: if a file is not valid, or the weights do not have the shapes of the configuration.
+            `OSError`: if a file is missing.
+        """
+        hub_kwargs = {name: value for name, value in kwargs.items() if name in HUB_KWARGS}
+        try:
+            if config is None:
+                config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+            cls._check_weights(cached_file(pretrained_model_name_or_path, SAFE_WEIGHTS_NAME, **hub_kwargs), config)
+            kwargs["use_safetensors"] = True
+            return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        except (TypeError, AttributeError, LookupError) as error:  # what a configuration of the wrong types leads to
+            raise ValueError(f"{pretrained_model_name_or_path} holds no valid RQ-VAE: {error}") from error
+
+    @classmethod
+    def _check_weights(cls, path: str, config: RQVAEConfig) -> None:
+        """Compare the shapes in a file with the configuration's, before memory is taken for what that declares."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a valid safetensors file: {error}") from None
+        with torch.device("meta"):
+            declared = cls(config)
+        expected = {name: tuple(parameter.shape) for name, parameter in declared.named_parameters()}
+        expected |= {name: tuple(buffer.shape) for name, buffer in declared.named_buffers() if name in shapes}
+        for name, shape in expected.items():
+            if shapes.get(name) != shape:
+                raise ValueError(
+                    f"{path}: by the configuration {name} has the shape {shape}, in the file {shapes.get(name)}"
+                )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

@@ -51,13 +51,14 @@ def _tool(document: dict[str, Any], method: str, path: str, item: dict[str, Any]
     required: list[str] = []
     places: dict[str, str] = {}
     # An operation's parameter takes the place of its path's parameter of the same name.
-    declared: dict[tuple[Any, Any], dict[str, Any]] = {}
+    declared: dict[tuple[str, str], dict[str, Any]] = {}
     for parameter in [*_list(item, "parameters"), *_list(operation, "parameters")]:
         parameter = _resolve(document, _object(parameter, "a parameter"))
-        declared[parameter.get("name"), parameter.get("in")] = parameter
-    for (name, place), parameter in declared.items():
+        name, place = parameter.get("name"), parameter.get("in")
         if not isinstance(name, str) or not isinstance(place, str):
             raise ValueError("a parameter needs a 'name' and an 'in'")
+        declared[name, place] = parameter
+    for (name, place), parameter in declared.items():
         schema = parameter.get("schema") or _json_content(parameter) or {}
         properties[name] = _described(_schema(schema), parameter.get("description"))
         places[name] = place

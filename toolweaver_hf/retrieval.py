@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import linear
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from .tokenization_toolweaver import HUB_KWARGS, ToolWeaverTokenizer
@@ -34,8 +35,10 @@ def load_aligned_model(folder: str | os.PathLike, **kwargs) -> PreTrainedModel:
         kwargs: Passed on to [`AutoModelForCausalLM.from_pretrained`], such as `dtype` and `device_map`.
     """
     hub_kwargs = {name: value for name, value in kwargs.items() if name in HUB_KWARGS}
+    kwargs["use_safetensors"] = True  # no pickle is opened
     if find_adapter_config_file(os.fspath(folder), **hub_kwargs) is None:
         return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    cached_file(folder, "adapter_model.safetensors", **hub_kwargs)  # PEFT would take a pickle where there is none
     try:
         from peft import AutoPeftModelForCausalLM
     except ImportError:
@@ -77,6 +80,12 @@ class ToolRetriever:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: ToolWeaverTokenizer, full_head: bool = True):
+        rows = model.get_input_embeddings().weight.shape[0]
+        if rows <= max(tokenizer.code_token_ids):
+            raise ValueError(
+                f"the model has embeddings of {rows} tokens, too few for the tokenizer's codes: the two do not belong "
+                "together"
+            )
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.full_head = full_head

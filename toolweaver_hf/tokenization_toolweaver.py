@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from jinja2.exceptions import TemplateError
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -66,16 +67,25 @@ def check_tool_codes(document: Any, source: str) -> dict[str, Any]:
         raise ValueError(f"{source}: every codebook size must be a whole number from 1 to {1 << 20}")
     if not isinstance(codes, dict) or not codes:
         raise ValueError(f"{source}: it holds no codes")
+
+    def is_code(code: Any) -> bool:
+        return (
+            isinstance(code, list)
+            and len(code) == len(sizes)
+            and all(type(i) is int and 0 <= i < size for i, size in zip(code, sizes, strict=True))
+        )
+
     tool_of_code: dict[tuple[int, ...], str] = {}
     for tool_id, code in codes.items():
-        if (
-            not isinstance(code, list)
-            or len(code) != len(sizes)
-            or not all(type(i) is int and 0 <= i < size for i, size in zip(code, sizes, strict=True))
-        ):
+        if not is_code(code):
             raise ValueError(f"{source}: the code of tool {tool_id!r} must be {len(sizes)} indices below {sizes}")
         if tool_of_code.setdefault(tuple(code), tool_id) != tool_id:
             raise ValueError(f"{source}: tools {tool_of_code[tuple(code)]!r} and {tool_id!r} share the code {code}")
+    checksums, retired = document.get("checksums") or {}, document.get("retired") or []
+    if not isinstance(checksums, dict) or not all(isinstance(value, str) for value in checksums.values()):
+        raise ValueError(f"{source}: checksums must map tools to texts")
+    if not isinstance(retired, list) or not all(is_code(code) for code in retired):
+        raise ValueError(f"{source}: each of the retired codes must be {len(sizes)} indices below {sizes}")
     return document
 
 
@@ -127,15 +137,16 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
             with open(tool_codes_file, encoding="utf-8") as file:
                 try:
                     tool_codes = json.load(file)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"{tool_codes_file} is not valid JSON: {error}") from None
         self._tool_codes = check_tool_codes(tool_codes, tool_codes_file or "tool_codes")
         self.codebook_sizes: list[int] = self._tool_codes["codebook_sizes"]
-        tokens = code_tokens(self.codebook_sizes)
+        num_tokens = sum(self.codebook_sizes)
+        tokens = code_tokens(self.codebook_sizes) if num_tokens <= len(self) else [""]
         first = self.convert_tokens_to_ids(tokens[0])
-        if self.convert_tokens_to_ids(tokens) != list(range(first, first + len(tokens))):
+        if first is None or self.convert_tokens_to_ids(tokens) != list(range(first, first + num_tokens)):
             raise ValueError(
-                f"the vocabulary does not hold the {len(tokens)} code tokens of {tool_codes_file or 'tool_codes'} in "
+                f"the vocabulary does not hold the {num_tokens} code tokens of {tool_codes_file or 'tool_codes'} in "
                 "order: the two files belong to different tokenizers"
             )
         sizes = itertools.accumulate(self.codebook_sizes[:-1], initial=first)
@@ -145,6 +156,21 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
             for tool_id, code in self._tool_codes["codes"].items()
         }
         self._tool_of_ids = {tuple(ids): tool_id for tool_id, ids in self._tool_ids.items()}
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs) -> ToolWeaverTokenizer:
+        """Load a tokenizer from a folder or a repository of the Hub, as every tokenizer.
+
+        Raises:
+            `ValueError`: if a file is not valid, or the codes do not belong to the vocabulary.
+            `OSError`: if a file is missing.
+        """
+        try:
+            return super().from_pretrained(*args, **kwargs)
+        except (ValueError, OSError, ImportError):
+            raise
+        except Exception as error:  # what the parser of tokenizer.json raises is no narrower
+            raise ValueError(f"the tokenizer's files are not valid: {error}") from error
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs) -> dict[str, Any]:
@@ -200,6 +226,17 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
+
+    def apply_chat_template(self, *args, **kwargs):
+        """Render a conversation, as every tokenizer.
+
+        Raises:
+            `ValueError`: if the template refuses the conversation, or reaches out of its sandbox.
+        """
+        try:
+            return super().apply_chat_template(*args, **kwargs)
+        except TemplateError as error:
+            raise ValueError(f"the chat template fails: {error}") from None
 
     def _renders(self, *roles: str) -> bool:
         """Whether the chat template shows the content of messages of these roles, in this order."""
