@@ -1,11 +1,12 @@
 """What constrained decoding costs in a step, next to two usual ways of doing it.
 
 ```bash
-python recipes/benchmark_decoding.py --num_tools 47000 --output_dir out/benchmark
+python recipes/benchmark_decoding.py --model HuggingFaceTB/SmolLM2-135M-Instruct --output_dir out/benchmark
 ```
 
-The rivals are transformers' `PrefixConstrainedLogitsProcessor` over a dictionary of prefixes, and a masking loop over
-the same dictionary. All see the same beams and scores, and their results are compared before they are timed.
+The rivals look prefixes up in a trie of nested dictionaries: one through transformers'
+`PrefixConstrainedLogitsProcessor`, one by a masking loop over the rows. All see the same beams and scores, and their
+results are compared before they are timed. With a model that `recipes/sft.py` aligned, retrieval is timed as a whole.
 """
 
 import json
@@ -14,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,14 +23,28 @@ from transformers import AutoModelForCausalLM, HfArgumentParser, PrefixConstrain
 
 from toolweaver_hf.cli import run
 from toolweaver_hf.logits_process import ToolCodeLogitsProcessor
+from toolweaver_hf.retrieval import ToolRetriever
 from toolweaver_hf.trie import CodeTrie
+
+
+CODEBOOK_SIZE = 1024
+PROMPT_LENGTH = 16
+STATES = {
+    "retrieval, first level": ("retrieval", 0),
+    "retrieval, second level": ("retrieval", 1),
+    "trajectory, free text": ("trajectory", 0),
+    "trajectory, inside a code": ("trajectory", 1),
+}
 
 
 @dataclass
 class BenchmarkArguments:
     """What to time."""
 
-    num_tools: int = field(default=47000, metadata={"help": "Tools in the trie, on two levels of 1,024 codes."})
+    num_tools: list[int] = field(
+        default_factory=lambda: [47_000, 1_000_000],
+        metadata={"help": "Sizes of catalogue, each on two levels of 1,024 codes."},
+    )
     num_beams: int = field(default=64, metadata={"help": "Rows of a step."})
     vocab_size: int = field(default=49152, metadata={"help": "Tokens of the base model."})
     model: str | None = field(default=None, metadata={"help": "Model whose forward pass is timed, too."})
@@ -47,67 +63,124 @@ def median_milliseconds(call: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def main(args: BenchmarkArguments) -> dict[str, float]:
-    """Time the step at each level in both modes, print a table and return milliseconds by name."""
-    generator = np.random.default_rng(0)
-    flat = generator.choice(1024 * 1024, size=args.num_tools, replace=False)
-    codes = np.stack([flat // 1024, 1024 + flat % 1024], axis=1) + args.vocab_size
-    start = time.perf_counter()
-    trie = CodeTrie(codes)
-    results = {"building the trie": 1000 * (time.perf_counter() - start)}
+class DictionaryMasks:
+    """The masking of both modes over nested dictionaries, a row at a time."""
 
-    children: dict[tuple[int, ...], list[int]] = {}
-    for first, second in codes.tolist():
-        children.setdefault((), []).append(first)
-        children.setdefault((first,), []).append(second)
-    children = {prefix: sorted(set(tokens)) for prefix, tokens in children.items()}
+    def __init__(self, codes: np.ndarray, vocab_size: int, mode: str):
+        self.mode = mode
+        self.root: dict[int, dict] = {}
+        for code in codes.tolist():
+            node = self.root
+            for token in code:
+                node = node.setdefault(token, {})
+        self.closed = sorted(set(range(vocab_size, vocab_size + 2 * CODEBOOK_SIZE)) - set(self.root))
+        self.text = [*range(vocab_size), *self.root]
 
-    prompt_length = 16
-    prompts = torch.from_numpy(generator.integers(0, args.vocab_size, (args.num_beams, prompt_length)))
-    beams = torch.from_numpy(codes[generator.integers(0, len(codes), args.num_beams), :1])
-    scores = torch.randn(args.num_beams, args.vocab_size + 2048)
+    def node(self, new_ids: list[int]) -> dict[int, dict] | None:
+        """The node that a row has reached; `None` in free text."""
+        if self.mode == "trajectory":
+            return self.root.get(new_ids[-1]) if new_ids else None
+        node = self.root
+        for token in new_ids:
+            node = node[token]
+        return node
 
-    def dictionary(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def allowed_tokens(self, _: int, ids: torch.Tensor) -> list[int]:
+        """What `PrefixConstrainedLogitsProcessor` asks for."""
+        node = self.node(ids[PROMPT_LENGTH:].tolist())
+        return self.text if node is None else list(node)
+
+    def loop(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Mask row by row."""
         mask = torch.full_like(scores, float("-inf"))
-        for row, ids in enumerate(input_ids[:, prompt_length:].tolist()):
-            mask[row, children[tuple(ids)]] = 0
+        for row, ids in enumerate(input_ids[:, PROMPT_LENGTH:].tolist()):
+            node = self.node(ids)
+            if node is None:
+                mask[row] = 0
+                mask[row, self.closed] = float("-inf")
+            else:
+                mask[row, list(node)] = 0
         return scores + mask
 
-    prefix_constrained = PrefixConstrainedLogitsProcessor(
-        lambda _, ids: children[tuple(ids[prompt_length:].tolist())], num_beams=1
-    )
-    ours = ToolCodeLogitsProcessor(trie, prompt_length=prompt_length, eos_token_id=0)
-    trajectory = ToolCodeLogitsProcessor(trie, mode="trajectory", prompt_length=prompt_length)
-    for level, input_ids in enumerate((prompts, torch.cat([prompts, beams], dim=1)), start=1):
-        expected = dictionary(input_ids, scores)
-        for processor in (ours, prefix_constrained):
-            if not torch.equal(processor(input_ids, scores), expected):
-                raise ValueError(f"{type(processor).__name__} masks level {level} differently")
-        for name, processor in (
-            ("retrieval", ours),
-            ("trajectory", trajectory),
-            ("PrefixConstrainedLogitsProcessor", prefix_constrained),
-            ("dictionary of prefixes", dictionary),
-        ):
-            call = lambda processor=processor, input_ids=input_ids: processor(input_ids, scores)  # noqa: E731
-            results[f"level {level}, {name}"] = median_milliseconds(call, args.repeats)
-    if args.model:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-        ids = prompts % model.config.vocab_size
-        with torch.inference_mode():
-            cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
 
-            def forward() -> None:
-                model(ids[:, -1:], cache=cache, use_cache=True, logits_to_keep=1)
+def time_steps(num_tools: int, args: BenchmarkArguments) -> dict[str, dict[str, float]]:
+    """Time the building of a trie and a step in every state, in milliseconds."""
+    generator = np.random.default_rng(0)
+    flat = generator.choice(CODEBOOK_SIZE**2, size=num_tools, replace=False)
+    codes = np.stack([flat // CODEBOOK_SIZE, CODEBOOK_SIZE + flat % CODEBOOK_SIZE], axis=1) + args.vocab_size
+    start = time.perf_counter()
+    trie = CodeTrie(codes)
+    results = {"building": {"ToolCodeLogitsProcessor": 1000 * (time.perf_counter() - start)}}
 
-            results["forward pass of the model"] = median_milliseconds(forward, args.repeats)
+    prompts = torch.from_numpy(generator.integers(0, args.vocab_size, (args.num_beams, PROMPT_LENGTH)))
+    begun = torch.from_numpy(codes[generator.integers(0, len(codes), args.num_beams), :1])
+    scores = torch.randn(args.num_beams, args.vocab_size + 2 * CODEBOOK_SIZE)
+    for state, (mode, depth) in STATES.items():
+        rival = DictionaryMasks(codes, args.vocab_size, mode)
+        masks = {
+            "ToolCodeLogitsProcessor": ToolCodeLogitsProcessor(
+                trie,
+                mode=mode,
+                prompt_length=PROMPT_LENGTH,
+                eos_token_id=0,
+                code_token_ids=range(args.vocab_size, args.vocab_size + 2 * CODEBOOK_SIZE),
+            ),
+            "PrefixConstrainedLogitsProcessor": PrefixConstrainedLogitsProcessor(rival.allowed_tokens, num_beams=1),
+            "dictionary, row by row": rival.loop,
+        }
+        input_ids = torch.cat([prompts, begun[:, :depth]], dim=1)
+        expected = rival.loop(input_ids, scores)
+        results[state] = {}
+        for name, mask in masks.items():
+            if not torch.equal(mask(input_ids, scores), expected):
+                raise ValueError(f"{name} masks the state {state!r} differently")
+            results[state][name] = median_milliseconds(partial(mask, input_ids, scores), args.repeats)
+    return results
 
-    print(f"{args.num_tools} tools, {args.num_beams} beams, {args.vocab_size + 2048} tokens, milliseconds\n")
-    print("| | ms | times the mode retrieval |\n|---|---:|---:|")
-    for name, value in results.items():
-        level = name.split(",")[0]
-        ratio = f"{value / results[f'{level}, retrieval']:.1f}" if level.startswith("level") else ""
-        print(f"| {name} | {value:.2f} | {ratio} |")
+
+def time_model(args: BenchmarkArguments) -> dict[str, float]:
+    """Time a forward pass of one more token for each beam, and retrieval with an aligned model, in milliseconds."""
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    ids = torch.randint(0, model.config.vocab_size, (args.num_beams, PROMPT_LENGTH + 1))
+    times = []
+    with torch.inference_mode():
+        for i in range(args.repeats + 2):
+            cache = model(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+            start = time.perf_counter()
+            model(ids[:, -1:], cache=cache, use_cache=True, logits_to_keep=1)
+            if i > 1:
+                times.append(1000 * (time.perf_counter() - start))
+    results = {"forward pass": statistics.median(times)}
+    if os.path.exists(os.path.join(args.model, "tool_codes.json")):
+        queries = ["Is it a good day for the park?", "How much is a euro in dollars?"] * 8
+        retrievers = {full: ToolRetriever.from_pretrained(args.model, full_head=full) for full in (True, False)}
+        for full, name in ((True, "whole head"), (False, "codebooks' rows of the head")):
+            call = partial(retrievers[full], queries, num_beams=args.num_beams)
+            results[f"retrieval of {len(queries)} queries, {name}"] = median_milliseconds(call, 3)
+    return results
+
+
+def main(args: BenchmarkArguments) -> dict[str, dict]:
+    """Time everything, print tables and return milliseconds by number of tools, state and name."""
+    model_times = time_model(args) if args.model else {}
+    forward = model_times.get("forward pass")
+    results: dict[str, dict] = {"model": model_times}
+    print(f"{args.num_beams} beams, {args.vocab_size + 2 * CODEBOOK_SIZE} tokens, medians of {args.repeats}")
+    for num_tools in args.num_tools:
+        results[str(num_tools)] = steps = time_steps(num_tools, args)
+        building = steps["building"]["ToolCodeLogitsProcessor"]
+        print(f"\n{num_tools:,} tools (the trie is built in {building:.0f} ms)\n")
+        print("| a step | ms | of a forward pass | PrefixConstrainedLogitsProcessor | dictionary, row by row |")
+        print("|---|---:|---:|---:|---:|")
+        for state in STATES:
+            ours, *rivals = steps[state].values()
+            share = f"{ours / forward:.2%}" if forward else ""
+            ratios = " | ".join(f"{rival:.2f} ms, {rival / ours:.1f} times" for rival in rivals)
+            print(f"| {state} | {ours:.2f} | {share} | {ratios} |")
+    if model_times:
+        print("\n| the model | ms |\n|---|---:|")
+        for name, value in model_times.items():
+            print(f"| {name} | {value:.0f} |")
     if args.output_dir:
         os.makedirs(args.output_dir, exist_ok=True)
         with open(os.path.join(args.output_dir, "benchmark_decoding.json"), "w", encoding="utf-8") as file:
