@@ -5,6 +5,7 @@ from importlib.metadata import version
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from .agent import AgentRun, ToolAgent
+from .arguments import ToolArgumentsLogitsProcessor
 from .catalog import Tool, ToolCatalog
 from .codes import ToolCodes
 from .configuration_rqvae import RQVAEConfig
@@ -25,6 +26,7 @@ __all__ = [
     "RetrievedTool",
     "Tool",
     "ToolAgent",
+    "ToolArgumentsLogitsProcessor",
     "ToolCatalog",
     "ToolCodeLogitsProcessor",
     "ToolCodes",

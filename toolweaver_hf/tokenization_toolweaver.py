@@ -322,13 +322,13 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
         return super()._add_tokens(new_tokens, special_tokens)
 
     @cached_property
-    def _opens_with_space(self) -> bool:
-        """Whether the base puts a space before what follows any added token, and drops one when it decodes."""
+    def opens_with_space(self) -> bool:
+        """`bool`: Whether the base puts a space before what follows any added token, and drops one when it decodes."""
         text = f"x<{LEVEL_LETTERS[0]}_0>x"
         return self.backend_tokenizer.decode([i for i, *_ in self._spans(text)], skip_special_tokens=False) != text
 
     def _decode(self, token_ids: int | list[int], **kwargs) -> str:
-        if isinstance(token_ids, int) or not self._opens_with_space:
+        if isinstance(token_ids, int) or not self.opens_with_space:
             return super()._decode(token_ids, **kwargs)
         first, end = self.level_offsets[0], self.level_offsets[-1] + self.codebook_sizes[-1]
         pieces = itertools.groupby(token_ids, key=lambda token_id: first <= token_id < end)

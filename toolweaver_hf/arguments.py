@@ -1,0 +1,217 @@
+"""Arguments that obey a tool's JSON Schema, by grammar-constrained decoding."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+from jsonschema.validators import validator_for
+from referencing import Registry
+from transformers import LogitsProcessor
+from transformers.utils import logging
+
+from .tokenization_toolweaver import ToolWeaverTokenizer
+
+
+if TYPE_CHECKING:
+    from .catalog import Tool
+
+
+logger = logging.get_logger(__name__)
+
+# As json.dumps writes, and so as the training data has it.
+JSON_FORMAT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class ToolArgumentsLogitsProcessor(LogitsProcessor):
+    r"""
+    [`LogitsProcessor`] that constrains what follows a tool's code to one JSON object that obeys the tool's JSON Schema,
+    then to the end of the turn.
+
+    It goes beside a [`ToolCodeLogitsProcessor`] in the mode `"trajectory"`. Properties come in the order of the schema,
+    none that it does not declare. What a grammar cannot express, such as `uniqueItems` or `not`, is left to a later
+    check (see [`ToolArgumentsLogitsProcessor.is_exact`]). Like the code's, its state is read from the `input_ids`.
+
+    Needs llguidance: `pip install "toolweaver-hf[grammar]"`.
+
+    Args:
+        tokenizer ([`ToolWeaverTokenizer`]):
+            The tokenizer.
+        tools (`Mapping[str, Tool]`):
+            The tools by id, such as a [`ToolCatalog`]. Those that it lacks may get any JSON object.
+        eos_token_id (`int` or `Sequence[int]`):
+            The tokens that end a turn, of which one follows the object.
+        prompt_length (`int`, *optional*, defaults to 0):
+            Number of tokens in the (padded) prompt, where no code is looked for.
+
+    Raises:
+        `ImportError`: without llguidance.
+        `ValueError`: for a tokenizer that llguidance cannot read.
+
+    Example:
+
+    ```python
+    >>> codes = ToolCodeLogitsProcessor(CodeTrie(tokenizer.tool_code_ids), mode="trajectory", prompt_length=length)
+    >>> arguments = ToolArgumentsLogitsProcessor(tokenizer, catalog, tokenizer.eos_token_id, prompt_length=length)
+    >>> output = model.generate(**inputs, logits_processor=[codes, arguments])
+    ```
+    """
+
+    supports_continuous_batching = False
+
+    def __init__(
+        self,
+        tokenizer: ToolWeaverTokenizer,
+        tools: Mapping[str, Tool],
+        eos_token_id: int | Sequence[int],
+        prompt_length: int = 0,
+    ):
+        try:
+            from llguidance import LLMatcher, LLTokenizer
+        except ImportError:
+            raise ImportError('constrained arguments need llguidance: pip install "toolweaver-hf[grammar]"') from None
+        self.tokenizer = tokenizer
+        self.tools = tools
+        self.eos_token_ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+        self.prompt_length = prompt_length
+        self._matcher_class = LLMatcher
+        # Code tokens and markers of roles are marked as special, so that no string can hold them.
+        document = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+        for token in document["added_tokens"]:
+            token["special"] = token["special"] or bool(token["content"].strip())
+        if (document["pre_tokenizer"] or {}).get("add_prefix_space"):
+            document["pre_tokenizer"]["add_prefix_space"] = False  # else each piece that must come gets a space
+        try:
+            self._vocabulary = LLTokenizer(
+                json.dumps(document), n_vocab=len(tokenizer), eos_token=tokenizer.eos_token_id
+            )
+        except Exception as error:
+            raise ValueError(f"llguidance cannot read this tokenizer: {error}") from None
+        self._grammars: dict[str, tuple[str, bool]] = {}
+        self._matchers: dict[tuple[int, ...], Any] = {}  # of the last step's rows; saves work, holds no state
+
+    def is_exact(self, tool_id: str) -> bool:
+        """Whether the grammar of a tool's arguments expresses all of its JSON Schema."""
+        return self._grammar(tool_id)[1]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Mask the scores of the tokens that may not come next.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size * num_beams, sequence_length)`): The tokens so far.
+            scores (`torch.FloatTensor` of shape `(batch_size * num_beams, vocab_size)`): Scores of the next token.
+
+        Returns:
+            `torch.FloatTensor` of the shape of `scores`, with `-inf` for every token that is not allowed.
+        """
+        allowed, matchers = torch.ones(scores.shape, dtype=torch.bool), {}
+        for row, ids in enumerate(input_ids[:, self.prompt_length :].tolist()):
+            call = self._call(ids)
+            matcher = None if call is None else self._follow(call, matchers)
+            if matcher is not None:
+                allowed[row] = self._allowed_tokens(matcher, scores.shape[1])
+        self._matchers = matchers
+        return scores.masked_fill(~allowed.to(scores.device), float("-inf"))
+
+    def is_complete(self, new_ids: Sequence[int]) -> bool:
+        """Whether the tokens of a turn end with a whole call, to which nothing can be added."""
+        call = self._call(new_ids)
+        matcher = None if call is None else self._follow(call, {})
+        return matcher is not None and matcher.is_accepting() and matcher.is_stopped()
+
+    def _call(self, new_ids: Sequence[int]) -> tuple[int, ...] | None:
+        """The last whole code of a turn with what follows it; `None` in free text or inside a code."""
+        first = self.tokenizer.level_offsets[0]
+        starts = range(first, first + self.tokenizer.codebook_sizes[0])
+        start = next((i for i in range(len(new_ids) - 1, -1, -1) if new_ids[i] in starts), None)
+        if start is None or len(new_ids) - start < len(self.tokenizer.codebook_sizes):
+            return None
+        return tuple(new_ids[start:])
+
+    def _follow(self, call: tuple[int, ...], matchers: dict[tuple[int, ...], Any]) -> Any:
+        """The matcher after a call's tokens; `None` where they do not follow the grammar, as after its end."""
+        levels = len(self.tokenizer.codebook_sizes)
+        matcher = matchers.get(call) or self._matchers.get(call)
+        if matcher is None and call[:-1] in self._matchers:
+            matcher = self._matchers[call[:-1]].deep_copy()
+            matcher.consume_token(call[-1])
+        elif matcher is None:
+            grammar, _ = self._grammar(self.tokenizer.decode_tool(call[:levels]))
+            matcher = self._matcher_class(self._vocabulary, grammar, log_level=0)
+            matcher.consume_tokens(list(call[levels:]))
+        if matcher.is_error():
+            return None
+        matchers[call] = matcher
+        return matcher
+
+    def _allowed_tokens(self, matcher: Any, vocab_size: int) -> torch.BoolTensor:
+        allowed = torch.zeros(vocab_size, dtype=torch.bool)
+        if matcher.is_accepting() and matcher.is_stopped():
+            allowed[self.eos_token_ids] = True
+            return allowed
+        bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+        width = min(vocab_size, len(self.tokenizer))
+        allowed[:width] = torch.from_numpy(bits[:width].astype(bool))
+        return allowed
+
+    def _grammar(self, tool_id: str) -> tuple[str, bool]:
+        """A grammar of a tool's arguments, and whether it expresses all of the schema."""
+        if tool_id not in self._grammars:
+            schema = self.tools[tool_id].parameters if tool_id in self.tools else {"type": "object"}
+            closed = close_schema(schema)
+            space = '" " ' if self.tokenizer.opens_with_space else ""
+            for candidate, options in (
+                (closed, {}),
+                (closed, {"lenient": True, "coerce_one_of": True}),
+                ({"type": "object"}, {}),
+            ):
+                rule = json.dumps(candidate | {"x-guidance": JSON_FORMAT | options})
+                grammar = self._matcher_class.grammar_from_lark(f"start: {space}object\nobject: %json {rule}")
+                error = self._matcher_class.validate_grammar(grammar, self._vocabulary)
+                if not error:
+                    break
+                logger.info(f"the schema of {tool_id!r} is not wholly expressed by a grammar: {error}")
+            self._grammars[tool_id] = (grammar, candidate is closed and not options)
+        return self._grammars[tool_id]
+
+
+def find_error(arguments: dict[str, Any], schema: dict[str, Any]) -> str | None:
+    """Say in what arguments break a tool's JSON Schema, or return `None`.
+
+    References to schemas elsewhere are not fetched. A schema that is itself broken allows everything.
+    """
+    validator = validator_for(schema, default=Draft202012Validator)(schema, registry=Registry())
+    try:
+        error = best_match(validator.iter_errors(arguments))
+    except Exception as broken:  # as many kinds as there are ways to break a schema
+        logger.warning_once(f"arguments are not checked against a broken schema: {broken}")
+        return None
+    if error is None:
+        return None
+    place = "".join(f"[{part!r}]" for part in error.absolute_path)
+    return f"{place}: {error.message}" if place else error.message
+
+
+def close_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """Copy a JSON Schema of an object so that no property is allowed that it does not declare.
+
+    Objects inside that declare properties are closed as well. A schema that says itself what other properties may be,
+    or is composed of others, stays as it is.
+    """
+    closed = dict(schema)
+    if isinstance(closed.get("properties"), dict):
+        closed["properties"] = {
+            name: close_schema(inner) if isinstance(inner, dict) else inner
+            for name, inner in closed["properties"].items()
+        }
+        composed = ("additionalProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf")
+        if not any(keyword in closed for keyword in composed):
+            closed["additionalProperties"] = False
+    if isinstance(closed.get("items"), dict):
+        closed["items"] = close_schema(closed["items"])
+    return closed
