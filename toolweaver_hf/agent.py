@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-import jsonschema
 import torch
-from transformers import PreTrainedModel
+from tokenizers.decoders import DecodeStream
+from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
+from transformers.utils import logging
 
+from .arguments import ToolArgumentsLogitsProcessor, find_error
 from .catalog import ToolCatalog
 from .data import render_calls
 from .logits_process import ToolCodeLogitsProcessor
 from .retrieval import load_aligned_model
 from .tokenization_toolweaver import HUB_KWARGS, ToolWeaverTokenizer
 from .trie import CodeTrie
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -28,34 +37,75 @@ class AgentRun:
         messages (`list[dict]`):
             The conversation in the format of a training trajectory (see [`~data.load_trajectories`]).
         stop_reason (`str`):
-            `"answer"`, or `"max_steps"` when the step limit came first.
+            `"answer"`, or what came before one: `"max_steps"`, `"max_tokens"` or `"cancelled"`.
+        token_ids (`list[int]`):
+            The conversation as the model saw it.
+        num_new_tokens (`int`):
+            Tokens that the model generated.
     """
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     stop_reason: str = "max_steps"
+    token_ids: list[int] = field(default_factory=list, repr=False)
+    num_new_tokens: int = 0
+    _cancelled: Future = field(default_factory=Future, repr=False, compare=False)
 
     @property
     def answer(self) -> str | None:
-        """`str`: The final answer, or `None` where the step limit came first."""
+        """`str`: The final answer, or `None` where the run ended without one."""
         return self.messages[-1]["content"] if self.stop_reason == "answer" else None
+
+    def cancel(self) -> None:
+        """End the run at its next token, or at once while it waits for a tool; from any thread."""
+        if not self._cancelled.done():
+            self._cancelled.set_result(None)
+
+
+def save_trajectories(runs: Iterable[AgentRun], path: str | os.PathLike) -> None:
+    """Write runs as training trajectories, a JSONL file that [`~data.load_trajectories`] reads; whole or not at all."""
+    partial = f"{os.fspath(path)}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        for i, run in enumerate(runs):
+            file.write(json.dumps({"id": f"run-{i}", "messages": run.messages}, ensure_ascii=False) + "\n")
+    os.replace(partial, path)
 
 
 class ToolAgent:
     """Answers queries by calling tools, with a model that `recipes/sft.py` aligned on trajectories.
 
-    Each turn is generated greedily. Once the model writes the first token of a code, the rest of it is constrained to
-    tools that exist; what follows is read as the arguments. A call that fails, for arguments that break the tool's
-    schema or an error of the tool itself, is answered by an observation `{"error": ...}`, and the model goes on.
+    A turn is generated token by token. Once the model writes the first token of a code, the rest of it is constrained
+    to tools that exist and are allowed; then the arguments to the tool's JSON Schema, where llguidance is installed
+    (`pip install "toolweaver-hf[grammar]"`). Arguments that still break the schema are generated once more, with the
+    error before them. A call that fails is answered by an observation `{"error": ...}`, and the model goes on.
+
+    What tools return and users say is tokenized as text: it can neither hold a code nor a marker of roles. What the
+    model generated stays as it was generated; nothing of a conversation is tokenized again.
 
     Args:
         model ([`PreTrainedModel`]): The aligned model.
         tokenizer ([`ToolWeaverTokenizer`]): Its tokenizer.
         catalog ([`ToolCatalog`]): The tools, with the schemas of their arguments.
         functions (`Mapping[str, Callable]`):
-            For each tool id the function to call with the arguments as keywords; it returns something that JSON can
-            hold. Only these tools can be chosen.
+            For each tool id the function to call with the arguments as keywords, plain or `async`, such as
+            [`MCPTools`]; it returns something that JSON can hold. Only these tools can be chosen.
         max_steps (`int`, *optional*, defaults to 5): Most turns of the assistant in one run.
         max_new_tokens (`int`, *optional*, defaults to 256): Most tokens of one turn.
+        max_total_tokens (`int`, *optional*): Most tokens that the model generates in one run.
+        time_limit (`float`, *optional*): Seconds that a call may take.
+        do_sample (`bool`, *optional*, defaults to `False`): Whether to sample tokens, or take the most probable.
+        logits_processor (`LogitsProcessorList`, *optional*): Applied before the constraints, such as a temperature.
+
+    Raises:
+        `ValueError`: for functions of tools that the catalogue lacks or that have no code.
+
+    Example:
+
+    ```python
+    >>> agent = ToolAgent.from_pretrained("out/agent", {"weather": get_weather, "air_quality": get_air_quality})
+    >>> agent("Is it a good day for the park?").answer
+    >>> for event in agent.stream("Is it a good day for the park?", stream_tokens=True):
+    ...     print(event, end="" if isinstance(event, str) else "\\n")
+    ```
     """
 
     def __init__(
@@ -66,6 +116,10 @@ class ToolAgent:
         functions: Mapping[str, Callable[..., Any]],
         max_steps: int = 5,
         max_new_tokens: int = 256,
+        max_total_tokens: int | None = None,
+        time_limit: float | None = None,
+        do_sample: bool = False,
+        logits_processor: LogitsProcessorList | None = None,
     ):
         unknown = [tool_id for tool_id in functions if tool_id not in catalog]
         if unknown:
@@ -76,102 +130,265 @@ class ToolAgent:
         self.functions = functions
         self.max_steps = max_steps
         self.max_new_tokens = max_new_tokens
+        self.max_total_tokens = max_total_tokens
+        self.time_limit = time_limit
+        self.do_sample = do_sample
+        self.logits_processor = logits_processor or LogitsProcessorList()
+        self._tool_rows = {tool_id: row for row, tool_id in enumerate(functions)}
         self.trie = CodeTrie(torch.tensor([tokenizer.encode_tool(tool_id) for tool_id in functions]))
+        ends = model.generation_config.eos_token_id
+        ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self._end_ids = sorted(ends)
+        try:
+            self._grammar = ToolArgumentsLogitsProcessor(tokenizer, catalog, self._end_ids)
+        except (ImportError, ValueError) as error:
+            logger.warning_once(f"The arguments of calls are checked, but not constrained: {error}")
+            self._grammar = None
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike, functions: Mapping[str, Callable[..., Any]], **kwargs
+        cls,
+        folder: str | os.PathLike,
+        functions: Mapping[str, Callable[..., Any]],
+        catalog: ToolCatalog | None = None,
+        **kwargs,
     ) -> ToolAgent:
         """Load model, tokenizer and catalogue from a folder that `recipes/sft.py` wrote, or a repository of the Hub.
 
         Args:
             folder (`str`): The folder or repository.
             functions (`Mapping[str, Callable]`): For each tool id the function to call.
+            catalog ([`ToolCatalog`], *optional*): The tools as they are now, such as [`MCPTools.catalog`], in place of
+                the folder's.
             kwargs: As for the class; those that say where from, such as `revision` and `token`, hold for all files.
         """
         hub_kwargs = {name: kwargs.pop(name) for name in HUB_KWARGS if name in kwargs}
         return cls(
             load_aligned_model(folder, **hub_kwargs),
             ToolWeaverTokenizer.from_pretrained(folder, **hub_kwargs),
-            ToolCatalog.from_pretrained(folder, repo_type="model", **hub_kwargs),
+            catalog or ToolCatalog.from_pretrained(folder, repo_type="model", **hub_kwargs),
             functions,
             **kwargs,
         )
 
-    def __call__(self, query: str) -> AgentRun:
-        """Answer a query."""
+    def __call__(self, query: str | Sequence[dict[str, Any]], allowed_tools: Iterable[str] | None = None) -> AgentRun:
+        """Answer a query. The arguments are those of [`ToolAgent.stream`]."""
         run = AgentRun()
-        for _ in self.stream(query, run):
+        for _ in self.stream(query, run, allowed_tools=allowed_tools):
             pass
         return run
 
-    def stream(self, query: str, run: AgentRun | None = None) -> Iterator[dict[str, Any]]:
+    def stream(
+        self,
+        query: str | Sequence[dict[str, Any]],
+        run: AgentRun | None = None,
+        allowed_tools: Iterable[str] | None = None,
+        stream_tokens: bool = False,
+    ) -> Iterator[dict[str, Any] | str]:
         """Answer a query and yield every message as soon as it is complete, the user's first.
 
         Args:
-            query (`str`): What the user says.
-            run ([`AgentRun`], *optional*): Receives the messages and the stop reason.
+            query (`str` or `Sequence[dict]`):
+                What the user says, or a conversation that ends with it.
+            run ([`AgentRun`], *optional*):
+                Receives the messages and the stop reason, and can be cancelled.
+            allowed_tools (`Iterable[str]`, *optional*):
+                The only tools that this run may choose. Defaults to all that have a function.
+            stream_tokens (`bool`, *optional*, defaults to `False`):
+                Whether to yield what the model writes, too, as pieces of text before the message that they make up.
+
+        Raises:
+            `ValueError`: for an allowed tool without a function.
         """
         run = AgentRun() if run is None else run
-        run.messages.append({"role": "user", "content": query})
+        run.messages += [{"role": "user", "content": query}] if isinstance(query, str) else [dict(m) for m in query]
+        allowed = list(self.functions if allowed_tools is None else allowed_tools)
+        unknown = [tool_id for tool_id in allowed if tool_id not in self.functions]
+        if unknown:
+            raise ValueError(f"these allowed tools have no function: {', '.join(unknown[:5])}")
+        turn = _Turn(self, run, [self._tool_rows[tool_id] for tool_id in allowed])
         yield run.messages[-1]
         for _ in range(self.max_steps):
-            thought, tool_id, arguments = self._turn(run.messages)
-            if tool_id is None:
-                run.messages.append({"role": "assistant", "content": thought})
-                run.stop_reason = "answer"
+            yield from turn.generate(stream_tokens)
+            if turn.tool_id is not None and turn.arguments_error and not turn.stop_reason:
+                yield from turn.retry(stream_tokens)
+            if turn.tool_id is None or turn.stop_reason:
+                run.stop_reason = turn.stop_reason or "answer"
+                run.token_ids = turn.ids + turn.new_ids
+                run.messages.append({"role": "assistant", "content": turn.thought})  # without a call that was cut off
                 yield run.messages[-1]
                 return
-            call, observation = self._call(tool_id, arguments)
-            run.messages.append({"role": "assistant", "content": thought, "tool_calls": [call]})
+            call = {"type": "function", "function": {"name": turn.tool_id, "arguments": turn.arguments}}
+            run.messages.append({"role": "assistant", "content": turn.thought, "tool_calls": [call]})
             yield run.messages[-1]
-            run.messages.append({"role": "tool", "content": json.dumps(observation, ensure_ascii=False)})
+            observation = self._observe(turn, run)
+            if observation is None:
+                run.stop_reason = "cancelled"
+                return
+            turn.close(observation)
+            run.token_ids = list(turn.ids)
+            run.messages.append({"role": "tool", "content": observation})
             yield run.messages[-1]
+
+    def _observe(self, turn: _Turn, run: AgentRun) -> str | None:
+        """Call the tool that was chosen and return the observation as JSON; `None` if the run was cancelled."""
+        if turn.arguments_error:
+            return _as_json({"error": turn.arguments_error})
+        result: Future = Future()
+
+        def call() -> None:
+            try:
+                value = self.functions[turn.tool_id](**turn.arguments)
+                result.set_result(asyncio.run(value) if inspect.iscoroutine(value) else value)
+            except BaseException as error:  # whatever a tool raises is an observation
+                result.set_exception(error)
+
+        # A daemon: a call that hangs keeps neither the agent nor the end of the program waiting.
+        threading.Thread(target=call, name=f"tool {turn.tool_id}", daemon=True).start()
+        wait([result, run._cancelled], timeout=self.time_limit, return_when=FIRST_COMPLETED)
+        if run._cancelled.done():
+            return None
+        if not result.done():
+            return _as_json({"error": f"the call took longer than {self.time_limit:g} seconds"})
+        if result.exception() is not None:
+            return _as_json({"error": f"{type(result.exception()).__name__}: {result.exception()}"})
+        return _as_json(result.result())
+
+
+class _Turn:
+    """The turns of one run: the conversation as tokens, the model's cache of it, and the last turn that was read."""
+
+    def __init__(self, agent: ToolAgent, run: AgentRun, allowed: list[int]):
+        self.agent, self.run = agent, run
+        tokenizer = agent.tokenizer
+        self.ids: list[int] = tokenizer.encode_conversation(
+            render_calls(run.messages, tokenizer), add_generation_prompt=True
+        )["input_ids"]
+        self.cache = DynamicCache(config=agent.model.config)
+        self.codes = {
+            start: ToolCodeLogitsProcessor(
+                agent.trie,
+                mode="trajectory",
+                code_start=start,
+                code_token_ids=tokenizer.code_token_ids,
+                allowed_tools=[allowed],
+            )
+            for start in ("allowed", "forbidden")
+        }
+        first = tokenizer.level_offsets[0]
+        self.first_level = range(first, first + tokenizer.codebook_sizes[0])
+        self.num_levels = len(tokenizer.codebook_sizes)
+        self.new_ids: list[int] = []
+
+    def generate(self, stream_tokens: bool, begun: Sequence[int] = ()) -> Iterator[str]:
+        """Generate one turn, from the tokens with which it has begun, and read it."""
+        agent, tokenizer = self.agent, self.agent.tokenizer
+        self.new_ids, self.stop_reason = list(begun), None
+        text = DecodeStream(skip_special_tokens=True)
+        while True:
+            if self.run._cancelled.done():
+                self.stop_reason = "cancelled"
+            elif len(self.new_ids) >= agent.max_new_tokens or self._is_full():
+                self.stop_reason = "max_tokens"
+            if self.stop_reason:
+                break
+            self.new_ids.append(self._next_token())
+            self.run.num_new_tokens += 1
+            piece = text.step(tokenizer.backend_tokenizer, self.new_ids[-1])
+            if stream_tokens and piece:
+                yield piece
+            if self.new_ids[-1] in agent._end_ids or self._is_whole_call():
+                break
+        self._read()
+
+    def retry(self, stream_tokens: bool) -> Iterator[str]:
+        """Generate the arguments of the same tool once more, with the error in sight but out of the conversation."""
+        kept, length = self.new_ids[: self._code_start() + self.num_levels], len(self.ids)
+        self.close(_as_json({"error": self.arguments_error}))
+        yield from self.generate(stream_tokens, begun=kept)
+        del self.ids[length:]
+        self.cache = DynamicCache(config=self.agent.model.config)
+
+    def close(self, observation: str) -> None:
+        """Add the turn as it was generated, its end, the tool's answer as text, and the opening of the next turn."""
+        tokenizer = self.agent.tokenizer
+        # All that the template writes after a turn is what two conversations with different turns have in common.
+        one, other = (
+            tokenizer.encode_conversation(
+                [
+                    {"role": "user", "content": "?"},
+                    {"role": "assistant", "content": turn},
+                    {"role": "tool", "content": observation},
+                ],
+                add_generation_prompt=True,
+            )["input_ids"]
+            for turn in (".", "no")
+        )
+        common = next(i for i in range(1, len(one)) if one[-i] != other[-i]) - 1
+        written = self.new_ids[:-1] if self.new_ids[-1] in self.agent._end_ids else self.new_ids
+        self.ids += [*written, *one[len(one) - common :]]
 
     @torch.inference_mode()
-    def _turn(self, messages: list[dict[str, Any]]) -> tuple[str, str | None, str]:
-        """Generate one turn: the thought, the tool chosen (`None` for a final answer) and the arguments' text."""
-        prompt = self.tokenizer.encode_conversation(
-            render_calls(messages, self.tokenizer), add_generation_prompt=True
-        )["input_ids"]
-        input_ids = torch.tensor([prompt], device=self.model.device)
-        processor = ToolCodeLogitsProcessor(
-            self.trie,
-            mode="trajectory",
-            prompt_length=len(prompt),
-            code_token_ids=self.tokenizer.code_token_ids,
-        )
-        output = self.model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            do_sample=False,
-            max_new_tokens=self.max_new_tokens,
-            logits_processor=[processor],
-            pad_token_id=self.tokenizer.pad_token_id,
-        )[0, len(prompt) :].tolist()
-        first_level = range(
-            self.tokenizer.level_offsets[0], self.tokenizer.level_offsets[0] + self.tokenizer.codebook_sizes[0]
-        )
-        start = next((position for position, token in enumerate(output) if token in first_level), len(output))
-        end = start + len(self.tokenizer.codebook_sizes)
-        if end > len(output):  # no code, or one that max_new_tokens cut
-            return self.tokenizer.decode(output[:start], skip_special_tokens=True).strip(), None, ""
-        thought = self.tokenizer.decode(output[:start], skip_special_tokens=True).strip()
-        arguments = self.tokenizer.decode(output[end:], skip_special_tokens=True).strip()
-        return thought, self.tokenizer.decode_tool(output[start:end]), arguments
+    def _next_token(self) -> int:
+        model, ids = self.agent.model, self.ids + self.new_ids
+        known = self.cache.get_seq_length()
+        input_ids = torch.tensor([ids], device=model.device)
+        logits = model(input_ids=input_ids[:, known:], cache=self.cache, use_cache=True, logits_to_keep=1).logits
+        scores = self.agent.logits_processor(input_ids, logits[:, -1].float())
+        new_ids = input_ids[:, len(self.ids) :]
+        has_code = self._code_start() + self.num_levels <= len(self.new_ids)
+        scores = self.codes["forbidden" if has_code else "allowed"](new_ids, scores)
+        if self.agent._grammar is not None:
+            scores = self.agent._grammar(new_ids, scores)
+        return int(scores.softmax(-1).multinomial(1) if self.agent.do_sample else scores.argmax(-1))
 
-    def _call(self, tool_id: str, arguments: str) -> tuple[dict[str, Any], Any]:
-        """Call a tool with the arguments that the model wrote; return the call and the observation."""
-        try:
-            parsed = json.loads(arguments)
-            jsonschema.validate(parsed, self.catalog[tool_id].parameters)
-        except ValueError as error:
-            parsed, observation = {}, {"error": f"the arguments are not one JSON object: {error}"}
-        except jsonschema.ValidationError as error:
-            observation = {"error": error.message}
-        else:
-            try:
-                observation = self.functions[tool_id](**parsed)
-            except Exception as error:  # whatever a tool raises is an observation
-                observation = {"error": f"{type(error).__name__}: {error}"}
-        return {"type": "function", "function": {"name": tool_id, "arguments": parsed}}, observation
+    def _is_full(self) -> bool:
+        limit, context = self.agent.max_total_tokens, getattr(self.agent.model.config, "max_position_embeddings", None)
+        return (limit is not None and self.run.num_new_tokens >= limit) or (
+            context is not None and len(self.ids) + len(self.new_ids) >= context
+        )
+
+    def _code_start(self) -> int:
+        """Where the turn's code starts; its length where there is none."""
+        return next((i for i, token in enumerate(self.new_ids) if token in self.first_level), len(self.new_ids))
+
+    def _is_whole_call(self) -> bool:
+        if self.agent._grammar is not None:
+            return self.agent._grammar.is_complete(self.new_ids)
+        text = self._arguments_text()
+        return text.endswith("}") and isinstance(_parse(text), dict)
+
+    def _arguments_text(self) -> str:
+        return self.agent.tokenizer.decode(
+            self.new_ids[self._code_start() + self.num_levels :], skip_special_tokens=True
+        ).strip()
+
+    def _read(self) -> None:
+        """Split the turn into its thought, the tool chosen (`None` for a final answer) and the arguments."""
+        tokenizer, start = self.agent.tokenizer, self._code_start()
+        self.thought = tokenizer.decode(self.new_ids[:start], skip_special_tokens=True).strip()
+        self.tool_id, self.arguments, self.arguments_error = None, {}, None
+        end = start + self.num_levels
+        if end > len(self.new_ids):
+            return
+        self.tool_id = tokenizer.decode_tool(self.new_ids[start:end])
+        arguments = _parse(self._arguments_text())
+        if not isinstance(arguments, dict):
+            self.arguments_error = "the arguments are not one JSON object"
+            return
+        self.arguments = arguments
+        self.arguments_error = find_error(arguments, self.agent.catalog[self.tool_id].parameters)
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _as_json(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        return json.dumps({"error": f"what the tool returned is not JSON: {error}"}, ensure_ascii=False)
