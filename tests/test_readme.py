@@ -1,0 +1,91 @@
+"""The README's snippets, taken from it and run, in order, on a tiny model and the Hub on loopback."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import small_llama
+
+from toolweaver_hf import RQVAEConfig, RQVAEModel, Tool, ToolCatalog, ToolCodes, ToolWeaverTokenizer
+from toolweaver_hf.cli import main as toolweaver
+
+
+ROOT = Path(__file__).parents[1]
+FIXTURES = ROOT / "tests" / "fixtures"
+
+
+def snippets(heading):
+    """Return the (language, text) of the code blocks below a heading, up to the next one of its level or above."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    level = heading.split()[0]
+    section = readme.split(f"\n{heading}\n", 1)[1]
+    section = re.split(rf"\n#{{1,{len(level)}}} ", section, maxsplit=1)[0]
+    return re.findall(r"```(\w+)\n(.*?)```", section, re.DOTALL)
+
+
+def run(heading, namespace=None):
+    found, namespace = snippets(heading), namespace or {}
+    assert found, f"README.md has no snippet under {heading!r}"
+    for language, text in found:
+        if language == "bash":
+            for line in text.replace("\\\n", " ").splitlines():
+                command, *arguments = shlex.split(line)
+                assert command == "toolweaver"
+                toolweaver(arguments)
+        else:
+            exec(compile(text, heading, "exec"), namespace)
+    return namespace
+
+
+@pytest.fixture
+def workspace(tmp_path, base_tokenizer, monkeypatch, hub):
+    """A folder as the README's reader has it: `out` and `data`, of two tools for the park."""
+    catalog = ToolCatalog([Tool("weather", "Weather of a city."), Tool("air_quality", "Air quality of a city.")])
+    codes = ToolCodes([2, 2], {"weather": [0, 1], "air_quality": [0, 0]})
+    tokenizer = ToolWeaverTokenizer.from_base(base_tokenizer, codes)
+    model = small_llama(len(tokenizer))
+    for name in ("retrieval", "agent"):
+        model.save_pretrained(tmp_path / "out" / name)
+        tokenizer.save_pretrained(tmp_path / "out" / name)
+        catalog.save_pretrained(tmp_path / "out" / name)
+    codes.save_pretrained(tmp_path / "out" / "codes")
+    RQVAEModel(RQVAEConfig(input_dim=4, codebook_sizes=[2, 2])).save_pretrained(tmp_path / "out" / "codes")
+    catalog.save_pretrained(tmp_path / "data")
+    row = '{"id": "1", "text": "Is it a good day for the park?", "tools": ["weather", "air_quality"]}\n'
+    (tmp_path / "data" / "queries.train.jsonl").write_text(row)
+    for name in ("openapi.yaml", "mcp_tools_list.json"):
+        shutil.copy(FIXTURES / name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return hub
+
+
+def test_catalogue_from_mcp_or_openapi(workspace):
+    catalog = run("### From MCP or OpenAPI")["catalog"]
+    assert {"getBook", "read_file"} <= {*catalog.ids}
+    assert list(ToolCatalog.from_file("tools.jsonl")) == list(catalog)
+
+
+def test_push_and_load(workspace):
+    run("### Push your own")
+    assert {*workspace.repositories} == {
+        ("model", "me/park-codes"),
+        ("model", "me/park-model"),
+        ("dataset", "me/park-tools"),
+    }
+    assert {*workspace.repositories["model", "me/park-codes"].refs} == {"main", "next"}
+    assert workspace.repositories["model", "me/park-model"].private
+    loaded = run("### Load a model")
+    found = loaded["retriever"]("Is it a good day for the park?")[0]
+    assert {tool.tool_id for tool in found} == {"weather", "air_quality"}
+    assert type(loaded["tokenizer"]).__name__ == "ToolWeaverTokenizer"
+
+
+def test_use_it(workspace):
+    names = {"get_weather": lambda **_: "sunny", "get_air_quality": lambda **_: "good"}
+    names["tokenizer"] = ToolWeaverTokenizer.from_pretrained("out/agent")
+    names["model"] = small_llama(len(names["tokenizer"])).eval()
+    names["inputs"] = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2), "max_new_tokens": 5}
+    run("## Use it", names)
