@@ -10,6 +10,7 @@ from .catalog import Tool, ToolCatalog
 from .codes import ToolCodes
 from .configuration_rqvae import RQVAEConfig
 from .logits_process import ToolCodeLogitsProcessor
+from .mcp import MCPTools
 from .modeling_rqvae import RQVAEModel
 from .retrieval import RetrievedTool, ToolRetriever
 from .tokenization_toolweaver import ToolWeaverTokenizer
@@ -21,6 +22,7 @@ __version__ = version("toolweaver-hf")
 __all__ = [
     "AgentRun",
     "CodeTrie",
+    "MCPTools",
     "RQVAEConfig",
     "RQVAEModel",
     "RetrievedTool",

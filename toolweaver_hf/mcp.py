@@ -1,0 +1,127 @@
+"""`MCPTools`: the tools of an MCP server as functions that an agent calls."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from .catalog import ToolCatalog
+
+
+if TYPE_CHECKING:
+    from mcp import Client, ClientSession, StdioServerParameters
+
+
+class MCPTools(Mapping[str, Callable[..., Any]]):
+    """The tools of an MCP server: for each tool's name a function that calls it there, as [`ToolAgent`] takes them.
+
+    Used as a context manager, it starts or reaches the server and lists its tools. From within an event loop, a session
+    that is already open is wrapped by [`MCPTools.from_session`].
+
+    Needs the `mcp` package: `pip install "toolweaver-hf[mcp]"`.
+
+    Args:
+        server (`StdioServerParameters` or `str`):
+            How to start a server that speaks on its standard input and output, or the URL of one that is reached by
+            HTTP. Whatever else `mcp.Client` connects to will do.
+        time_limit (`float`, *optional*):
+            Seconds that the server may take to answer.
+
+    Attributes:
+        catalog ([`ToolCatalog`]): The tools as the server describes them.
+
+    Raises:
+        `ImportError`: without the `mcp` package.
+        `ValueError`: for a server without tools, or one whose description of a tool is not valid.
+
+    Example:
+
+    ```python
+    >>> from mcp import StdioServerParameters
+    >>> from toolweaver_hf import MCPTools, ToolAgent
+
+    >>> with MCPTools(StdioServerParameters(command="mcp-server-time")) as tools:
+    ...     agent = ToolAgent.from_pretrained("out/agent", tools, catalog=tools.catalog)
+    ...     print(agent("What time is it in Tokyo?").answer)
+    ```
+    """
+
+    def __init__(self, server: StdioServerParameters | str | Any, time_limit: float | None = None):
+        self._server = server
+        self._time_limit = time_limit
+        self.catalog: ToolCatalog | None = None
+
+    def __enter__(self) -> MCPTools:
+        try:
+            from anyio.from_thread import start_blocking_portal
+            from mcp import Client
+        except ImportError:
+            raise ImportError('tools of MCP servers need the mcp package: pip install "toolweaver-hf[mcp]"') from None
+        with ExitStack() as stack:
+            portal = stack.enter_context(start_blocking_portal())
+            client = Client(self._server, read_timeout_seconds=self._time_limit)
+            self._client = stack.enter_context(portal.wrap_async_context_manager(client))
+            self._call = portal.call
+            self.catalog = self._call(_list_tools, self._client)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.__exit__(*exception)
+
+    @classmethod
+    async def from_session(cls, session: Client | ClientSession) -> MCPTools:
+        """Wrap a session that is open in the running event loop.
+
+        The agent then runs in another thread, so that the loop can answer it:
+        `await asyncio.to_thread(agent, query)`.
+        """
+        loop = asyncio.get_running_loop()
+        tools = cls(None)
+        tools._client = session
+        tools._call = lambda function, *args: asyncio.run_coroutine_threadsafe(function(*args), loop).result()
+        tools.catalog = await _list_tools(session)
+        return tools
+
+    def __getitem__(self, tool_id: str) -> Callable[..., Any]:
+        if self.catalog is None or tool_id not in self.catalog:
+            raise KeyError(tool_id)
+        return lambda **arguments: self._call(_call_tool, self._client, tool_id, arguments)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(() if self.catalog is None else self.catalog.ids)
+
+    def __len__(self) -> int:
+        return 0 if self.catalog is None else len(self.catalog)
+
+
+async def _list_tools(client: Client | ClientSession) -> ToolCatalog:
+    from mcp import ClientSession
+    from mcp.types import PaginatedRequestParams
+
+    tools, cursor = [], None
+    while True:
+        if isinstance(client, ClientSession):
+            page = await client.list_tools(params=PaginatedRequestParams(cursor=cursor))
+        else:
+            page = await client.list_tools(cursor=cursor)
+        tools += [tool.model_dump(mode="json", by_alias=True, exclude_none=True) for tool in page.tools]
+        cursor = page.next_cursor
+        if not cursor:
+            return ToolCatalog.from_functions(tools)
+
+
+async def _call_tool(client: Client | ClientSession, name: str, arguments: dict[str, Any]) -> Any:
+    """Call a tool; return its structured content or else its text, and raise what it calls an error."""
+    result = await client.call_tool(name, arguments)
+    parts = [
+        part.text if part.type == "text" else part.model_dump(mode="json", by_alias=True, exclude_none=True)
+        for part in result.content
+    ]
+    if all(isinstance(part, str) for part in parts):
+        parts = "\n".join(parts)
+    if result.is_error:
+        raise RuntimeError(parts)
+    return parts if result.structured_content is None else result.structured_content
