@@ -156,6 +156,10 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
             for tool_id, code in self._tool_codes["codes"].items()
         }
         self._tool_of_ids = {tuple(ids): tool_id for tool_id, ids in self._tool_ids.items()}
+        # Whether the base puts a space before what follows any added token, and drops one where it decodes
+        probe = f"x{tokens[0]}x"
+        ids = self.backend_tokenizer.encode(probe, add_special_tokens=False).ids
+        self.opens_with_space = self.backend_tokenizer.decode(ids, skip_special_tokens=False) != probe
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs) -> ToolWeaverTokenizer:
@@ -321,14 +325,8 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
             self.__dict__.pop(name, None)
         return super()._add_tokens(new_tokens, special_tokens)
 
-    @cached_property
-    def opens_with_space(self) -> bool:
-        """`bool`: Whether the base puts a space before what follows any added token, and drops one when it decodes."""
-        text = f"x<{LEVEL_LETTERS[0]}_0>x"
-        return self.backend_tokenizer.decode([i for i, *_ in self._spans(text)], skip_special_tokens=False) != text
-
     def _decode(self, token_ids: int | list[int], **kwargs) -> str:
-        if isinstance(token_ids, int) or not self.opens_with_space:
+        if not self.opens_with_space or isinstance(token_ids, int):
             return super()._decode(token_ids, **kwargs)
         first, end = self.level_offsets[0], self.level_offsets[-1] + self.codebook_sizes[-1]
         pieces = itertools.groupby(token_ids, key=lambda token_id: first <= token_id < end)
