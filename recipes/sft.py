@@ -51,6 +51,7 @@ from toolweaver_hf.data import (
 from toolweaver_hf.embedding_init import initialize_code_embeddings, trainable_code_rows
 from toolweaver_hf.hub import push_folder, record_training
 from toolweaver_hf.modeling_rqvae import RQVAEModel
+from toolweaver_hf.serving import save_inference_code
 from toolweaver_hf.tokenization_toolweaver import TOOL_CODES_FILE, ToolWeaverTokenizer
 from toolweaver_hf.train_alignment import (
     AlignmentTrainer,
@@ -272,6 +273,7 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
     trainer.save_model(training_args.output_dir)
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(training_args.output_dir)
+        save_inference_code(training_args.output_dir)
         catalog.to_jsonl(os.path.join(training_args.output_dir, "catalog.jsonl"))
         record_training(trainer, model_args.model_name_or_path, stages=args.stages)
         # Trainer pickles its arguments beside the model; nothing here reads them, and nobody should load a pickle.

@@ -12,6 +12,7 @@ from .configuration_rqvae import RQVAEConfig
 from .logits_process import ToolCodeLogitsProcessor
 from .mcp import MCPTools
 from .modeling_rqvae import RQVAEModel
+from .pipeline_tool_retrieval import ToolRetrievalPipeline
 from .retrieval import RetrievedTool, ToolRetriever
 from .tokenization_toolweaver import ToolWeaverTokenizer
 from .trie import CodeTrie
@@ -32,6 +33,7 @@ __all__ = [
     "ToolCatalog",
     "ToolCodeLogitsProcessor",
     "ToolCodes",
+    "ToolRetrievalPipeline",
     "ToolRetriever",
     "ToolWeaverTokenizer",
 ]

@@ -209,7 +209,7 @@ def _files(folder: Path) -> tuple[list[str], list[str]]:
             continue
         if path.is_file() and path.suffix in PUSHED_SUFFIXES and path.name not in LEFT_OUT:
             pushed.append(path.name)
-        elif path.is_dir() and path.name in (EVALUATION_FOLDER, "additional_chat_templates"):
+        elif path.is_dir() and path.name in (EVALUATION_FOLDER, "additional_chat_templates", "custom_generate"):
             inside = sorted(file for file in path.iterdir() if file.suffix in PUSHED_SUFFIXES)
             pushed += [f"{path.name}/{file.name}" for file in inside]
         else:
