@@ -165,6 +165,7 @@ def load_model_and_tokenizer(
         "dtype": model_args.dtype,
         "attn_implementation": model_args.attn_implementation,
         "trust_remote_code": training_args.trust_remote_code,
+        "use_safetensors": True,  # no pickle is opened
     }
     if find_adapter_config_file(name, revision=revision):
         # The last stage's adapter is trained on; without LoRA in this stage it becomes part of the weights.
@@ -250,8 +251,9 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
     if isinstance(peft_config, LoraConfig):
         peft_config.trainable_token_indices = trainable_code_rows(model, tokenizer)
 
-    # Pushed once, at the end and with a card; the Trainer would push its pickled arguments as well
+    # Pushed once, at the end and with a card; the Trainer would push its arguments, pickled with the token in them
     push_to_hub, training_args.push_to_hub = training_args.push_to_hub, False
+    hub_token, training_args.hub_token = training_args.hub_token, None
     trainer = AlignmentTrainer(
         model=model,
         args=training_args,
@@ -285,7 +287,7 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
             training_args.hub_model_id or Path(training_args.output_dir).name,
             private=training_args.hub_private_repo,
             revision=training_args.hub_revision,
-            token=training_args.hub_token,
+            token=hub_token,
         )
 
 

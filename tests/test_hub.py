@@ -16,6 +16,7 @@ from huggingface_hub import DatasetCard, HfApi, ModelCard, RepoCard, constants, 
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig
 
 from toolweaver_hf import (
     RQVAEConfig,
@@ -33,6 +34,7 @@ from toolweaver_hf.embedding_init import trainable_code_rows
 from toolweaver_hf.evaluation import MEASURES
 from toolweaver_hf.hub import create_card, push_folder
 from toolweaver_hf.json_files import write_json
+from toolweaver_hf.recipes import sft
 
 
 QUERY = "Will it rain in Oslo?"
@@ -265,6 +267,34 @@ def test_a_dataset(hub, tmp_path):
     assert card.data.license == "apache-2.0" and "ToolCatalog.from_pretrained" in card.text
 
 
+def test_alignment_pushes_at_its_end(hub, codes_dir, base_tokenizer, tmp_path, capfd):
+    """`--push_to_hub` of the recipe: the folder with its card; the token is written nowhere."""
+    small_llama(len(base_tokenizer)).save_pretrained(tmp_path / "base")
+    base_tokenizer.save_pretrained(tmp_path / "base")
+    training_args = sft.AlignmentTrainingArguments(
+        output_dir=str(tmp_path / "aligned"),
+        max_steps=2,
+        save_steps=1,
+        report_to="none",
+        activation_checkpointing=False,
+        push_to_hub=True,
+        hub_model_id="aligned",
+        hub_token=MY_TOKEN,
+        hub_private_repo=True,
+    )
+    arguments = sft.AlignmentArguments(codes_dir=str(codes_dir), stages=["memorization"])
+    sft.main(arguments, training_args, ModelConfig(model_name_or_path=str(tmp_path / "base")))
+    assert files_of("me/aligned") >= {"README.md", "model.safetensors", "tool_codes.json", "training.json"}
+    assert not [name for name in files_of("me/aligned") if name.endswith(".bin") or "checkpoint" in name]
+    card = ModelCard.load("me/aligned")
+    assert "stages: memorization; rows: 4; epochs: 2.0; steps: 2;" in card.text
+    assert 'from_pretrained("me/aligned")' in card.text and str(tmp_path) not in card.text
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.name == "training_args.bin" for path in written)  # of the checkpoints, which stay here
+    assert not [path for path in written if MY_TOKEN.encode() in path.read_bytes()]
+    assert not [stream for stream in capfd.readouterr() if MY_TOKEN in stream]
+
+
 # Refusals and accidents
 
 
@@ -340,6 +370,7 @@ def test_the_card_says_what_the_run_recorded(hub, model_dir):
     assert {"toolweaver", "tool-use"} <= {*data.tags}
     results = {result.metric_name: result.metric_value for result in data.eval_results}
     assert results == dict.fromkeys(MEASURES, 0.5)
+    assert "\n\n\n" not in card.text
     for text in ("stages: memorization, retrieval; rows: 12; learning rate: 0.001", "| BM25 | 25.0 |", "`<a_0><b_0>`"):
         assert text in card.text
     assert MY_TOKEN not in str(card)

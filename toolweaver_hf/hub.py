@@ -25,6 +25,8 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx, logging
+from jinja2 import TemplateError
+from safetensors import safe_open
 
 from .json_files import read_json, write_json
 
@@ -142,7 +144,7 @@ def push_folder(
             Output folder of `toolweaver tokenize` or `toolweaver sft`, a saved tokenizer, or a folder with a
             catalogue, queries or trajectories. The last becomes a dataset repository.
         repo_id (`str`):
-            The repository, `user/name`.
+            The repository, `user/name`; a name alone is one of the user who is logged in.
         private (`bool`, *optional*):
             Whether a repository that is made is private.
         revision (`str`, *optional*):
@@ -167,17 +169,19 @@ def push_folder(
     """
     folder = Path(folder)
     kind = artifact_kind(folder)
-    card = _own_card(folder) or create_card(folder, repo_id, license=license, datasets=datasets)
     files, left_out = _files(folder)
     if kind == "dataset":
         files = [file for splits in _dataset_files(folder).values() for file in splits.values()]
     elif left_out:
         logger.warning(f"Not pushed: {', '.join(left_out)}")
-    operations = [CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=str(card).encode())]
-    operations += [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(folder / name)) for name in files]
+    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(folder / name)) for name in files]
     api, repo_type = HfApi(token=token), "dataset" if kind == "dataset" else "model"
     try:
-        repo_id = api.create_repo(repo_id, private=private, repo_type=repo_type, exist_ok=True).repo_id
+        if "/" not in repo_id:
+            repo_id = f"{api.whoami()['name']}/{repo_id}"
+        card = _own_card(folder) or create_card(folder, repo_id, license=license, datasets=datasets)
+        operations.append(CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=str(card).encode()))
+        api.create_repo(repo_id, private=private, repo_type=repo_type, exist_ok=True)
         if revision is not None and not create_pr and not revision.startswith("refs/pr/"):
             api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
         return api.create_commit(
@@ -258,7 +262,7 @@ def create_card(
         "repo_id": repo_id,
         "num_tools": len(codes["codes"]),
         "codebook_sizes": sizes,
-        "example_tool": example_tool,
+        "example_tool": json.dumps(example_tool, ensure_ascii=False),
         "example_code": example_code,
         "example_indices": tuple(indices),
     }
@@ -270,7 +274,8 @@ def create_card(
         base_model = training.get("base_model")
         facts["adapter"] = (folder / "adapter_config.json").exists()
         facts["runs"] = training.get("runs")
-        facts["example_query"] = _first_description(folder) or "What is the weather in Oslo?"
+        query = _first_description(folder) or "What is the weather in Oslo?"
+        facts["example_query"] = json.dumps(query, ensure_ascii=False)
         eval_results = _evaluation(folder, facts)
         if facts["adapter"]:
             base = _read_object(folder / "adapter_config.json").get("base_model_name_or_path")
@@ -280,7 +285,8 @@ def create_card(
                 logger.warning(f"adapter_config.json names the local folder {base} as the base: others lack it")
     elif kind == "codes" and (folder / "config.json").exists():
         tags.append("rq-vae")
-        facts |= {"rqvae": True, "input_dim": _read_object(folder / "config.json")["input_dim"]}
+        facts |= {"rqvae": True, "input_dim": _read_object(folder / "config.json").get("input_dim")}
+        facts["encoder"] = _encoder(folder)
         if (folder / "metrics.json").exists():
             facts["code_metrics"] = read_json(folder / "metrics.json", 1)
     data = ModelCardData(
@@ -293,7 +299,10 @@ def create_card(
         model_name=name if eval_results else None,
         eval_results=eval_results,
     )
-    return ModelCard.from_template(data, template_path=str(CARD_TEMPLATE), **(facts | {"model_name": name}))
+    try:
+        return ModelCard.from_template(data, template_path=str(CARD_TEMPLATE), **(facts | {"model_name": name}))
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"the records in {folder} are not what a run writes: {error}") from None
 
 
 def _evaluation(folder: Path, facts: dict[str, Any]) -> list[EvalResult] | None:
@@ -317,7 +326,8 @@ def _evaluation(folder: Path, facts: dict[str, Any]) -> list[EvalResult] | None:
                 task_type="information-retrieval",
                 task_name="Tool retrieval",
                 dataset_type=Path(queries).stem,
-                dataset_name=f"{queries}, {group}",
+                dataset_name=queries,
+                dataset_config=group,
                 metric_type=name.lower(),
                 metric_name=name,
                 metric_value=round(value, 4),
@@ -328,6 +338,20 @@ def _evaluation(folder: Path, facts: dict[str, Any]) -> list[EvalResult] | None:
         ]
     except (KeyError, TypeError, AttributeError, StopIteration) as error:
         raise ValueError(f"{path} does not hold the results of `toolweaver evaluate`: {error!r}") from None
+
+
+def _encoder(folder: Path) -> str | None:
+    """Return the id of the encoder that the tools were embedded with, by the cached embeddings beside the codes."""
+    from .embeddings import DEFAULT_ENCODER, EMBEDDINGS_FILE, default_encoder
+
+    path = folder / EMBEDDINGS_FILE
+    if not path.exists():
+        return None
+    with safe_open(path, framework="numpy") as file:
+        encoder = (file.metadata() or {}).get("encoder")
+    if encoder == default_encoder():
+        return DEFAULT_ENCODER
+    return None if encoder is None or os.path.exists(encoder) else encoder
 
 
 def _first_description(folder: Path) -> str | None:
