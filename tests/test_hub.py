@@ -15,7 +15,7 @@ from hub_server import MY_TOKEN
 from huggingface_hub import DatasetCard, HfApi, ModelCard, RepoCard, constants, hf_hub_download
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 from trl import ModelConfig
 
 from toolweaver_hf import (
@@ -34,7 +34,9 @@ from toolweaver_hf.embedding_init import trainable_code_rows
 from toolweaver_hf.evaluation import MEASURES
 from toolweaver_hf.hub import create_card, push_folder
 from toolweaver_hf.json_files import write_json
+from toolweaver_hf.pipeline_tool_retrieval import ToolRetrievalPipeline
 from toolweaver_hf.recipes import sft
+from toolweaver_hf.serving import save_inference_code
 
 
 QUERY = "Will it rain in Oslo?"
@@ -55,6 +57,7 @@ def codes_dir(tmp_path, codes):
 def model_dir(tmp_path, tokenizer):
     small_llama(len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
+    save_inference_code(tmp_path / "model")
     ToolCatalog(Tool(tool_id, f"All about {tool_id}.") for tool_id in tokenizer.tool_ids).save_pretrained(
         tmp_path / "model"
     )
@@ -76,12 +79,19 @@ def test_an_aligned_model(hub, model_dir):
         "catalog.jsonl",
         "chat_template.jinja",
         "config.json",
+        "custom_generate/generate.py",
+        "custom_generate/logits_process.py",
+        "custom_generate/tokenization_toolweaver.py",
+        "custom_generate/trie.py",
         "generation_config.json",
         "model.safetensors",
+        "pipeline_tool_retrieval.py",
+        "retrieval.py",
         "tokenization_toolweaver.py",
         "tokenizer.json",
         "tokenizer_config.json",
         "tool_codes.json",
+        "trie.py",
     }
     local, remote = ToolRetriever.from_pretrained(model_dir), ToolRetriever.from_pretrained("me/aligned")
     assert remote(QUERY, top_k=4) == local(QUERY, top_k=4)
@@ -91,7 +101,7 @@ def test_an_aligned_model(hub, model_dir):
 
 
 def test_loads_in_a_process_without_the_package(hub, model_dir, codes_dir, tmp_path):
-    """AutoConfig, AutoModel, AutoTokenizer and a model's generations, equal to the bit, at a pinned revision."""
+    """Auto classes, the pipeline and a model's generations, equal to the bit; code and weights at a pinned revision."""
     pinned = push_folder(codes_dir, "me/codes").oid
     push_folder(model_dir, "me/aligned")
     # Whoever loads the pinned commit does not run what came later.
@@ -100,7 +110,7 @@ def test_loads_in_a_process_without_the_package(hub, model_dir, codes_dir, tmp_p
 import sys
 sys.modules["toolweaver_hf"] = None
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 from safetensors.torch import save_file
 
 at = {{"trust_remote_code": True, "revision": "{pinned}", "code_revision": "{pinned}"}}
@@ -111,9 +121,16 @@ output = model(torch.arange(24.0).view(3, 8).sin())
 tokenizer = AutoTokenizer.from_pretrained("me/aligned", trust_remote_code=True)
 assert "transformers_modules" in type(tokenizer).__module__
 inputs = tokenizer("{QUERY}", return_tensors="pt", return_token_type_ids=False)
-generated = AutoModelForCausalLM.from_pretrained("me/aligned").generate(**inputs, max_new_tokens=8, do_sample=False)
+model = AutoModelForCausalLM.from_pretrained("me/aligned", trust_remote_code=True)
+generated = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+retrieve = pipeline("tool-retrieval", model="me/aligned", trust_remote_code=True)
+assert "transformers_modules" in type(retrieve).__module__
+found = retrieve("{QUERY}", top_k=4)
+print([tool["tool_id"] for tool in found])
 assert tokenizer.decode_tool(tokenizer.encode_tool("mail")) == "mail"
-save_file({{"codes": output.codes, "reconstruction": output.reconstruction, "generated": generated}}, sys.argv[1])
+scores = torch.tensor([tool["score"] for tool in found], dtype=torch.float64)
+outputs = {{"codes": output.codes, "reconstruction": output.reconstruction, "generated": generated, "scores": scores}}
+save_file(outputs, sys.argv[1])
 try:
     AutoModel.from_pretrained("me/codes", trust_remote_code=True)
     print("the later code was run")
@@ -122,13 +139,18 @@ except RuntimeError:
 """
     path = tmp_path / "outputs.safetensors"
     done = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, cwd=tmp_path)
-    assert done.stdout.strip() == "done", done.stderr
+    *ranking, last = done.stdout.strip().splitlines() or [""]
+    assert last == "done", done.stderr
     found = load_file(path)
+    (expected,) = ToolRetriever.from_pretrained(model_dir)(QUERY, top_k=4)
+    assert ranking == [str([tool.tool_id for tool in expected])]
+    assert found["scores"].tolist() == [tool.score for tool in expected]
     output = RQVAEModel.from_pretrained(codes_dir)(torch.arange(24.0).view(3, 8).sin())
     assert torch.equal(found["codes"], output.codes)
     assert torch.equal(found["reconstruction"], output.reconstruction)
     inputs = ToolWeaverTokenizer.from_pretrained(model_dir)(QUERY, return_tensors="pt", return_token_type_ids=False)
-    generated = AutoModelForCausalLM.from_pretrained(model_dir).generate(**inputs, max_new_tokens=8, do_sample=False)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, trust_remote_code=True)
+    generated = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     assert torch.equal(found["generated"], generated)
 
 
@@ -139,6 +161,7 @@ def test_with_the_package_no_remote_code_is_used(hub, model_dir, codes_dir):
     assert type(AutoModel.from_pretrained("me/codes")) is RQVAEModel
     assert type(AutoModel.from_pretrained("me/codes", trust_remote_code=True)) is RQVAEModel
     assert type(AutoTokenizer.from_pretrained("me/aligned")) is ToolWeaverTokenizer
+    pipeline("tool-retrieval", model="me/aligned", pipeline_class=ToolRetrievalPipeline)
     assert not any(path.endswith(".py") for _, path in hub.log if "/resolve/" in path)
 
 
@@ -212,7 +235,7 @@ def test_an_interrupted_upload_is_taken_up_again(hub, model_dir):
         index |= dict.fromkeys(part, file)
     (model_dir / "model.safetensors").unlink()
     (model_dir / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    before = {path.name: path.read_bytes() for path in model_dir.iterdir()}
+    before = {path: path.read_bytes() for path in model_dir.rglob("*.*")}
     hub.stall_upload = lambda sha256: bool(hub.objects) or hub.stalled.is_set()
     process = subprocess.Popen([sys.executable, "-m", "toolweaver_hf.cli", "push", str(model_dir), "me/aligned"])
     for _ in range(600):
@@ -223,7 +246,7 @@ def test_an_interrupted_upload_is_taken_up_again(hub, model_dir):
     process.wait()
     hub.stall_upload = lambda sha256: False
     assert len(hub.objects) == 1 and files_of("me/aligned") == set()
-    assert {path.name: path.read_bytes() for path in model_dir.iterdir()} == before
+    assert {path: path.read_bytes() for path in model_dir.rglob("*.*")} == before
     sent = sum(method == "PUT" for method, _ in hub.log)
     push_folder(model_dir, "me/aligned")
     assert sum(method == "PUT" for method, _ in hub.log) - sent == 1

@@ -11,6 +11,7 @@ from conftest import small_llama
 
 from toolweaver_hf import RQVAEConfig, RQVAEModel, Tool, ToolCatalog, ToolCodes, ToolWeaverTokenizer
 from toolweaver_hf.cli import main as toolweaver
+from toolweaver_hf.serving import save_inference_code
 
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +52,7 @@ def workspace(tmp_path, base_tokenizer, monkeypatch, hub):
         model.save_pretrained(tmp_path / "out" / name)
         tokenizer.save_pretrained(tmp_path / "out" / name)
         catalog.save_pretrained(tmp_path / "out" / name)
+        save_inference_code(tmp_path / "out" / name)
     codes.save_pretrained(tmp_path / "out" / "codes")
     RQVAEModel(RQVAEConfig(input_dim=4, codebook_sizes=[2, 2])).save_pretrained(tmp_path / "out" / "codes")
     catalog.save_pretrained(tmp_path / "data")

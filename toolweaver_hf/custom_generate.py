@@ -31,7 +31,8 @@ def generate(
         code_start (`str`, *optional*, defaults to `"allowed"`): As for [`ToolCodeLogitsProcessor`].
     """
     if not hasattr(model, "_tool_trie"):
-        tokenizer = ToolWeaverTokenizer.from_pretrained(model.name_or_path)
+        commit = getattr(model.config, "_commit_hash", None)  # of a repository, the one that the model is from
+        tokenizer = ToolWeaverTokenizer.from_pretrained(model.name_or_path, revision=commit)
         model._tool_trie = CodeTrie(tokenizer.tool_code_ids).to(model.device)
         model._tool_rows = {tool_id: row for row, tool_id in enumerate(tokenizer.tool_ids)}
         model._code_token_ids = tokenizer.code_token_ids

@@ -273,6 +273,7 @@ def create_card(
         training = read_json(folder / TRAINING_FILE, TRAINING_VERSION) if (folder / TRAINING_FILE).exists() else {}
         base_model = training.get("base_model")
         facts["adapter"] = (folder / "adapter_config.json").exists()
+        facts["pipeline"] = (folder / "pipeline_tool_retrieval.py").exists()
         facts["runs"] = training.get("runs")
         query = _first_description(folder) or "What is the weather in Oslo?"
         facts["example_query"] = json.dumps(query, ensure_ascii=False)
