@@ -56,7 +56,8 @@ from toolweaver_hf.tokenization_toolweaver import TOOL_CODES_FILE, ToolWeaverTok
 from toolweaver_hf.train_alignment import (
     AlignmentTrainer,
     AlignmentTrainingArguments,
-    check_output_dir,
+    check_room,
+    check_writable,
     last_checkpoint,
     size_on_disk,
 )
@@ -171,7 +172,7 @@ def load_model_and_tokenizer(
         # The last stage's adapter is trained on; without LoRA in this stage it becomes part of the weights.
         model = AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=model_args.use_peft, **kwargs)
         if not model_args.use_peft:
-            model = model.merge_and_unload()
+            model = model.merge_and_unload().requires_grad_(True)
     else:
         model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
 
@@ -246,6 +247,8 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
     if not training_args.packing:
         training_args.max_length = None  # no row is longer, so none is to be cut
 
+    check_writable(training_args.output_dir)
+
     # With LoRA, the rows of the code tokens are trained beside the adapters, and no other embedding
     peft_config = None if isinstance(model, PeftModel) else get_peft_config(model_args)
     if isinstance(peft_config, LoraConfig):
@@ -265,7 +268,7 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
     )
     if args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
-    check_output_dir(training_args.output_dir, size_on_disk(trainer.model, training_args))
+    check_room(training_args.output_dir, size_on_disk(trainer.model, training_args))
     checkpoint = training_args.resume_from_checkpoint
     if checkpoint and str(checkpoint).lower() in ("true", "last"):
         checkpoint = last_checkpoint(training_args.output_dir)  # None where there is none yet: from the start

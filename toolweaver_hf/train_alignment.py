@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
+from peft.utils import TrainableTokensWrapper
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -37,7 +38,8 @@ class AlignmentTrainingArguments(SFTConfig):
     )
 
     def __post_init__(self):
-        if not torch.cuda.is_available():
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
             self.dataloader_pin_memory = False
             if self.bf16 is None:
                 self.bf16 = False
@@ -69,6 +71,10 @@ class AlignmentTrainer(SFTTrainer):
         if isinstance(self.model, PeftModel):
             # The code tokens' rows are in the adapter; PEFT would add the whole matrix, since it has grown.
             self.model.save_pretrained = partial(self.model.save_pretrained, save_embedding_layers=False)
+            # TRL's loss on a GPU reads it, and PEFT's wrapper of a head with trained rows does not pass it on.
+            head = self.model.get_output_embeddings()
+            if isinstance(head, TrainableTokensWrapper):
+                head.__dict__["bias"] = head.token_adapter.get_base_layer().bias
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if inputs["input_ids"].device.type == "cpu" and not return_outputs:
@@ -142,14 +148,8 @@ def size_on_disk(model: PreTrainedModel | PeftModel, args: SFTConfig) -> int:
     return weights + checkpoints * (weights + moments)
 
 
-def check_output_dir(folder: str | os.PathLike, num_bytes: int) -> None:
-    """Make sure, before hours of training, that a folder can be written and has room.
-
-    Args:
-        folder (`str`):
-            The folder; it is made where it is missing.
-        num_bytes (`int`):
-            How much will be written.
+def check_writable(folder: str | os.PathLike) -> None:
+    """Make a folder and make sure that it can be written.
 
     Raises:
         `OSError`: saying what is wrong.
@@ -161,6 +161,14 @@ def check_output_dir(folder: str | os.PathLike, num_bytes: int) -> None:
         probe.unlink()
     except OSError as error:
         raise OSError(f"{folder} cannot be written ({error}); choose another --output_dir") from None
+
+
+def check_room(folder: str | os.PathLike, num_bytes: int) -> None:
+    """Make sure, before hours of training, that a folder's disk has room for what will be written.
+
+    Raises:
+        `OSError`: saying how much is missing.
+    """
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise OSError(

@@ -1,0 +1,404 @@
+"""The alignment recipe on tiny models: losses, LoRA, evaluation while training, what stops a run, configurations."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin, is_deepspeed_available
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from bases import build
+from conftest import small_llama
+from peft import AutoPeftModelForCausalLM
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, TrainerState
+from trl import ModelConfig, SFTTrainer, TrlParser
+
+from toolweaver_hf import Tool, ToolCatalog, ToolCodes, ToolRetriever, ToolWeaverTokenizer
+from toolweaver_hf.data import load_queries, retrieval_rows, tokenize_rows
+from toolweaver_hf.embedding_init import initialize_code_embeddings, trainable_code_rows
+from toolweaver_hf.recipes import sft
+from toolweaver_hf.train_alignment import (
+    AlignmentTrainer,
+    AlignmentTrainingArguments,
+    check_room,
+    last_checkpoint,
+)
+
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+ARGUMENTS = (sft.AlignmentArguments, AlignmentTrainingArguments, ModelConfig)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """30 tools with codes, 60 queries, and a tied and an untied base model whose matrices are padded."""
+    folder = tmp_path_factory.mktemp("world")
+    catalog = ToolCatalog([Tool(f"t{i}", f"Tool number {i}, for thing {i * 7}.") for i in range(30)])
+    checksums = {tool.id: tool.checksum for tool in catalog}
+    ToolCodes([8, 8], {f"t{i}": divmod(i, 8) for i in range(30)}, checksums).save_pretrained(folder / "codes")
+    catalog.to_jsonl(folder / "codes" / "catalog.jsonl")
+    with open(folder / "queries.jsonl", "w") as file:
+        for i in range(60):
+            row = {"id": f"q{i}", "text": f"Please do thing {i % 30 * 7}, {i}", "tools": [f"t{i % 30}"]}
+            file.write(json.dumps(row) + "\n")
+    base = build("smollm2")
+    for tied in (True, False):
+        name = folder / ("tied" if tied else "untied")
+        small_llama(len(base) + 9, tie_word_embeddings=tied).save_pretrained(name)
+        base.save_pretrained(name)
+    return folder
+
+
+def run(world, output, model="tied", model_args=None, **kwargs):
+    names = set(sft.AlignmentArguments.__dataclass_fields__)
+    arguments = {
+        "codes_dir": str(world / "codes"),
+        "queries": str(world / "queries.jsonl"),
+        "embedding_init": "random",
+    }
+    arguments |= {name: kwargs.pop(name) for name in list(kwargs) if name in names}
+    settings = {
+        "output_dir": str(output),
+        "max_steps": 4,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "activation_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    }
+    model = world / model if isinstance(model, str) else model
+    sft.main(
+        sft.AlignmentArguments(**arguments),
+        AlignmentTrainingArguments(**(settings | kwargs)),
+        ModelConfig(str(model), **(model_args or {})),
+    )
+    return output
+
+
+def trainer_of(world, model_name, tmp_path, lora=False, **kwargs):
+    tokenizer = ToolWeaverTokenizer.from_base(build("smollm2"), ToolCodes.from_pretrained(world / "codes"))
+    model = AutoModelForCausalLM.from_pretrained(world / model_name)
+    initialize_code_embeddings(model, tokenizer, method="random")
+    dataset, _ = tokenize_rows(retrieval_rows(load_queries(world / "queries.jsonl"), tokenizer), tokenizer)
+    settings = {"activation_checkpointing": False, "report_to": "none", "max_length": None} | kwargs
+    peft_config = sft.get_peft_config(ModelConfig(use_peft=True, lora_r=4)) if lora else None
+    if lora:
+        peft_config.trainable_token_indices = trainable_code_rows(model, tokenizer)
+    return AlignmentTrainer(
+        model=model,
+        args=AlignmentTrainingArguments(str(tmp_path), per_device_train_batch_size=8, **settings),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+
+
+def loss_and_gradients(cls, trainer, batch):
+    torch.manual_seed(0)
+    trainer.model.train()
+    trainer.model.zero_grad()
+    loss = cls.compute_loss(trainer, trainer.model, dict(batch))
+    loss.backward()
+    gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+    return loss, gradients
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("model", ["tied", "untied"])
+def test_the_loss_on_a_cpu_is_that_of_trl(world, tmp_path, model, lora):
+    trainer = trainer_of(world, model, tmp_path, lora)
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss, gradients = loss_and_gradients(AlignmentTrainer, trainer, batch)
+    expected, expected_gradients = loss_and_gradients(SFTTrainer, trainer, batch)
+    torch.testing.assert_close(loss, expected)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-5, rtol=1e-4)
+    if lora:  # the rows of the code tokens learn in every embedding matrix, and no other row does
+        rows = [gradient for name, gradient in gradients.items() if "trainable_tokens" in name]
+        assert len(rows) == (1 if model == "tied" else 2)
+        assert all(gradient.shape == (16, 32) and gradient.abs().sum() > 0 for gradient in rows)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"padding_free": True},
+        {"packing": True, "max_length": 256},
+        {"activation_checkpointing": True},
+        {"bf16": True},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+    ],
+    ids=lambda kwargs: next(iter(kwargs)),
+)
+def test_ways_to_save_memory_learn_the_same(world, tmp_path, kwargs):
+    """Without packing, which takes other batches, the losses are those of plain training."""
+    losses = []
+    for name, settings in (("plain", {}), ("other", kwargs)):
+        run(world, tmp_path / name, save_strategy="steps", save_steps=4, **settings)
+        state = TrainerState.load_from_json(tmp_path / name / "checkpoint-4" / "trainer_state.json")
+        losses.append([entry["loss"] for entry in state.log_history if "loss" in entry])
+    assert losses[1][-1] < losses[1][0]
+    if "packing" not in kwargs:
+        assert losses[1] == pytest.approx(losses[0], rel=2e-2 if "bf16" in kwargs else 1e-3)
+
+
+def test_wrapped_packing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="cuts rows"):
+        AlignmentTrainingArguments(str(tmp_path), packing=True, packing_strategy="wrapped")
+
+
+@pytest.mark.parametrize("model", ["tied", "untied"])
+def test_lora_adapter_is_small_loads_and_is_trained_on(world, tmp_path, model):
+    lora = {"use_peft": True, "lora_r": 4}
+    first = run(world, tmp_path / "first", model, lora)
+    with safe_open(first / "adapter_model.safetensors", "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys() if "lora" not in name}  # noqa: SIM118
+    assert sorted(shapes.values()) == [[16, 32]] * (1 if model == "tied" else 2)
+
+    # One call opens it; merged, it gives the same logits, and the base model's rows are as they were.
+    adapted = AutoPeftModelForCausalLM.from_pretrained(first).eval()
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        expected = adapted(ids).logits
+        merged = adapted.merge_and_unload()
+        torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    base = AutoModelForCausalLM.from_pretrained(world / model)
+    num_base = ToolWeaverTokenizer.from_pretrained(first).level_offsets[0]
+    for matrices in ("get_input_embeddings", "get_output_embeddings"):
+        assert torch.equal(getattr(merged, matrices)().weight[:num_base], getattr(base, matrices)().weight[:num_base])
+    merged.save_pretrained(tmp_path / "merged")
+    ToolWeaverTokenizer.from_pretrained(first).save_pretrained(tmp_path / "merged")
+    rankings = [ToolRetriever.from_pretrained(folder)("Do thing 21") for folder in (first, tmp_path / "merged")]
+    assert [tool.tool_id for tool in rankings[0][0]] == [tool.tool_id for tool in rankings[1][0]]
+
+    # The next stage goes on with the adapter, or, without LoRA, with it in the weights.
+    second = run(world, tmp_path / "second", first, lora, stages=["memorization"], learning_rate=0.0)
+    assert (second / "adapter_model.safetensors").read_bytes() == (first / "adapter_model.safetensors").read_bytes()
+    whole = run(world, tmp_path / "whole", first, stages=["memorization"], learning_rate=0.0)
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(whole)(ids).logits
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_evaluation_while_training_keeps_the_best(world, tmp_path, lora):
+    output = run(
+        world,
+        tmp_path,
+        model_args={"use_peft": lora},
+        eval_queries=str(world / "queries.jsonl"),
+        max_eval_queries=40,
+        early_stopping_patience=2,
+        max_steps=60,
+        learning_rate=2e-2,
+        eval_strategy="steps",
+        eval_steps=10,
+        save_strategy="steps",
+        save_steps=10,
+        load_best_model_at_end=True,
+    )
+    state = TrainerState.load_from_json(Path(last_checkpoint(output)) / "trainer_state.json")
+    measured = {entry["step"]: entry["eval_nDCG@1"] for entry in state.log_history if "eval_nDCG@1" in entry}
+    assert state.best_metric == max(measured.values()) == measured[state.best_global_step] > 0
+    assert all("eval_loss" in entry for entry in state.log_history if "eval_nDCG@1" in entry)
+    saved, best = (next(folder.glob("*model.safetensors")) for folder in (output, Path(state.best_model_checkpoint)))
+    assert saved.read_bytes() == best.read_bytes()
+
+
+def test_stages_are_weighed_and_long_rows_reported(world, tmp_path, caplog):
+    (world / "chat.jsonl").write_text(
+        json.dumps({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello. " * 200}]})
+        + "\n"
+        + json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]})
+    )
+    tokenizer = ToolWeaverTokenizer.from_base(build("smollm2"), ToolCodes.from_pretrained(world / "codes"))
+    arguments = sft.AlignmentArguments(
+        codes_dir=str(world / "codes"),
+        stages=["memorization", "retrieval", "replay"],
+        stage_weights=[2, 0.5, 3],
+        queries=str(world / "queries.jsonl"),
+        replay=str(world / "chat.jsonl"),
+    )
+    catalog = ToolCatalog.from_file(world / "codes" / "catalog.jsonl")
+    AlignmentTrainingArguments(str(tmp_path))  # the logger needs its state
+    with caplog.at_level("WARNING"):
+        dataset = sft.load_rows(arguments, catalog, tokenizer, 128, seed=0)
+    assert len(dataset) == 2 * 30 + 30 + 3 * 1
+    assert "replay: 1 of 2 rows have more than 128 tokens: left out" in caplog.text
+    with pytest.raises(ValueError, match="one for each stage"):
+        sft.AlignmentArguments(codes_dir="x", stages=["memorization"], stage_weights=[1, 2])
+
+
+def test_what_stops_a_run_before_training(world, tmp_path):
+    catalog = ToolCatalog.from_file(world / "codes" / "catalog.jsonl")
+    changed = ToolCatalog([Tool(tool.id, tool.description + (" New." if tool.id == "t3" else "")) for tool in catalog])
+    ToolCodes.from_pretrained(world / "codes").save_pretrained(tmp_path / "codes")
+    changed.to_jsonl(tmp_path / "codes" / "catalog.jsonl")
+    with pytest.raises(ValueError, match="learnt for: changed: t3"):
+        run(world, tmp_path / "out", codes_dir=str(tmp_path / "codes"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot be written"):
+        run(world, tmp_path / "file" / "out")
+    with pytest.raises(OSError, match="GB free, but this run writes at least 1000000"):
+        check_room(tmp_path, 10**15)
+    assert not (tmp_path / "out").exists()
+
+
+def test_added_tools_are_taken_in(world, tmp_path):
+    """A model that was aligned before is aligned further with codes that have more tools."""
+    first = run(world, tmp_path / "first", max_steps=1)
+    catalog, codes = (
+        ToolCatalog.from_file(world / "codes" / "catalog.jsonl"),
+        ToolCodes.from_pretrained(world / "codes"),
+    )
+    new = Tool("new", "A new tool.")
+    more = ToolCodes(codes.codebook_sizes, {**codes, "new": (7, 7)}, codes.checksums | {"new": new.checksum})
+    more.save_pretrained(tmp_path / "codes")
+    ToolCatalog([*catalog, new]).to_jsonl(tmp_path / "codes" / "catalog.jsonl")
+    second = run(world, tmp_path / "second", first, max_steps=1, codes_dir=str(tmp_path / "codes"))
+    assert (
+        ToolWeaverTokenizer.from_pretrained(second).decode_tool(
+            ToolWeaverTokenizer.from_pretrained(second).encode("<a_7><b_7>")
+        )
+        == "new"
+    )
+    assert "tool_codes" not in json.loads((second / "tokenizer_config.json").read_text())
+
+
+def test_a_loss_that_is_no_number_names_the_rows(world, tmp_path):
+    trainer = trainer_of(world, "tied", tmp_path, max_steps=20)
+    rows = trainer.train_dataset
+    token = (
+        set(rows[17]["input_ids"]) - {i for n, row in enumerate(rows) if n != 17 for i in row["input_ids"]}
+    ) or None
+    with torch.no_grad():
+        if token is None:  # no token of the row's own: its code's last level then
+            trainer.model.get_input_embeddings().weight[rows[17]["labels"][-3]] = float("nan")
+        else:
+            trainer.model.get_input_embeddings().weight[token.pop()] = float("nan")
+    with pytest.raises(ValueError, match=r"the loss became nan in step \d+, on the rows .*q\d+"):
+        trainer.train()
+
+
+def launch(world, output, *options):
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(RECIPES / "accelerate/cpu_2proc.yaml"), str(RECIPES / "sft.py")]
+    settings = {
+        "model_name_or_path": str(world / "tied"),
+        "codes_dir": str(world / "codes"),
+        "embedding_init": "random",
+        "queries": str(world / "queries.jsonl"),
+        "eval_queries": str(world / "queries.jsonl"),
+        "eval_strategy": "steps",
+        "eval_steps": 30,
+        "output_dir": str(output),
+        "max_steps": 60,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 5e-3,
+        "activation_checkpointing": False,
+        "report_to": "none",
+        "save_steps": 10,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    }
+    (world / "config.yaml").write_text(yaml.safe_dump(settings))
+    return subprocess.Popen(
+        [*command, "--config", str(world / "config.yaml"), *options],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_through_a_kill(world, tmp_path):
+    """Two processes are killed without warning and go on from the last checkpoint, to what one process reaches."""
+    process = launch(world, tmp_path / "two")
+    state = tmp_path / "two" / "checkpoint-10" / "trainer_state.json"
+    deadline = time.monotonic() + 240
+    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert not (tmp_path / "two" / "model.safetensors").exists(), process.communicate()[0][-3000:]
+    process.communicate()
+    (tmp_path / "two" / "checkpoint-999").mkdir()  # as if a kill had come while a checkpoint was written
+    assert Path(last_checkpoint(tmp_path / "two")).name != "checkpoint-999"
+
+    process = launch(world, tmp_path / "two", "--resume_from_checkpoint", "last")
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output[-3000:]
+    assert output.count("Aligned model saved") == 1
+    one = run(
+        world,
+        tmp_path / "one",
+        max_steps=60,
+        per_device_train_batch_size=8,
+        learning_rate=5e-3,
+        save_strategy="steps",
+        save_steps=60,
+        eval_queries=str(world / "queries.jsonl"),
+        eval_strategy="steps",
+        eval_steps=30,
+    )
+    curves = []
+    for folder in (tmp_path / "two", one):
+        history = TrainerState.load_from_json(folder / "checkpoint-60" / "trainer_state.json").log_history
+        curves.append([entry["loss"] for entry in history if "loss" in entry])
+        curves.append([entry["eval_nDCG@5"] for entry in history if "eval_nDCG@5" in entry])
+    assert len(curves[0]) == 60
+    assert curves[0] == pytest.approx(curves[2], rel=1e-2)
+    assert curves[1] == pytest.approx(curves[3], abs=0.05)
+    assert not list((tmp_path / "two").glob("*.bin"))
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_configurations_are_valid(path):
+    args, training_args, model_args = TrlParser(ARGUMENTS).parse_args_and_config(["--config", str(path)])
+    assert args.stages and model_args.model_name_or_path
+    if path.stem.startswith("llama3_8b"):  # the paper's setting, on 8 GPUs
+        batch = 8 * training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+        assert (training_args.learning_rate, batch, training_args.warmup_steps) == (2e-5, 128, 0.03)
+        assert training_args.max_length == (6144 if path.stem.endswith("trajectory") else 1024)
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_settings_build_their_plugin(path, monkeypatch):
+    """What `accelerate launch` hands to the processes makes the plugin, as far as it is installed."""
+    config = load_config_from_file(str(path))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)  # this machine need not have what the file needs
+    arguments = launch_command_parser().parse_args(["--config_file", str(path), "sft.py"])
+    arguments, _, _ = _validate_launch_command(arguments)
+    assert arguments.num_processes == config.num_processes == (2 if path.stem == "cpu_2proc" else 8)
+    if path.stem.startswith("deepspeed"):
+        assert set(config.deepspeed_config) <= set(vars(arguments))
+        if not is_deepspeed_available():
+            pytest.skip("its plugin needs DeepSpeed")
+        from accelerate.utils import DeepSpeedPlugin
+
+        _, environment = prepare_deepspeed_cmd_env(arguments)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        plugin = DeepSpeedPlugin()
+        assert plugin.zero_stage == int(path.stem[-1])
+        assert not plugin.zero3_init_flag
+    else:
+        environment = prepare_multi_gpu_env(arguments)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        if path.stem == "fsdp2":
+            plugin = FullyShardedDataParallelPlugin()
+            assert plugin.fsdp_version == 2 and not plugin.cpu_ram_efficient_loading
