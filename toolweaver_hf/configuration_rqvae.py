@@ -31,7 +31,7 @@ class RQVAEConfig(PreTrainedConfig):
             Share of a moving average that a step keeps.
         sinkhorn_epsilon (`float`, *optional*, defaults to 0.05):
             Entropic regularization of the last level's uniform mapping in training; 0 leaves it out.
-        sinkhorn_iterations (`int`, *optional*, defaults to 10):
+        sinkhorn_iterations (`int`, *optional*, defaults to 3):
             Number of Sinkhorn-Knopp rounds of that mapping.
 
     Raises:
@@ -52,7 +52,7 @@ class RQVAEConfig(PreTrainedConfig):
         codebook_update: Literal["gradient", "ema"] = "gradient",
         ema_decay: float = 0.99,
         sinkhorn_epsilon: float = 0.05,
-        sinkhorn_iterations: int = 10,
+        sinkhorn_iterations: int = 3,
         **kwargs,
     ):
         for name, sizes in (("hidden_sizes", hidden_sizes), ("codebook_sizes", codebook_sizes)):

@@ -29,14 +29,14 @@ class RQVAEOutput(ModelOutput):
             without the codebook loss where the codebooks are moving averages.
         reconstruction_loss (`torch.FloatTensor` of shape `()`):
             Squared error of the reconstruction, as a share of the embeddings' variance.
-        codebook_loss (`torch.FloatTensor` of shape `()`, *optional*):
+        codebook_loss (`torch.FloatTensor` of shape `()`):
             Squared distance of the chosen codebook vectors to the residuals, which are held fixed; summed over levels.
-        commitment_loss (`torch.FloatTensor` of shape `()`, *optional*):
+        commitment_loss (`torch.FloatTensor` of shape `()`):
             The same with the codebook vectors held fixed.
         collaborative_loss (`torch.FloatTensor` of shape `()`, *optional*):
             Squared distance of the quantized vectors of co-used tools, as a share of that of tools drawn at random;
-            the mean over levels of the vectors up to each.
-        codes (`torch.LongTensor` of shape `(batch_size, num_levels)`, *optional*):
+            the mean over all levels but the last of the sums of vectors up to each.
+        codes (`torch.LongTensor` of shape `(batch_size, num_levels)`):
             The index that each level chose.
         reconstruction (`torch.FloatTensor` of shape `(batch_size, input_dim)`):
             The decoded embeddings.
@@ -96,16 +96,18 @@ def _sum_over_processes(values: torch.Tensor) -> torch.Tensor:
 
 
 class RQVAEMLP(nn.Module):
-    """Linear layers with SiLU between them."""
+    """Linear layers with SiLU between them, and a linear shortcut past them all."""
 
     def __init__(self, sizes: list[int]):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True))
+        self.shortcut = nn.Linear(sizes[0], sizes[-1], bias=False)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden_states = inputs
         for i, layer in enumerate(self.layers):
             hidden_states = layer(silu(hidden_states) if i else hidden_states)
-        return hidden_states
+        return hidden_states + self.shortcut(inputs)
 
 
 class RQVAECodebook(nn.Module):
@@ -169,7 +171,11 @@ class RQVAEQuantizer(nn.Module):
         return plan[rank * batch_size : (rank + 1) * batch_size].argmax(1)
 
     def forward(
-        self, latents: torch.Tensor, codes: torch.LongTensor | None = None, uniform: bool = False
+        self,
+        latents: torch.Tensor,
+        codes: torch.LongTensor | None = None,
+        uniform: bool = False,
+        num_levels: int | None = None,
     ) -> tuple[torch.LongTensor, list[torch.Tensor], list[torch.Tensor]]:
         """Quantize latents, or look codes up.
 
@@ -179,6 +185,7 @@ class RQVAEQuantizer(nn.Module):
                 nearest ones.
             uniform (`bool`, *optional*, defaults to `False`): Whether the last level chooses by the uniform mapping,
                 as it does in training.
+            num_levels (`int`, *optional*): Number of levels to quantize by. Defaults to all.
 
         Returns:
             `tuple`: the codes of shape `(batch_size, num_levels)`; for each level the residual that it quantized, and
@@ -186,7 +193,7 @@ class RQVAEQuantizer(nn.Module):
         """
         chosen, residuals, vectors = [], [], []
         residual = latents
-        for level, codebook in enumerate(self.codebooks):
+        for level, codebook in enumerate(self.codebooks[:num_levels]):
             index = self.choose(level, residual.detach(), uniform) if codes is None else codes[:, level]
             vector = codebook.weight[index].float()
             chosen.append(index)
@@ -246,7 +253,8 @@ class RQVAEPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, RQVAECodebook):
             nn.init.normal_(module.weight)
             if module.ema:
@@ -305,7 +313,7 @@ class RQVAEModel(RQVAEPreTrainedModel):
 
     def quantize(self, latents: torch.Tensor) -> torch.LongTensor:
         """Return the codes, of shape `(batch_size, num_levels)`, nearest to latent vectors `(batch_size, code_dim)`."""
-        return self.quantizer(latents.float(), uniform=False)[0]
+        return self.quantizer(latents.float())[0]
 
     def forward(
         self,
@@ -313,7 +321,6 @@ class RQVAEModel(RQVAEPreTrainedModel):
         neighbors: torch.Tensor | None = None,
         neighbor_weights: torch.Tensor | None = None,
         codes: torch.LongTensor | None = None,
-        quantize: bool = True,
     ) -> RQVAEOutput:
         """Quantize and reconstruct embeddings.
 
@@ -326,17 +333,8 @@ class RQVAEModel(RQVAEPreTrainedModel):
                 Weight of each of these pairs; 0 for a tool without a neighbor.
             codes (`torch.LongTensor` of shape `(batch_size, num_levels)`, *optional*):
                 Codes to use instead of the nearest ones.
-            quantize (`bool`, *optional*, defaults to `True`):
-                `False` for a plain autoencoder, as in the first part of a training.
         """
         latents = self.encode(embeddings)
-        if not quantize:
-            reconstruction = self.decode(latents)
-            reconstruction_loss = (reconstruction - embeddings).square().mean() / self.scale.square()
-            return RQVAEOutput(
-                loss=reconstruction_loss, reconstruction_loss=reconstruction_loss, reconstruction=reconstruction
-            )
-
         collaborative_loss = None
         with torch.autocast(latents.device.type, enabled=False):
             latents = latents.float()
@@ -351,14 +349,16 @@ class RQVAEModel(RQVAEPreTrainedModel):
             others = self.encode(neighbors)
             with torch.autocast(latents.device.type, enabled=False):
                 others = others.float()
-                other_vectors = self.quantizer(others, uniform=False)[2]
+                # The last level tells apart what is alike, so it is left out where there are others.
+                levels = max(1, len(vectors) - 1)
+                other_vectors = self.quantizer(others, num_levels=levels)[2]
                 losses = [
                     self.collaborative_loss(
                         latents + (vector - latents).detach(), others + (other - others).detach(), neighbor_weights
                     )
-                    for vector, other in zip(accumulate(vectors), accumulate(other_vectors), strict=True)
+                    for vector, other in zip(accumulate(vectors[:levels]), accumulate(other_vectors), strict=True)
                 ]
-                collaborative_loss = sum(losses) / len(losses)
+                collaborative_loss = sum(losses) / levels
         reconstruction = self.decode(quantized)
         reconstruction_loss = (reconstruction - embeddings).square().mean() / self.scale.square()
 

@@ -69,8 +69,8 @@ def _seed(seed: int, step: int) -> int:
 class RQVAETrainer(Trainer):
     """[`Trainer`] of an [`RQVAEModel`].
 
-    The first tenth of the training reconstructs without quantization. Then the codebooks are started by k-means, level
-    by level on the residuals, and the whole loss is trained; codes that no tool chooses are revived on the way.
+    The fit starts from the linear solution: encoder and decoder project on the embeddings' principal axes, and the
+    codebooks are set by k-means, level by level on the residuals. Codes that no tool chooses are revived on the way.
 
     Batches and draws depend on the seed and the step alone: a training that is resumed, or that several processes
     share, takes the same steps as an unbroken one on one process with the same number of tools a step. A step never
@@ -133,7 +133,6 @@ class RQVAETrainer(Trainer):
         self._generator = torch.Generator(args.device)
         self._sums: dict[str, torch.Tensor] = {}
         self._steps_summed = 0
-        self.quantizing = False
         self.add_callback(_CodebookCallback(self))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
@@ -143,7 +142,7 @@ class RQVAETrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         index = inputs["index"]
         neighbors, weights = None, None
-        if self.quantizing and self.neighbors is not None:
+        if self.neighbors is not None:
             # The draws for the batch of all processes, of which this one takes its part.
             self._generator.manual_seed(_seed(self.args.seed, self.state.global_step))
             draws = torch.rand(
@@ -151,13 +150,12 @@ class RQVAETrainer(Trainer):
             )
             neighbors, weights = self.neighbors.draw(index, draws[self.args.process_index])
             neighbors = self.embeddings[neighbors]
-        output = model(self.embeddings[index], neighbors, weights, quantize=self.quantizing)
-        if self.quantizing:
-            for name in LOSSES:
-                value = getattr(output, name)
-                if value is not None:
-                    self._sums[name] = self._sums.get(name, 0) + value.detach()
-            self._steps_summed += 1
+        output = model(self.embeddings[index], neighbors, weights)
+        for name in LOSSES:
+            value = getattr(output, name)
+            if value is not None:
+                self._sums[name] = self._sums.get(name, 0) + value.detach()
+        self._steps_summed += 1
         return (output.loss, output) if return_outputs else output.loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -182,25 +180,25 @@ class RQVAETrainer(Trainer):
 
         Returns:
             `dict[str, float]`: `eval_reconstruction_loss`; `eval_collision_rate`, the share of tools beyond the first
-            on a code; `eval_codebook_use`, the share of its codes that the least used level uses. Before the codebooks
-            are started, the reconstruction alone, without quantization.
+            on a code; `eval_codebook_use`, the share of its codes that the least used level uses.
         """
         model = self.accelerator.unwrap_model(self.model)
         was_training = model.training
         model.eval()
         losses, codes = [], []
         for rows in self.embeddings.split(CHUNK_SIZE):
-            output = model(rows, quantize=self.quantizing)
+            output = model(rows)
             losses.append(output.reconstruction_loss * len(rows))
             codes.append(output.codes)
         model.train(was_training)
         num_tools = len(self.embeddings)
-        metrics = {"reconstruction_loss": float(sum(losses)) / num_tools}
-        if self.quantizing:
-            codes = torch.cat(codes).cpu().numpy()
-            sizes = model.config.codebook_sizes
-            metrics["collision_rate"] = 1 - len(np.unique(np.ravel_multi_index(codes.T, sizes))) / num_tools
-            metrics["codebook_use"] = min(len(np.unique(c)) / size for c, size in zip(codes.T, sizes, strict=True))
+        codes = torch.cat(codes).cpu().numpy()
+        sizes = model.config.codebook_sizes
+        metrics = {
+            "reconstruction_loss": float(sum(losses)) / num_tools,
+            "collision_rate": 1 - len(np.unique(codes, axis=0)) / num_tools,
+            "codebook_use": min(len(np.unique(c)) / size for c, size in zip(codes.T, sizes, strict=True)),
+        }
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -236,35 +234,28 @@ class _Neighbors:
 
 
 class _CodebookCallback(TrainerCallback):
-    """Starts the codebooks after a tenth of the training, and revives dead codes until the last fifth."""
+    """Starts the model before the first step, and revives dead codes until the last fifth of the training."""
 
     def __init__(self, trainer: RQVAETrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.start = state.max_steps // 10
-        self.every = max(1, state.max_steps // 40)
-        self.trainer.quantizing = state.global_step > 0 and state.global_step >= self.start
-        if self.start == 0 and state.global_step == 0:
-            self.on_step_end(args, state, control)
+        if state.global_step == 0:
+            self._change(args, 0, start_model)
 
     def on_step_end(self, args, state, control, **kwargs):
-        step = state.global_step
-        if step < self.start or step > 0.8 * state.max_steps or (step - self.start) % self.every:
-            return
+        if state.global_step <= 0.8 * state.max_steps and state.global_step % max(1, state.max_steps // 40) == 0:
+            self._change(args, state.global_step, revive_codes)
+
+    @torch.no_grad()
+    def _change(self, args, step: int, change) -> None:
         trainer = self.trainer
         model = trainer.accelerator.unwrap_model(trainer.model)
         generator = torch.Generator().manual_seed(_seed(args.seed, step))
         sample = torch.randperm(len(trainer.embeddings), generator=generator)[:SAMPLE_SIZE]
-        with torch.no_grad():
-            latents = model.encode(trainer.embeddings[sample.to(args.device)]).float()
-        if step == self.start:
-            start_codebooks(model, latents, generator)
-            trainer.quantizing = True
-        else:
-            revive_codes(model, latents, generator)
-        if args.world_size > 1:  # all processes go on with the codebooks of the first
-            broadcast([*model.quantizer.state_dict().values()])
+        change(model, trainer.embeddings[sample.to(args.device)], generator)
+        if args.world_size > 1:  # all processes go on with the model of the first
+            broadcast([*model.state_dict().values()])
 
 
 class CodesEarlyStoppingCallback(TrainerCallback, ExportableState):
@@ -285,8 +276,6 @@ class CodesEarlyStoppingCallback(TrainerCallback, ExportableState):
         self.waited = 0
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        if "eval_collision_rate" not in metrics:
-            return  # the codebooks are not started yet
         improved = False
         for name in ("eval_collision_rate", "eval_reconstruction_loss"):
             best = self.best.get(name)
@@ -305,15 +294,26 @@ class CodesEarlyStoppingCallback(TrainerCallback, ExportableState):
 
 
 @torch.no_grad()
-def start_codebooks(model: RQVAEModel, latents: torch.Tensor, generator: torch.Generator | None = None) -> None:
-    """Set each codebook to the k-means centers of the residuals that the levels before it leave.
+def start_model(model: RQVAEModel, embeddings: torch.Tensor, generator: torch.Generator | None = None) -> None:
+    """Set a model to the best linear solution: principal axes, and k-means level by level on the residuals.
+
+    The layers beside the shortcuts add nothing at first. The latents' variance is 1 on average over dimensions.
 
     Args:
-        model ([`RQVAEModel`]): Its codebooks are overwritten.
-        latents (`torch.Tensor` of shape `(num_tools, code_dim)`): A sample of the data's latent vectors.
+        model ([`RQVAEModel`]): Its encoder, decoder and codebooks are changed; its mean and scale must be set.
+        embeddings (`torch.Tensor` of shape `(num_tools, input_dim)`): A sample of the data.
         generator (`torch.Generator`, *optional*): Source of randomness, on the CPU.
     """
-    residual = latents
+    points = (embeddings - model.mean) / model.scale
+    variances, axes = torch.linalg.eigh(points.T @ points / len(points))
+    size = min(model.config.code_dim, model.config.input_dim)
+    axes, scale = axes.flip(1)[:, :size], variances.flip(0)[:size].mean().clamp(min=1e-12).sqrt()
+    for module, weight in ((model.encoder, axes.T / scale), (model.decoder, axes * scale)):
+        module.shortcut.weight.zero_()
+        module.shortcut.weight[: weight.shape[0], : weight.shape[1]] = weight
+        module.layers[-1].weight.zero_()
+        module.layers[-1].bias.zero_()
+    residual = model.encode(embeddings)
     for codebook in model.quantizer.codebooks:
         centers = kmeans(residual, len(codebook.weight), generator)
         codebook.set_rows(slice(None), centers)
@@ -359,18 +359,18 @@ def kmeans(
 
 
 @torch.no_grad()
-def revive_codes(model: RQVAEModel, latents: torch.Tensor, generator: torch.Generator | None = None) -> list[int]:
-    """Move codes that no latent chooses to residuals that are quantized badly.
+def revive_codes(model: RQVAEModel, embeddings: torch.Tensor, generator: torch.Generator | None = None) -> list[int]:
+    """Move codes that no tool chooses to residuals that are quantized badly.
 
     Args:
         model ([`RQVAEModel`]): Its codebooks are changed.
-        latents (`torch.Tensor` of shape `(num_tools, code_dim)`): A sample of the data's latent vectors.
+        embeddings (`torch.Tensor` of shape `(num_tools, input_dim)`): A sample of the data.
         generator (`torch.Generator`, *optional*): Source of randomness, on the CPU.
 
     Returns:
         `list[int]`: for each level the number of codes that were moved.
     """
-    revived, residual = [], latents
+    revived, residual = [], model.encode(embeddings).float()
     for codebook in model.quantizer.codebooks:
         vectors = codebook.weight.float()
         nearest = _nearest(residual, vectors)
