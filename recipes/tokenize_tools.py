@@ -10,9 +10,10 @@ embeddings and `metrics.json`.
 
 import math
 import os
+import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 
-import torch
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from toolweaver_hf.assignment import assign_codes, check_capacity
@@ -20,13 +21,13 @@ from toolweaver_hf.catalog import ToolCatalog
 from toolweaver_hf.cli import run
 from toolweaver_hf.codes import ToolCodes
 from toolweaver_hf.configuration_rqvae import RQVAEConfig
-from toolweaver_hf.cousage import cousage_graph
+from toolweaver_hf.cousage import cousage_graph, hold_out_edges
 from toolweaver_hf.data import load_queries
 from toolweaver_hf.embeddings import embed_catalog
 from toolweaver_hf.json_files import write_json
 from toolweaver_hf.modeling_rqvae import RQVAEModel
 from toolweaver_hf.report import METRICS_FILE, METRICS_VERSION, measure_codes
-from toolweaver_hf.train_rqvae import RQVAETrainer
+from toolweaver_hf.train_rqvae import CodesEarlyStoppingCallback, RQVAETrainer
 
 
 @dataclass
@@ -46,6 +47,11 @@ class TokenizationArguments:
             Codes of each level. Defaults to two levels of the power of two next above 4 * sqrt(number of tools).
         collaborative_weight (`float`, *optional*, defaults to 1.0):
             Weight of the collaborative loss.
+        codebook_update (`str`, *optional*, defaults to `"gradient"`):
+            How the codebooks learn: `"gradient"` or `"ema"`, as moving averages.
+        held_out_edges (`float`, *optional*, defaults to 0.0):
+            Share of the pairs of tools used together that is kept from training, to measure how many of them share
+            their first code.
     """
 
     catalog: str = field(metadata={"help": "The catalogue of tools (JSONL or JSON)."})
@@ -54,13 +60,24 @@ class TokenizationArguments:
     encoder: str | None = field(default=None, metadata={"help": "sentence-transformers model."})
     codebook_sizes: list[int] | None = field(default=None, metadata={"help": "Codes of each level."})
     collaborative_weight: float = field(default=1.0, metadata={"help": "Weight of the collaborative loss."})
+    codebook_update: str = field(default="gradient", metadata={"help": "How codebooks learn: gradient or ema."})
+    held_out_edges: float = field(default=0.0, metadata={"help": "Share of co-used pairs to measure by."})
 
 
 @dataclass
 class RQVAETrainingArguments(TrainingArguments):
-    """[`TrainingArguments`] with defaults for an RQ-VAE. `output_dir` is the folder for all results."""
+    """[`TrainingArguments`] with defaults for an RQ-VAE. `output_dir` is the folder for all results.
 
-    learning_rate: float = field(default=2e-3, metadata={"help": "The peak learning rate."})
+    Args:
+        early_stopping_patience (`int`, *optional*):
+            Stop after as many evaluations without fewer collisions or a better reconstruction. Evaluations are every
+            `eval_steps`, or every `logging_steps` where these are not given.
+    """
+
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Evaluations without fewer collisions or a better reconstruction."}
+    )
+    learning_rate: float = field(default=1e-2, metadata={"help": "The peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate's schedule."})
     max_steps: int = field(default=2000, metadata={"help": "Number of training steps."})
     per_device_train_batch_size: int = field(default=1024, metadata={"help": "Tools in a step, for each device."})
@@ -68,6 +85,11 @@ class RQVAETrainingArguments(TrainingArguments):
     save_strategy: str = field(default="no", metadata={"help": "When checkpoints are written."})
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "Whether to pin the batches' memory."})
     report_to: str | None = field(default="none", metadata={"help": "Where the losses are reported to."})
+
+    def __post_init__(self):
+        if self.early_stopping_patience is not None and self.eval_strategy == "no":
+            self.eval_strategy = "steps"
+        super().__post_init__()
 
 
 def default_codebook_sizes(num_tools: int) -> list[int]:
@@ -83,39 +105,44 @@ def main(args: TokenizationArguments, training_args: TrainingArguments) -> dict:
     codebook_sizes = args.codebook_sizes or default_codebook_sizes(len(catalog))
     check_capacity(len(catalog), codebook_sizes)
     uses = [] if args.queries is None else [query.tools for query in load_queries(args.queries, args.qrels)]
-    cousage = cousage_graph(catalog, uses)
+    cousage, held_out = hold_out_edges(cousage_graph(catalog, uses), args.held_out_edges, training_args.seed)
 
     # Tools to vectors, vectors to codes
-    embeddings = embed_catalog(catalog, args.encoder, cache_dir=output_dir)
+    with training_args.main_process_first(local=False):
+        embeddings = embed_catalog(catalog, args.encoder, cache_dir=output_dir)
     config = RQVAEConfig(
         input_dim=embeddings.shape[1],
         codebook_sizes=codebook_sizes,
         collaborative_weight=args.collaborative_weight,
+        codebook_update=args.codebook_update,
     )
     trainer = RQVAETrainer(RQVAEModel(config), training_args, embeddings, cousage)
+    if training_args.early_stopping_patience is not None:
+        trainer.add_callback(CodesEarlyStoppingCallback(training_args.early_stopping_patience))
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    if not trainer.is_world_process_zero():
+        return {}
 
     # One code for one tool
-    with torch.inference_mode():
-        latents = torch.cat([model.encode(chunk) for chunk in trainer.embeddings.split(8192)])
-        nearest = torch.cat([model.quantize(chunk) for chunk in latents.split(8192)]).cpu().numpy()
-        assigned = assign_codes(latents, model.codebooks())
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    latents = trainer.encode()
+    assigned = assign_codes(latents, model.codebooks())
     codes = ToolCodes(
         codebook_sizes,
         dict(zip(catalog.ids, assigned.tolist(), strict=True)),
         checksums={tool.id: tool.checksum for tool in catalog},
     )
 
-    metrics = measure_codes(model, trainer.embeddings, nearest, assigned, cousage)
+    metrics = measure_codes(model, trainer.embeddings, assigned, cousage, held_out)
     metrics["history"] = [entry for entry in trainer.state.log_history if "reconstruction_loss" in entry]
-    if trainer.is_world_process_zero():
-        model.save_pretrained(output_dir)
-        codes.save_pretrained(output_dir)
-        catalog.to_jsonl(os.path.join(output_dir, "catalog.jsonl"))
-        write_json(os.path.join(output_dir, METRICS_FILE), metrics, METRICS_VERSION)
-        print_metrics(metrics)
-        print(f"Codes saved in {output_dir}")
+    model.save_pretrained(output_dir)
+    codes.save_pretrained(output_dir)
+    catalog.to_jsonl(os.path.join(output_dir, "catalog.jsonl"))
+    write_json(os.path.join(output_dir, METRICS_FILE), metrics, METRICS_VERSION)
+    for checkpoint in Path(output_dir).glob("checkpoint-*"):  # they were for a resume, and hold pickles
+        shutil.rmtree(checkpoint)
+    print_metrics(metrics)
+    print(f"Codes saved in {output_dir}")
     return metrics
 
 
@@ -127,15 +154,17 @@ def print_metrics(metrics: dict) -> None:
             f"level {level['level']}                  {level['used']} of {level['codes']} codes used, perplexity "
             f"{level['perplexity']:.1f}"
         )
+    before = metrics["collisions_before"]
     print(
-        f"collisions               {metrics['collisions_before']} before the assignment, {metrics['collisions']} after"
+        f"collisions               {before} ({before / metrics['tools']:.1%}) at the nearest codes, "
+        f"{metrics['collisions']} after the assignment"
     )
-    if metrics["cousage"]:
-        together = metrics["cousage"]
-        print(
-            f"co-used pairs            {together['same_first_code']:.1%} share their first code, against "
-            f"{together['chance']:.1%} by chance"
-        )
+    for name, pairs in (("co-used pairs", metrics["cousage"]), ("pairs held out", metrics["held_out"])):
+        if pairs:
+            print(
+                f"{name:<25}{pairs['same_first_code']:.1%} of {pairs['pairs']} share their first code, against "
+                f"{pairs['chance']:.1%} by chance"
+            )
 
 
 def cli(argv: list[str] | None = None) -> None:

@@ -95,8 +95,14 @@ class ToolCodes(PushToHubMixin, Mapping[str, tuple[int, ...]]):
             changed=[tool.id for tool in catalog if self.checksums.get(tool.id, tool.checksum) != tool.checksum],
         )
 
-    def add(self, tools: Sequence[Tool], model: RQVAEModel, embeddings: np.ndarray | torch.Tensor) -> None:
-        """Give new tools codes from a fitted model. No other tool's code changes, and no retired code is given again.
+    def add(
+        self,
+        tools: Sequence[Tool],
+        model: RQVAEModel,
+        embeddings: np.ndarray | torch.Tensor,
+        reuse_retired: bool = False,
+    ) -> None:
+        """Give new tools codes from a fitted model. No other tool's code changes.
 
         A language model that was aligned before knows the new codes' levels, but not yet the tools: train it on their
         documents and queries.
@@ -108,21 +114,34 @@ class ToolCodes(PushToHubMixin, Mapping[str, tuple[int, ...]]):
                 The model that the codes were learnt with.
             embeddings (`np.ndarray` or `torch.Tensor` of shape `(len(tools), input_dim)`):
                 Embeddings of their documents by the encoder that the model was fitted on.
+            reuse_retired (`bool`, *optional*, defaults to `False`):
+                Whether codes of removed tools may be given again, to a model that has not learnt them, or unlearns them.
 
         Raises:
-            `ValueError`: naming a tool that has a code, or if no room is left for all; then none is added.
+            `ValueError`: naming a tool that has a code or whose embedding is not finite, or if no room is left for
+                all; then none is added.
         """
         present = [tool.id for tool in tools if tool.id in self]
         if present:
             raise ValueError(f"the tool {present[0]!r} has a code already; remove it first to give it another")
         if len({tool.id for tool in tools}) < len(tools):
             raise ValueError("two of the new tools have the same id")
+        embeddings = torch.as_tensor(embeddings, device=model.device)
+        if embeddings.shape != (len(tools), model.config.input_dim):
+            raise ValueError(
+                f"embeddings must have the shape {(len(tools), model.config.input_dim)}, not {tuple(embeddings.shape)}"
+            )
+        broken = (~torch.isfinite(embeddings).all(1)).nonzero().flatten().tolist()
+        if broken:
+            raise ValueError(f"the embedding of the tool {tools[broken[0]].id!r} holds NaN or infinity")
         with torch.no_grad():
-            latents = model.eval().encode(torch.as_tensor(embeddings, device=model.device))
-        taken = np.array([*self.values(), *self.retired], dtype=np.int64).reshape(-1, self.num_levels)
+            latents = model.eval().encode(embeddings)
+        taken = [*self.values()] if reuse_retired else [*self.values(), *self.retired]
+        taken = np.array(taken, dtype=np.int64).reshape(-1, self.num_levels)
         for tool, code in zip(tools, assign_codes(latents, model.codebooks(), taken).tolist(), strict=True):
             self._codes[tool.id] = tuple(code)
             self.checksums[tool.id] = tool.checksum
+            self.retired.discard(tuple(code))
 
     def remove(self, *tool_ids: str) -> None:
         """Take tools out. Their codes are retired: a model has learnt that they mean these tools.

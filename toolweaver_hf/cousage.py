@@ -46,3 +46,31 @@ def cousage_graph(catalog: ToolCatalog, uses: Iterable[Sequence[str]]) -> scipy.
     off_diagonal = row != column
     row, column, data = row[off_diagonal], column[off_diagonal], together.data[off_diagonal]
     return scipy.sparse.csr_array((data / np.sqrt(count[row] * count[column]), (row, column)), shape=together.shape)
+
+
+def hold_out_edges(
+    cousage: scipy.sparse.csr_array, share: float, seed: int = 0
+) -> tuple[scipy.sparse.csr_array, np.ndarray]:
+    """Hide a share of a graph's edges, to measure afterwards whether codes tell what training has not seen.
+
+    Args:
+        cousage (`scipy.sparse.csr_array` of shape `(num_tools, num_tools)`):
+            A symmetric graph.
+        share (`float`):
+            Share of its edges, from 0 to below 1, that are hidden.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the choice.
+
+    Returns:
+        `tuple`: the graph without them; the hidden pairs, of shape `(num_hidden, 2)`.
+
+    Raises:
+        `ValueError`: if the share is out of range.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"the share of edges to hold out must be from 0 to below 1, not {share}")
+    edges = scipy.sparse.coo_array(scipy.sparse.triu(cousage))
+    row, column = edges.coords
+    hidden = np.random.default_rng(seed).random(edges.nnz) < share
+    kept = scipy.sparse.coo_array((edges.data[~hidden], (row[~hidden], column[~hidden])), shape=cousage.shape)
+    return scipy.sparse.csr_array(kept + kept.T), np.stack([row[hidden], column[hidden]], axis=1)
