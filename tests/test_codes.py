@@ -67,3 +67,26 @@ def test_add_touches_no_old_code_and_reuses_no_retired_one(codes):
     with pytest.raises(ValueError, match="'new0' has a code already"):
         codes.add(new[:1], model, torch.randn(1, 8))
     assert "one_more" not in codes
+
+
+def test_retired_codes_are_reused_when_asked():
+    codes = ToolCodes([2, 2], {"rain": [0, 0], "wind": [0, 1], "fx": [1, 0], "mail": [1, 1]})
+    model = RQVAEModel(RQVAEConfig(input_dim=8, codebook_sizes=[2, 2]))
+    codes.remove("fx")
+    new = [Tool("new", "A new tool.")]
+    with pytest.raises(ValueError, match="5 tools do not fit"):
+        codes.add([*new, Tool("other", "Another.")], model, torch.randn(2, 8), reuse_retired=True)
+    with pytest.raises(ValueError, match="fit"):
+        codes.add(new, model, torch.randn(1, 8))
+    codes.add(new, model, torch.randn(1, 8), reuse_retired=True)
+    assert codes["new"] == (1, 0) and not codes.retired
+
+
+def test_add_names_the_tool_without_an_embedding():
+    codes = ToolCodes([2, 2], {"rain": [0, 0]})
+    model = RQVAEModel(RQVAEConfig(input_dim=8, codebook_sizes=[2, 2]))
+    embeddings = torch.randn(2, 8)
+    embeddings[1, 3] = torch.nan
+    with pytest.raises(ValueError, match="'snow' holds NaN"):
+        codes.add([Tool("fx", "Rates."), Tool("snow", "Snow.")], model, embeddings)
+    assert list(codes) == ["rain"]

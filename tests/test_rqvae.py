@@ -11,10 +11,11 @@ import torch
 from transformers import AutoModel, TrainerCallback
 
 from toolweaver_hf import RQVAEConfig, RQVAEModel, Tool, ToolCatalog
-from toolweaver_hf.cousage import cousage_graph
+from toolweaver_hf.assignment import assign_codes
+from toolweaver_hf.cousage import cousage_graph, hold_out_edges
 from toolweaver_hf.modeling_rqvae import uniform_mapping
 from toolweaver_hf.recipes.tokenize_tools import RQVAETrainingArguments
-from toolweaver_hf.train_rqvae import CodesEarlyStoppingCallback, RQVAETrainer, kmeans
+from toolweaver_hf.train_rqvae import CodesEarlyStoppingCallback, RQVAETrainer, kmeans, start_model
 
 
 def trainer(embeddings, folder, cousage=None, **kwargs):
@@ -253,3 +254,54 @@ def test_two_processes_have_the_losses_of_one(tmp_path):
         for name in ("loss", "reconstruction_loss", "codebook_loss", "commitment_loss", "collaborative_loss"):
             if name in one:
                 assert two[name] == pytest.approx(one[name], rel=0.01), (name, one["step"])
+
+
+@pytest.mark.parametrize("num_tools", [1, 3, 10])
+@pytest.mark.parametrize("identical", [False, True])
+def test_tiny_and_identical_catalogues(tmp_path, num_tools, identical):
+    embeddings = torch.randn(num_tools, 32, generator=torch.Generator().manual_seed(0))
+    if identical:
+        embeddings = embeddings[:1].repeat(num_tools, 1)
+    graph = scipy.sparse.csr_array((num_tools, num_tools))  # no two tools are used together
+    fitted = trainer(embeddings, tmp_path, graph, max_steps=20)
+    fitted.train()
+    codes = assign_codes(fitted.encode(), fitted.model.codebooks())
+    assert len(np.unique(codes, axis=0)) == num_tools
+    assert all(parameter.isfinite().all() for parameter in fitted.model.parameters())
+
+
+def test_tools_without_edges_do_not_dilute_the_others(embeddings, tmp_path):
+    """The weight of a pair does not change with the scale of the similarities, nor with tools that have none."""
+    graph = ring(240)
+    alone = 5 * graph.copy()
+    alone.resize(480, 480)
+    index = torch.arange(240)
+    draws = torch.rand(240, dtype=torch.float64)
+    expected = trainer(embeddings, tmp_path, graph).neighbors.draw(index, draws)
+    neighbors, weights = trainer(embeddings.repeat(2, 1), tmp_path, alone).neighbors.draw(index, draws)
+    assert torch.equal(neighbors, expected[0])
+    torch.testing.assert_close(weights, expected[1])
+    torch.testing.assert_close(weights.mean(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("code_dim", [4, 64])
+def test_the_start_is_the_linear_solution(embeddings, code_dim):
+    """As good as principal axes and k-means, also where the latents have more dimensions than the embeddings."""
+    model = RQVAEModel(RQVAEConfig(input_dim=32, code_dim=code_dim, codebook_sizes=[8, 8])).eval()
+    model.mean.copy_(embeddings.mean(0))
+    model.scale.copy_((embeddings - model.mean).square().mean().sqrt())
+    start_model(model, embeddings, torch.Generator().manual_seed(0))
+    axes = torch.linalg.svd(embeddings - embeddings.mean(0), full_matrices=False).Vh[:code_dim]
+    projected = (embeddings - embeddings.mean(0)) @ axes.T @ axes + embeddings.mean(0)
+    torch.testing.assert_close(model.decode(model.encode(embeddings)), projected, rtol=1e-3, atol=1e-3)
+    assert model(embeddings).reconstruction_loss < (0.5 if code_dim == 4 else 0.1)
+
+
+def test_held_out_edges():
+    graph = ring(200)
+    kept, hidden = hold_out_edges(graph, 0.2, seed=1)
+    assert 20 < len(hidden) < 60
+    assert kept.nnz // 2 + len(hidden) == graph.nnz // 2
+    assert (kept != kept.T).nnz == 0 and all(kept[u, v] == 0 and graph[u, v] == 1 for u, v in hidden)
+    with pytest.raises(ValueError, match="from 0 to below 1"):
+        hold_out_edges(graph, 1.0)
