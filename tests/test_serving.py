@@ -1,13 +1,19 @@
+import contextlib
 import json
 import math
 import os
+import re
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 
 import pytest
 import torch
 from conftest import small_llama
 from transformers import AutoModelForCausalLM, pipeline
+from transformers.utils.import_utils import is_serve_available
 
 from toolweaver_hf import ToolRetrievalPipeline, ToolRetriever
 from toolweaver_hf.serving import save_inference_code
@@ -60,6 +66,7 @@ def test_the_folder_works_where_the_package_is_not_installed(folder, tmp_path):
     code = """
 import json, os, torch
 from transformers import AutoModelForCausalLM, pipeline
+from transformers.utils.import_utils import is_serve_available
 retrieve = pipeline("tool-retrieval", model=os.environ["FOLDER"], trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(os.environ["FOLDER"], trust_remote_code=True)
 prompt = torch.tensor([retrieve.retriever.encode_query("Will it rain?")])
@@ -92,3 +99,45 @@ def test_an_adapter_alone_is_left_as_it_is(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     save_inference_code(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_serve_available(), reason="transformers[serving] is not installed")
+def test_transformers_serve_names_tools_that_exist(folder, tokenizer):
+    model = small_llama(len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    model.lm_head.weight.data[tokenizer.code_token_ids] *= 50  # a model that is fond of codes
+    model.save_pretrained(folder)
+    save_inference_code(folder)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--trust-remote-code"]
+    server = subprocess.Popen([*command, "--port", str(port), "--device", "cpu"], stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(240):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://localhost:{port}/health").read()
+                break
+            assert server.poll() is None
+            time.sleep(0.25)
+        body = {
+            "model": str(folder),
+            "messages": [{"role": "user", "content": "Rain?"}],
+            "max_tokens": 60,
+            "temperature": 1.0,
+        }
+        request = urllib.request.Request(
+            f"http://localhost:{port}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        answer = json.loads(urllib.request.urlopen(request).read())["choices"][0]["message"]["content"]
+    finally:
+        server.terminate()
+        server.wait()
+    written = re.findall(r"<a_\d>(?:<b_\d>)?", answer)
+    codes = {
+        "".join(tokenizer.convert_ids_to_tokens(tokenizer.encode_tool(tool_id))) for tool_id in tokenizer.tool_ids
+    }
+    assert len(written) > 5
+    assert set(written[:-1]) <= codes  # the last one may be cut off

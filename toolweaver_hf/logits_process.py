@@ -114,9 +114,10 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
             )
         # The beams of a sequence stand together, in the order of the batch.
         beams = len(scores) // num_sets
-        roots, bias = self.trie.roots.repeat_interleave(beams), self._bias
-        if num_sets > 1:
-            bias = bias.repeat_interleave(beams, dim=0)
+        if num_sets == 1:
+            roots, bias = self.trie.roots.expand(beams), self._bias
+        else:
+            roots, bias = self.trie.roots.repeat_interleave(beams), self._bias.repeat_interleave(beams, dim=0)
         step = self._retrieval if self.mode == "retrieval" else self._trajectory
         return step(input_ids[:, self.prompt_length :], scores, roots, bias)
 

@@ -8,6 +8,9 @@ import numpy as np
 import torch
 
 
+KEY_STRIDE = 1 << 31  # above any token id: a node and a token make one key
+
+
 class CodeTrie:
     """A prefix trie over codes of equal length, in compressed sparse row form.
 
@@ -27,8 +30,8 @@ class CodeTrie:
     Attributes:
         num_levels (`int`): Length of every code.
         roots (`torch.LongTensor` of shape `(num_sets,)`): The root of each set of tools, -1 for an empty one.
-        first_child (`torch.LongTensor` of shape `(num_nodes + 1,)`): The children of node `i` are the nodes
-            `first_child[i]` to `first_child[i + 1] - 1`.
+        child_ranges (`torch.LongTensor` of shape `(num_nodes + 1, 2)`): The children of node `i` are the nodes
+            `child_ranges[i, 0]` to `child_ranges[i, 1] - 1`; the last row, which the node -1 reads, is empty.
         max_children (`list[int]`): The most children that a node has, for each depth.
         tools (`torch.LongTensor` of shape `(num_leaves,)`): Row in `tool_code_ids` of each leaf.
     """
@@ -43,6 +46,7 @@ class CodeTrie:
         if len(twins):
             raise ValueError(f"the tools in rows {order[twins[0]]} and {order[twins[0] + 1]} have the same code")
         self._codes, self._order = codes, order
+        self.vocab_size = int(codes.max()) + 1  # that holds the tokens of all codes
         self._leaf_of_tool = np.empty_like(order)
         self._leaf_of_tool[order] = np.arange(len(order))
         self._build(codes, order, np.zeros(len(codes), dtype=np.int64))
@@ -51,7 +55,6 @@ class CodeTrie:
     def _build(self, codes: np.ndarray, tools: np.ndarray, sets: np.ndarray) -> None:
         """Lay out the nodes of codes that are sorted within ascending sets."""
         num_leaves, self.num_levels = codes.shape
-        self.vocab_size = int(self._codes.max()) + 1  # of the trie: no token of a code is larger
         # A code opens a new node on a level if it differs from the one before there, on a level above or in its set.
         opens = np.ones((num_leaves, self.num_levels + 1), dtype=bool)
         opens[1:, 0] = sets[1:] != sets[:-1]
@@ -59,7 +62,7 @@ class CodeTrie:
         np.logical_or.accumulate(opens, axis=1, out=opens)
         node_of_leaf = np.cumsum(opens[:, 0]) - 1
         num_roots = num_nodes = int(opens[:, 0].sum())
-        tokens, parents, self.max_children = [np.full(num_nodes, -1)], [], []
+        tokens, parents, self.max_children = [np.zeros(num_nodes, dtype=np.int64)], [], []
         for level in range(self.num_levels):
             starts = np.flatnonzero(opens[:, level + 1])
             tokens.append(codes[starts, level])
@@ -70,13 +73,15 @@ class CodeTrie:
         parent = np.concatenate(parents)
         children = np.bincount(parent, minlength=num_nodes)
         self.num_nodes = num_nodes
-        self.first_child = torch.from_numpy(np.concatenate([[0], np.cumsum(children)]) + num_roots)
+        ends = num_roots + np.cumsum(children)
+        self.child_ranges = torch.from_numpy(np.append(np.stack([ends - children, ends], axis=1), [[0, 0]], axis=0))
+        self._places = torch.arange(max(self.max_children))
         self.tools = torch.from_numpy(tools)
         # Padded, so that a row of the most children can be read at every node.
         self._tokens = torch.from_numpy(np.concatenate([*tokens, np.zeros(max(self.max_children), dtype=np.int64)]))
         # Sorted, because parents ascend and the tokens below a parent do: one binary search finds a child. The last
         # one is larger than any.
-        keys = parent * self.vocab_size + self._tokens.numpy()[num_roots:num_nodes]
+        keys = parent * KEY_STRIDE + self._tokens.numpy()[num_roots:num_nodes]
         self._keys = torch.from_numpy(np.append(keys, np.iinfo(np.int64).max))
 
     def __len__(self) -> int:
@@ -124,6 +129,7 @@ class CodeTrie:
         leaves = np.concatenate(leaves)
         forest = object.__new__(CodeTrie)
         forest._codes, forest._order, forest._leaf_of_tool = self._codes, self._order, self._leaf_of_tool
+        forest.vocab_size = self.vocab_size
         forest._build(self._codes[leaves], self._order[leaves], np.repeat(np.arange(len(sizes)), sizes))
         root_of_set = np.where(sizes > 0, np.cumsum(sizes > 0) - 1, -1)
         forest.roots = torch.from_numpy(root_of_set[rows])
@@ -139,10 +145,9 @@ class CodeTrie:
         Returns:
             `torch.LongTensor` of shape `(batch,)`: the child of each node, -1 where the token leads nowhere.
         """
-        known = (nodes >= 0) & (tokens >= 0) & (tokens < self.vocab_size)
-        keys = nodes * self.vocab_size + tokens
+        keys = nodes * KEY_STRIDE + tokens  # negative, and so unknown, for the node -1
         position = torch.searchsorted(self._keys, keys)
-        found = known & (self._keys[position] == keys)
+        found = self._keys[position] == keys
         return torch.where(found, position + (self.num_nodes - len(self._keys) + 1), -1)
 
     def walk(self, prefixes: torch.LongTensor, nodes: torch.LongTensor | None = None) -> torch.LongTensor:
@@ -170,10 +175,9 @@ class CodeTrie:
         Returns:
             `tuple` of two tensors of shape `(batch, width)`: the tokens, ascending, and which of them are there.
         """
-        # The node -1 reads the last entry as its start and the first as its end: it has no children.
-        start, end = self.first_child[nodes], self.first_child[nodes + 1]
-        child = start[:, None] + torch.arange(width, device=nodes.device)
-        return self._tokens[child], child < end[:, None]
+        ranges = self.child_ranges[nodes]
+        child = ranges[:, :1] + self._places[:width]
+        return self._tokens[child], child < ranges[:, 1:]
 
     def tool_of(self, nodes: torch.LongTensor) -> torch.LongTensor:
         """Return the tools of leaves, as rows of `tool_code_ids`; -1 for nodes that are none."""
