@@ -44,6 +44,7 @@ from toolweaver_hf.data import (
     load_trajectories,
     memorization_rows,
     retrieval_rows,
+    share_prompts,
     tokenize_rows,
     trajectory_rows,
     weigh_rows,
@@ -56,6 +57,7 @@ from toolweaver_hf.tokenization_toolweaver import TOOL_CODES_FILE, ToolWeaverTok
 from toolweaver_hf.train_alignment import (
     AlignmentTrainer,
     AlignmentTrainingArguments,
+    can_share_prompts,
     check_room,
     check_writable,
     last_checkpoint,
@@ -198,7 +200,12 @@ def load_model_and_tokenizer(
 
 
 def load_rows(
-    args: AlignmentArguments, catalog: ToolCatalog, tokenizer: ToolWeaverTokenizer, max_length: int | None, seed: int
+    args: AlignmentArguments,
+    catalog: ToolCatalog,
+    tokenizer: ToolWeaverTokenizer,
+    max_length: int | None,
+    seed: int,
+    shared_prompts: bool = False,
 ) -> Dataset:
     """Build the rows of every stage: conversations, then tokens with the loss on the turns to learn."""
     generator = random.Random(seed)
@@ -219,6 +226,8 @@ def load_rows(
             noisy = [leave_out_words(row, generator) for _ in range(args.augmentations) for row in rows]
             noisy, _ = tokenize_rows(noisy, tokenizer, max_length, split_share=0.3, seed=seed)
             dataset = concatenate_datasets([dataset, noisy])
+        if stage == "retrieval" and shared_prompts:
+            dataset = share_prompts(dataset)
         datasets.append(weigh_rows(dataset, weight, seed))
         logger.info(f"{stage}: {len(datasets[-1])} rows an epoch")
     dataset = concatenate_datasets(datasets)
@@ -241,7 +250,11 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
     catalog = ToolCatalog.from_file(os.path.join(args.codes_dir, "catalog.jsonl"))
     model, tokenizer = load_model_and_tokenizer(args, training_args, model_args, catalog)
 
-    train_dataset = load_rows(args, catalog, tokenizer, training_args.max_length, training_args.seed)
+    padded = not (training_args.packing or training_args.padding_free)
+    shared_prompts = padded and can_share_prompts(model)
+    train_dataset = load_rows(
+        args, catalog, tokenizer, training_args.max_length, training_args.seed, shared_prompts=shared_prompts
+    )
     eval_queries = load_eval_queries(args, training_args.seed)
     eval_dataset = tokenize_rows(retrieval_rows(eval_queries, tokenizer), tokenizer)[0] if eval_queries else None
     if not training_args.packing:

@@ -9,7 +9,7 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -401,3 +401,34 @@ def weigh_rows(dataset: Dataset, weight: float, seed: int) -> Dataset:
     copies, rest = divmod(weight, 1)
     some = random.Random(seed).sample(range(len(dataset)), round(rest * len(dataset)))
     return dataset.select([*range(len(dataset))] * int(copies) + sorted(some))
+
+
+def share_prompts(dataset: Dataset) -> Dataset:
+    """Merge tokenized rows of one prompt, such as a query with several ground-truth tools, into rows that hold it once.
+
+    Loss and gradient stay the same, but the prompt is computed once instead of once for each answer. A merged row is
+    the prompt but for its last token, then for each answer this token and the answer;
+    [`~train_alignment.SharedPromptCollator`] keeps the answers from seeing each other.
+
+    Args:
+        dataset (`Dataset`): Rows as [`tokenize_rows`] makes them, each with one answer at its end.
+
+    Returns:
+        `Dataset`: rows with a further column `seq_lengths`, the lengths of these parts. A row with one answer has one
+        part. What stood behind an answer, where no loss is taken, is left out.
+    """
+    groups: dict[tuple[int, ...], list[tuple[str, list[int]]]] = {}
+    for row in dataset:
+        learnt = [i for i, label in enumerate(row["labels"]) if label != -100]
+        prompt, answer = row["input_ids"][: learnt[0]], row["input_ids"][learnt[0] : learnt[-1] + 1]
+        groups.setdefault(tuple(prompt), []).append((row["id"], answer))
+    columns: dict[str, list] = {"id": [], "input_ids": [], "labels": [], "seq_lengths": []}
+    for prompt, answers in groups.items():
+        (*shared, last), (ids, answers) = prompt, zip(*answers, strict=True)
+        parts = [[last, *answer] for answer in answers]
+        columns["id"].append(ids[0])
+        columns["input_ids"].append([*shared, *chain.from_iterable(parts)])
+        columns["labels"].append([-100] * len(shared) + [i for answer in answers for i in (-100, *answer)])
+        several = [len(shared), *map(len, parts)]
+        columns["seq_lengths"].append(several if len(parts) > 1 else [sum(several)])
+    return Dataset.from_dict(columns)

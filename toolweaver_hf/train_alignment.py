@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .data import Query
 from .evaluation import evaluate_rankings
@@ -50,6 +51,43 @@ class AlignmentTrainingArguments(SFTConfig):
         super().__post_init__()
 
 
+def can_share_prompts(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether all that tells a model which tokens may see each other is a mask, so that answers can share a prompt."""
+    config = model.config.get_text_config()
+    return (
+        config._attn_implementation == "sdpa"
+        and not model._is_stateful
+        and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+        and getattr(config, "rope_parameters", None) is not None
+    )
+
+
+@dataclass
+class SharedPromptCollator(DataCollatorForLanguageModeling):
+    """Pads rows, and masks those of [`~data.share_prompts`] so that each answer sees the prompt and itself alone.
+
+    A batch with such a row has `position_ids` of shape `(batch_size, length)`, which go on from the prompt in every
+    answer, and a boolean `attention_mask` of shape `(batch_size, 1, length, length)`, `True` where a token sees another.
+    """
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        parts = [example.pop("seq_lengths", None) or [len(example["input_ids"])] for example in examples]
+        batch = super().torch_call(examples)
+        if all(len(lengths) == 1 for lengths in parts):
+            return batch
+        # Part 0 is what all of a row sees, its prompt; padding is a part of its own
+        part = torch.full_like(batch["input_ids"], -1)
+        positions = torch.zeros_like(part)
+        for row, lengths in enumerate(parts):
+            part[row, : sum(lengths)] = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+            starts = [0] + [lengths[0]] * (len(lengths) - 1)
+            positions[row, : sum(lengths)] = torch.cat(
+                [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+            )
+        seen = (part[:, None] == 0) | (part[:, None] == part[:, :, None])
+        return batch | {"attention_mask": seen.tril()[:, None], "position_ids": positions}
+
+
 class AlignmentTrainer(SFTTrainer):
     """
     [`SFTTrainer`] for rows of `id`, `input_ids` and `labels`, as [`~data.tokenize_rows`] makes them.
@@ -68,6 +106,8 @@ class AlignmentTrainer(SFTTrainer):
     def __init__(self, *args, eval_queries: Sequence[Query] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.eval_queries = list(eval_queries or ())
+        if not self.padding_free:
+            self.data_collator = SharedPromptCollator(**vars(self.data_collator))
         if isinstance(self.model, PeftModel):
             # The code tokens' rows are in the adapter; PEFT would add the whole matrix, since it has grown.
             self.model.save_pretrained = partial(self.model.save_pretrained, save_embedding_layers=False)
@@ -80,8 +120,14 @@ class AlignmentTrainer(SFTTrainer):
         if inputs["input_ids"].device.type == "cpu" and not return_outputs:
             loss = outputs = self._labelled_loss(model, inputs, num_items_in_batch)
         else:
+            tokens = self._total_train_tokens
             outputs = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss = outputs[0] if return_outputs else outputs
+            if model.training and "attention_mask" in inputs and inputs["attention_mask"].ndim == 4:
+                # TRL took every entry of the mask for a token; on its diagonal, each token sees itself
+                own = inputs["attention_mask"].diagonal(dim1=2, dim2=3).sum()
+                self._total_train_tokens = tokens + self.accelerator.gather_for_metrics(own).sum().item()
+                self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         if not torch.isfinite(loss):
             raise ValueError(
                 f"the loss became {loss.item()} in step {self.state.global_step + 1}, on the rows "
@@ -109,11 +155,11 @@ class AlignmentTrainer(SFTTrainer):
 
     def _row_ids(self, inputs: dict[str, Any]) -> list[str]:
         """Find the ids of the rows that a batch was made of."""
-        batch = inputs["input_ids"].cpu()
-        lengths = inputs["attention_mask"].sum(1).tolist() if "attention_mask" in inputs else [batch.shape[1]]
-        rows = {tuple(ids[:length]) for ids, length in zip(batch.tolist(), lengths, strict=True)}
+        rows = {tuple(row) for row in inputs["input_ids"].tolist()}
+        width, pad = inputs["input_ids"].shape[1], self.processing_class.pad_token_id
         dataset = self.train_dataset if self.model.training else self.eval_dataset
-        ids = [row["id"] for row in dataset if "id" in row and tuple(row["input_ids"]) in rows]
+        padded = ((row, (*row["input_ids"], *[pad] * (width - len(row["input_ids"])))) for row in dataset)
+        ids = [row["id"] for row, token_ids in padded if "id" in row and token_ids in rows]
         return ids or [self.processing_class.decode(row)[:80] for row in rows]
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:

@@ -1,0 +1,73 @@
+"""Answers that share a prompt are learnt exactly as in rows of their own."""
+
+import pytest
+import torch
+from conftest import small_llama
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
+
+from toolweaver_hf.data import Query, retrieval_rows, share_prompts, tokenize_rows
+from toolweaver_hf.train_alignment import SharedPromptCollator, can_share_prompts
+
+
+COLLATOR = SharedPromptCollator(pad_token_id=0)
+
+
+def loss_and_gradient(model, batch):
+    labels = batch.pop("labels")
+    logits = model(**batch, use_cache=False).logits
+    loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    return loss.detach(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*model.parameters()])])
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(1, 4), min_size=1, max_size=4)), min_size=1, max_size=5)
+)
+def test_loss_and_gradient_are_those_of_separate_rows(shapes):
+    """Prompts of any length, each with any number of answers, in batches where they are padded."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for i, (prompt_length, answers) in enumerate(shapes):
+        prompt = torch.randint(3, 50, (prompt_length,), generator=generator).tolist()
+        for length in answers:
+            answer = torch.randint(50, 60, (length,), generator=generator).tolist()
+            rows.append({"id": f"q{i}", "input_ids": prompt + answer, "labels": [-100] * prompt_length + answer})
+    dataset = Dataset.from_list(rows)
+    shared = share_prompts(dataset)
+    assert len(shared) <= len(shapes)
+    assert sum(map(len, shared["input_ids"])) <= sum(map(len, dataset["input_ids"]))
+    model = small_llama(60)
+    loss, gradient = loss_and_gradient(model, COLLATOR([dict(row) for row in shared]))
+    apart = [loss_and_gradient(model, COLLATOR([dict(row)])) for row in dataset]
+    torch.testing.assert_close(loss, sum(loss for loss, _ in apart), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient, sum(gradient for _, gradient in apart), rtol=1e-3, atol=1e-3)
+
+
+def test_a_query_is_read_once(tokenizer):
+    queries = [Query("both", "Shall I take a coat?", ("rain", "wind")), Query("one", "Euros in dollars?", ("fx",))]
+    dataset, _ = tokenize_rows(retrieval_rows(queries, tokenizer), tokenizer)
+    shared = share_prompts(dataset)
+    assert shared["id"] == ["both", "one"]
+    learnt = [[label for label in row if label != -100] for row in shared["labels"]]
+    eos = tokenizer.eos_token_id
+    assert learnt[0] == [*tokenizer.encode_tool("rain"), eos, *tokenizer.encode_tool("wind"), eos]
+    assert learnt[1] == [*tokenizer.encode_tool("fx"), eos]
+    assert shared[1]["input_ids"] == dataset[2]["input_ids"][: len(shared[1]["input_ids"])]
+
+
+@pytest.mark.parametrize(
+    ("model", "can"),
+    [
+        (small_llama(60), True),
+        (small_llama(60, attn_implementation="eager"), False),
+        (GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=8, n_layer=1, n_head=1)), False),
+        (MambaForCausalLM(MambaConfig(vocab_size=60, hidden_size=8, num_hidden_layers=1, state_size=2)), False),
+    ],
+    ids=["llama", "eager", "gpt2", "mamba"],
+)
+def test_only_models_that_a_mask_rules_share_prompts(model, can):
+    assert can_share_prompts(model) is can
