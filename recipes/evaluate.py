@@ -30,7 +30,7 @@ class EvaluationArguments:
 
     Args:
         model (`str`):
-            Folder of an aligned model, as `recipes/sft.py` writes it.
+            Folder of an aligned model, as `recipes/sft.py` writes it, or a repository of the Hub.
         queries (`str`):
             Test queries: JSONL with `id`, `text`, `tools`, or a BEIR queries file.
         qrels (`str`, *optional*):
@@ -52,7 +52,7 @@ class EvaluationArguments:
 def main(args: EvaluationArguments) -> dict[str, dict[str, dict[str, float]]]:
     """Evaluate, print a table for each group of queries, and return name -> group -> measure -> value."""
     queries = load_queries(args.queries, args.qrels)
-    catalog = ToolCatalog.from_file(os.path.join(args.model, "catalog.jsonl"))
+    catalog = ToolCatalog.from_pretrained(args.model, repo_type="model")
     unknown = sorted({tool for query in queries for tool in query.tools if tool not in catalog})
     if unknown:
         raise ValueError(

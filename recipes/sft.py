@@ -50,7 +50,7 @@ from toolweaver_hf.data import (
     weigh_rows,
 )
 from toolweaver_hf.embedding_init import initialize_code_embeddings, trainable_code_rows
-from toolweaver_hf.hub import push_folder, record_training
+from toolweaver_hf.hub import push_folder, record_training, take_push_arguments
 from toolweaver_hf.modeling_rqvae import RQVAEModel
 from toolweaver_hf.serving import save_inference_code
 from toolweaver_hf.tokenization_toolweaver import TOOL_CODES_FILE, ToolWeaverTokenizer
@@ -267,9 +267,7 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
     if isinstance(peft_config, LoraConfig):
         peft_config.trainable_token_indices = trainable_code_rows(model, tokenizer)
 
-    # Pushed once, at the end and with a card; the Trainer would push its arguments, pickled with the token in them
-    push_to_hub, training_args.push_to_hub = training_args.push_to_hub, False
-    hub_token, training_args.hub_token = training_args.hub_token, None
+    push_arguments = take_push_arguments(training_args)
     trainer = AlignmentTrainer(
         model=model,
         args=training_args,
@@ -297,14 +295,8 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
         # Trainer pickles its arguments beside the model; nothing here reads them, and nobody should load a pickle.
         Path(training_args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
     trainer.accelerator.print(f"Aligned model saved in {training_args.output_dir}")
-    if push_to_hub and trainer.is_world_process_zero():
-        push_folder(
-            training_args.output_dir,
-            training_args.hub_model_id or Path(training_args.output_dir).name,
-            private=training_args.hub_private_repo,
-            revision=training_args.hub_revision,
-            token=hub_token,
-        )
+    if push_arguments and trainer.is_world_process_zero():
+        push_folder(training_args.output_dir, **push_arguments)
 
 
 def cli(argv: list[str] | None = None) -> None:

@@ -24,6 +24,7 @@ from toolweaver_hf.configuration_rqvae import RQVAEConfig
 from toolweaver_hf.cousage import cousage_graph, hold_out_edges
 from toolweaver_hf.data import load_queries
 from toolweaver_hf.embeddings import embed_catalog
+from toolweaver_hf.hub import push_folder, take_push_arguments
 from toolweaver_hf.json_files import write_json
 from toolweaver_hf.modeling_rqvae import RQVAEModel
 from toolweaver_hf.report import METRICS_FILE, METRICS_VERSION, measure_codes
@@ -36,7 +37,8 @@ class TokenizationArguments:
 
     Args:
         catalog (`str`):
-            The catalogue: JSONL, OpenAI function schemas, MCP's tools/list, or a BEIR corpus.
+            The catalogue, in any of the formats that [`ToolCatalog.from_file`] reads: JSONL, function schemas, MCP's
+            tools/list, OpenAPI, ToolBench, a BEIR corpus.
         queries (`str`, *optional*):
             Queries with their tools, from which is learnt which tools are used together.
         qrels (`str`, *optional*):
@@ -116,6 +118,7 @@ def main(args: TokenizationArguments, training_args: TrainingArguments) -> dict:
         collaborative_weight=args.collaborative_weight,
         codebook_update=args.codebook_update,
     )
+    push_arguments = take_push_arguments(training_args)
     trainer = RQVAETrainer(RQVAEModel(config), training_args, embeddings, cousage)
     if training_args.early_stopping_patience is not None:
         trainer.add_callback(CodesEarlyStoppingCallback(training_args.early_stopping_patience))
@@ -143,6 +146,8 @@ def main(args: TokenizationArguments, training_args: TrainingArguments) -> dict:
         shutil.rmtree(checkpoint)
     print_metrics(metrics)
     print(f"Codes saved in {output_dir}")
+    if push_arguments:
+        push_folder(output_dir, **push_arguments)
     return metrics
 
 

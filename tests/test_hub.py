@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -241,8 +242,8 @@ def test_an_interrupted_upload_is_taken_up_again(hub, model_dir):
     hub.stall_upload = lambda sha256: sha256 == second
     process = subprocess.Popen([sys.executable, "-m", "toolweaver_hf.cli", "push", str(model_dir), "me/aligned"])
     assert hub.stalled.wait(60)
-    while not hub.objects:
-        time.sleep(0.01)
+    for _ in range(1000):
+        time.sleep(0 if hub.objects else 0.01)
     process.kill()
     process.wait()
     hub.stall_upload = lambda sha256: False
@@ -323,7 +324,8 @@ def test_alignment_pushes_at_its_end(hub, codes_dir, base_tokenizer, tmp_path, c
 
 
 def test_who_may_not_write_is_told_so(hub, codes_dir, capfd):
-    for token, repo_id in (("hf_aTokenThatIsNotKnown", "me/codes"), (MY_TOKEN, "other/codes")):
+    unknown = "hf_aTokenThatIsNotKnown"
+    for token, repo_id in ((unknown, "me/codes"), (MY_TOKEN, "other/codes")):
         with pytest.raises(SystemExit) as stop:
             toolweaver(["push", str(codes_dir), repo_id, "--token", token])
         assert stop.value.code == 2
@@ -331,6 +333,9 @@ def test_who_may_not_write_is_told_so(hub, codes_dir, capfd):
         assert f"did not let you write to {repo_id}" in error and "hf auth login" in error
         assert token not in error
     assert not hub.repositories
+    with pytest.raises(OSError, match="401") as refusal:
+        push_folder(codes_dir, "me/codes", token=unknown)
+    assert unknown not in "".join(traceback.format_exception(refusal.value))
 
 
 def test_what_is_not_there(hub, codes_dir, tmp_path):

@@ -32,7 +32,7 @@ from .json_files import read_json, write_json
 
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import Trainer, TrainingArguments
 
 
 logger = logging.get_logger(__name__)
@@ -203,6 +203,29 @@ def push_folder(
         raise OSError(
             f"cannot reach the Hub at {constants.ENDPOINT} ({error}); {folder} is as it was: push it again later"
         ) from None
+
+
+def take_push_arguments(args: TrainingArguments) -> dict[str, Any] | None:
+    """Take out of training arguments whether and where to push, for one [`push_folder`] at the end of a run.
+
+    The Trainer would push all along, without a card, and its arguments with the token in them as a pickle.
+
+    Args:
+        args ([`TrainingArguments`]): Its `push_to_hub` and `hub_token` are cleared.
+
+    Returns:
+        `dict` or `None`: the arguments of [`push_folder`] beside the folder; `None` if nothing is to be pushed.
+    """
+    push_to_hub, args.push_to_hub = args.push_to_hub, False
+    token, args.hub_token = args.hub_token, None
+    if not push_to_hub:
+        return None
+    return {
+        "repo_id": args.hub_model_id or Path(args.output_dir).name,
+        "private": args.hub_private_repo,
+        "revision": args.hub_revision,
+        "token": token,
+    }
 
 
 def _files(folder: Path) -> tuple[list[str], list[str]]:
