@@ -2,7 +2,17 @@ import json
 
 import pytest
 
-from toolweaver_hf.data import load_queries, load_trajectories
+from toolweaver_hf import ToolCodes, ToolWeaverTokenizer
+from toolweaver_hf.data import (
+    Query,
+    load_queries,
+    load_trajectories,
+    render_calls,
+    retrieval_rows,
+    tokenize_rows,
+    trajectory_rows,
+    weigh_rows,
+)
 
 
 def write(path, lines):
@@ -69,3 +79,149 @@ def test_wrong_trajectories_are_named(tmp_path, messages, says):
     with pytest.raises(ValueError, match=r"t\.jsonl, line 1: ") as error:
         load_trajectories(path)
     assert says in str(error.value)
+
+
+@pytest.fixture
+def atomic(base_tokenizer):
+    """Codes of tools that ToolBench names, one of them with what closes a token in its name."""
+    tools = ["Weather&&rain", "<<Weather&&wind>>", "High Mobility&&Code->Access<token>"]
+    return ToolWeaverTokenizer.from_base(
+        base_tokenizer, ToolCodes([3, 4], {tool: [i, i] for i, tool in enumerate(tools)})
+    )
+
+
+def test_sharegpt_rows_and_their_loss_flags(tmp_path, atomic):
+    """ToolGen's end-to-end rows: the action alone is learnt in the first turn, all of the second."""
+    conversation = [
+        {"from": "system", "value": "You call tools."},
+        {"from": "human", "value": "Rain in Oslo? 1 << 2"},
+        {"from": "gpt", "value": "I think.", "loss": False},
+        {"from": "user", "value": "Generate the action."},
+        {"from": "assistant", "value": "<<Weather&&rain>>", "loss": True},
+        {"from": "function", "value": "<<Weather&&rain>> says yes", "loss": False},
+        {"role": "assistant", "content": "<<Finish>> Yes."},
+    ]
+    path = tmp_path / "e2e.json"
+    path.write_text(json.dumps([{"conversations": conversation}]))
+    (row,) = trajectory_rows(load_trajectories(path), atomic)
+    assert row["id"] == f"{path}, item 1"
+    assert [message["role"] for message in row["messages"]] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
+    assert row["messages"][4]["content"] == "<a_0><b_0>"
+    assert row["messages"][5]["content"] == "<<Weather&&rain>> says yes"  # what others say stays as it is
+    dataset, too_long = tokenize_rows([row], atomic)
+    learnt = atomic.decode([label for label in dataset[0]["labels"] if label != -100])
+    assert learnt == f"<a_0><b_0>{atomic.eos_token}<<Finish>> Yes.{atomic.eos_token}" and too_long == 0
+
+
+def test_toolgen_rows_of_memorization_and_retrieval(tmp_path, atomic):
+    rows = [
+        {"conversations": [{"role": "user", "content": "Does it rain?"}, {"role": "assistant", "content": name}]}
+        for name in ("<<Weather&&rain>>", "<<Weather&&wind>>", "<<High Mobility&&Code->Access<token>>>")
+    ]
+    path = write(tmp_path / "retrieval.jsonl", rows)
+    codes = [row["messages"][1]["content"] for row in retrieval_rows(load_queries(path), atomic)]
+    assert codes == ["<a_0><b_0>", "<a_1><b_1>", "<a_2><b_2>"]
+    path = write(
+        tmp_path / "unknown.jsonl",
+        [*rows, {"conversations": [*rows[0]["conversations"][:1], {"from": "gpt", "value": "<<No&&tool>>"}]}],
+    )
+    with pytest.raises(ValueError, match=r"unknown\.jsonl, line 4: the tool 'No&&tool' has no code"):
+        retrieval_rows(load_queries(path), atomic)
+    path = write(
+        tmp_path / "chat.jsonl",
+        [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}],
+    )
+    with pytest.raises(ValueError, match=r"chat\.jsonl, line 1: expected a user's text and its tools"):
+        load_queries(path)
+
+
+def test_rows_with_tools_beside_them(tmp_path, atomic):
+    """TRL's rows: the tools as objects or as text, the arguments too; a call must be to one of them."""
+    tools = [{"type": "function", "function": {"name": "Weather&&rain", "parameters": {}}}]
+    messages = [
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "tool_calls": [call("Weather&&rain", '{"city": "Oslo"}'), call("Weather&&rain", {})]},
+        {"role": "tool", "content": "yes"},
+        {"role": "tool", "content": "no"},
+        {"role": "assistant", "content": "Both."},
+    ]
+    path = write(
+        tmp_path / "t.jsonl",
+        [{"messages": messages, "tools": tools}, {"messages": messages, "tools": json.dumps(tools)}],
+    )
+    rows = trajectory_rows(load_trajectories(path), atomic)
+    assert rows[0]["messages"] == rows[1]["messages"]
+    assert [message["content"] for message in rows[0]["messages"][1:]] == [
+        "Rain?",
+        '<a_0><b_0>{"city": "Oslo"}',
+        "yes",
+        "<a_0><b_0>{}",
+        "no",
+        "Both.",
+    ]
+    path = write(tmp_path / "t.jsonl", [{"messages": messages, "tools": [{"name": "other"}]}])
+    with pytest.raises(ValueError, match="line 1: the tool 'Weather&&rain' is called but is not among"):
+        load_trajectories(path)
+
+
+def test_several_tools_make_a_row_each_or_a_sequence(atomic):
+    query = Query("1", "Weather?", ("Weather&&rain", "<<Weather&&wind>>"))
+    assert [row["messages"][1]["content"] for row in retrieval_rows([query], atomic)] == ["<a_0><b_0>", "<a_1><b_1>"]
+    (row,) = retrieval_rows([query], atomic, as_sequence=True)
+    assert row["messages"][1]["content"] == "<a_0><b_0><a_1><b_1>"
+
+
+def test_long_rows_are_left_out_whole_and_counted(atomic):
+    queries = [Query(str(n), "Rain? " * n, ("Weather&&rain",)) for n in (1, 5, 50)]
+    rows = retrieval_rows(queries, atomic)
+    whole, _ = tokenize_rows(rows, atomic)
+    dataset, too_long = tokenize_rows(rows, atomic, max_length=len(whole[1]["input_ids"]))
+    assert too_long == 1 and list(dataset["id"]) == ["1", "5"]
+    for row in dataset:
+        assert [label for label in row["labels"] if label != -100][:2] == atomic.encode_tool("Weather&&rain")
+
+
+def test_tokens_are_split_by_a_seed_and_codes_are_not(atomic):
+    rows = retrieval_rows([Query("1", "the weather of the cities of the world", ("Weather&&rain",))], atomic)
+    plain, split, again, other = (
+        tokenize_rows(rows, atomic, split_share=share, seed=seed)[0][0]
+        for share, seed in ((0, 0), (0.5, 1), (0.5, 1), (0.5, 2))
+    )
+    assert split == again != other
+    assert len(split["input_ids"]) > len(plain["input_ids"])
+    assert atomic.decode(split["input_ids"]) == atomic.decode(plain["input_ids"])
+    assert [i for i in split["labels"] if i != -100] == [i for i in plain["labels"] if i != -100]
+
+
+def test_weights(atomic):
+    dataset, _ = tokenize_rows(
+        retrieval_rows([Query(str(n), "x", ("Weather&&rain",)) for n in range(10)], atomic), atomic
+    )
+    seen = weigh_rows(dataset, 2.3, seed=0)["id"]
+    assert len(seen) == 23 and all(seen.count(str(n)) in (2, 3) for n in range(10))
+    assert len(weigh_rows(dataset, 0.5, seed=0)) == 5
+
+
+def test_calls_of_one_message_become_turns(atomic):
+    messages = [
+        {"role": "user", "content": "x"},
+        {
+            "role": "assistant",
+            "content": "Two.",
+            "tool_calls": [call("Weather&&rain", {}), call("Weather&&rain", {})],
+            "loss": False,
+        },
+        {"role": "tool", "content": "1"},
+        {"role": "tool", "content": "2"},
+    ]
+    rendered = render_calls(messages, atomic)
+    assert [message["role"] for message in rendered] == ["system", "user", "assistant", "tool", "assistant", "tool"]
+    assert [message.get("loss") for message in rendered] == [None, None, False, None, False, None]

@@ -1,8 +1,13 @@
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import small_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from toolweaver_hf import Tool, ToolCatalog
+from toolweaver_hf import Tool, ToolCatalog, ToolCodes, ToolWeaverTokenizer
+from toolweaver_hf.demo import DEMO_FOLDER
 from toolweaver_hf.embedding_init import initialize_code_embeddings
 
 
@@ -35,6 +40,80 @@ def test_distances_of_the_codebook_are_kept(tokenizer, base_tokenizer, codebooks
     initialize_code_embeddings(model, tokenizer, codebooks)
     rows = model.get_input_embeddings().weight[tokenizer.code_token_ids[:3]]
     assert (rows[0] - rows[1]).norm() < 0.1 * (rows[0] - rows[2]).norm()
+
+
+def test_near_codes_have_near_rows(tokenizer, base_tokenizer):
+    """The order of the distances in the codebook is that of the distances between the rows, but for the projection."""
+    codebook = torch.randn(3, 16, generator=torch.Generator().manual_seed(1)).repeat_interleave(32, 0)
+    codebook += 0.3 * torch.randn(codebook.shape, generator=torch.Generator().manual_seed(2))
+    codes = ToolCodes([96, 4], {"rain": [0, 0]})
+    tokenizer = ToolWeaverTokenizer.from_base(base_tokenizer, codes)
+    model = small_llama(len(base_tokenizer), hidden_size=128)
+    initialize_code_embeddings(model, tokenizer, [codebook, torch.randn(4, 16)])
+    rows = model.get_input_embeddings().weight[tokenizer.code_token_ids[:96]].detach()
+    pairs = torch.stack([torch.pdist(codebook), torch.pdist(rows)])
+    assert torch.corrcoef(pairs)[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_matrices_padded_beyond_the_tokenizer_and_bf16(tokenizer, base_tokenizer, codebooks, tied):
+    """Rows that a base has to spare are used; no token of the base, and no row that is still spare, is touched."""
+    model = small_llama(len(base_tokenizer) + 64, tie_word_embeddings=tied).to(torch.bfloat16)
+    before = [matrix.weight.clone() for matrix in (model.get_input_embeddings(), model.get_output_embeddings())]
+    initialize_code_embeddings(model, tokenizer, codebooks)
+    for old, matrix in zip(before, (model.get_input_embeddings(), model.get_output_embeddings()), strict=True):
+        assert matrix.weight.dtype == torch.bfloat16 and matrix.weight.shape == old.shape
+        changed = (matrix.weight != old).any(1).nonzero().flatten().tolist()
+        assert changed == tokenizer.code_token_ids
+        assert matrix.weight.isfinite().all()
+
+
+def perplexity(model, tokenizer, texts):
+    losses = []
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[:, :256]
+        with torch.no_grad():
+            losses += [model(ids, labels=ids).loss.item()] * (ids.shape[1] - 1)
+    return torch.tensor(losses).mean().exp().item()
+
+
+def test_plain_text_stays_as_probable(base_tokenizer):
+    """New rows take less than 1 % off the probability of plain text, here in a small model that has learnt some."""
+    texts = ToolCatalog.from_file(DEMO_FOLDER / "catalog.jsonl").documents
+    ids = torch.tensor([i for text in texts for i in base_tokenizer.encode(text)])
+    ids = ids[: len(ids) // 64 * 64].view(-1, 64)
+    model = small_llama(len(base_tokenizer), hidden_size=64, initializer_range=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+    for step in range(120):
+        batch = ids[torch.arange(step * 16, step * 16 + 16) % len(ids)]
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    check_perplexity(model, base_tokenizer, codebook_size=16)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "TOOLWEAVER_TEST_MODELS" not in os.environ, reason="TOOLWEAVER_TEST_MODELS names no folder of models"
+)
+@pytest.mark.parametrize("method", ["codebook", "random", "mean_description"])
+def test_plain_text_stays_as_probable_for_a_real_model(method):
+    folder = Path(os.environ["TOOLWEAVER_TEST_MODELS"]) / "SmolLM2-135M-Instruct"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    check_perplexity(model, AutoTokenizer.from_pretrained(folder), method)
+
+
+def check_perplexity(model, base, method="codebook", codebook_size=1024):
+    catalog = ToolCatalog.from_file(DEMO_FOLDER / "catalog.jsonl")
+    texts = [" ".join(tool.description for tool in list(catalog)[i : i + 20]) for i in range(0, len(catalog), 40)]
+    before = perplexity(model.eval(), base, texts)
+    codes = ToolCodes([codebook_size] * 2, {tool.id: divmod(i, codebook_size) for i, tool in enumerate(catalog)})
+    tokenizer = ToolWeaverTokenizer.from_base(base, codes)
+    generator = torch.Generator().manual_seed(0)
+    codebooks = [torch.randn(codebook_size, 32, generator=generator) for _ in range(2)]
+    initialize_code_embeddings(model, tokenizer, codebooks, method, catalog)
+    after = perplexity(model, tokenizer, texts)
+    assert after / before < 1.01
 
 
 def test_errors(tokenizer, base_tokenizer, codebooks):
