@@ -14,6 +14,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
+from datasets.utils import tqdm
 
 from .catalog import ToolCatalog
 
@@ -365,7 +366,7 @@ def tokenize_rows(
     columns: dict[str, list] = {"id": [], "input_ids": [], "labels": []}
     too_long = 0
     generator = random.Random(seed)
-    for row in rows:
+    for row in tqdm(rows, desc="Tokenizing", leave=False):
         for messages in _learnable(row["messages"], tokenizer):
             encoded = tokenizer.encode_conversation(messages)
             input_ids, labels = [], []

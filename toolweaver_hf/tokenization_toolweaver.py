@@ -300,12 +300,22 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
 
     @cached_property
     def _plain_backend(self) -> Tokenizer:
-        """The backend without post-processing, whose control tokens can be switched off by `encode_special_tokens`."""
+        """The backend without post-processing, so that offsets are whole."""
+        return self._copy_backend(as_data=False)
+
+    @cached_property
+    def _data_backend(self) -> Tokenizer:
+        """The backend without post-processing that finds no control token."""
+        return self._copy_backend(as_data=True)
+
+    def _copy_backend(self, as_data: bool) -> Tokenizer:
         document = json.loads(self.backend_tokenizer.to_str())
         document |= {"post_processor": None, "truncation": None, "padding": None}
         for token in document["added_tokens"]:
             token["special"] = token["id"] in self._control_ids
-        return Tokenizer.from_str(json.dumps(document))
+        backend = Tokenizer.from_str(json.dumps(document))
+        backend.encode_special_tokens = as_data
+        return backend
 
     @cached_property
     def _control_ids(self) -> frozenset[int]:
@@ -315,13 +325,12 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
 
     def _spans(self, text: str, as_data: bool = False) -> list[tuple[int, int, int]]:
         """Tokenize text; return for each token its id, and where it starts and ends in the text."""
-        backend = self._plain_backend
-        backend.encode_special_tokens = as_data
+        backend = self._data_backend if as_data else self._plain_backend
         encoding = backend.encode(text, add_special_tokens=False)
         return [(i, start, end) for i, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)]
 
     def _add_tokens(self, new_tokens: list[str | AddedToken], special_tokens: bool = False) -> int:
-        for name in ("_plain_backend", "_control_ids"):
+        for name in ("_plain_backend", "_data_backend", "_control_ids"):
             self.__dict__.pop(name, None)
         return super()._add_tokens(new_tokens, special_tokens)
 

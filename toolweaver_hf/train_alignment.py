@@ -117,7 +117,8 @@ class AlignmentTrainer(SFTTrainer):
                 head.__dict__["bias"] = head.token_adapter.get_base_layer().bias
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if inputs["input_ids"].device.type == "cpu" and not return_outputs:
+        plain = self.args.loss_type == "nll" and not (self.args.label_smoothing_factor or self.aux_loss_enabled)
+        if inputs["input_ids"].device.type == "cpu" and plain and not return_outputs:
             loss = outputs = self._labelled_loss(model, inputs, num_items_in_batch)
         else:
             tokens = self._total_train_tokens
