@@ -31,6 +31,7 @@ from toolweaver_hf import (
     ToolWeaverTokenizer,
 )
 from toolweaver_hf.cli import main as toolweaver
+from toolweaver_hf.data import load_queries
 from toolweaver_hf.demo import DEMO_FOLDER
 from toolweaver_hf.embedding_init import trainable_code_rows
 from toolweaver_hf.evaluation import MEASURES
@@ -255,6 +256,17 @@ def test_an_interrupted_upload_is_taken_up_again(hub, model_dir):
     assert ToolRetriever.from_pretrained("me/aligned")(QUERY) == ToolRetriever.from_pretrained(model_dir)(QUERY)
 
 
+def test_weights_of_an_earlier_push_are_taken_out(hub, model_dir):
+    for name in ("adapter_config.json", "adapter_model.safetensors", "model-00001-of-00002.safetensors"):
+        (model_dir / name).write_text("{}")
+    push_folder(model_dir, "me/aligned")
+    for path in [*model_dir.glob("adapter*"), *model_dir.glob("model-*")]:
+        path.unlink()
+    push_folder(model_dir, "me/aligned")
+    weights = {name for name in files_of("me/aligned") if name.endswith((".safetensors", "adapter_config.json"))}
+    assert weights == {"model.safetensors"}
+
+
 def test_adapters(hub, tokenizer, model_dir, tmp_path):
     """Adapters alone: the base is found on the Hub by its name, and stands on the card."""
     base = small_llama(tokenizer.level_offsets[0])
@@ -283,6 +295,11 @@ def test_a_dataset(hub, tmp_path):
         (tmp_path / path.name).write_text("".join(rows), encoding="utf-8")
     push_folder(tmp_path, "me/demo", license="apache-2.0")
     assert list(ToolCatalog.from_pretrained("me/demo")) == list(ToolCatalog.from_file(tmp_path / "catalog.jsonl"))
+    name = "queries.test.jsonl"
+    assert load_queries(f"hf://datasets/me/demo/{name}") == load_queries(tmp_path / name)
+    assert (
+        ToolCatalog.from_file("hf://datasets/me/demo/catalog.jsonl").ids == ToolCatalog.from_pretrained(tmp_path).ids
+    )
     queries = load_dataset("me/demo", "queries")
     assert {*queries} == {"train", "validation", "test"} and queries["test"][0]["tools"]
     trajectories = load_dataset("me/demo", "trajectories", split="train")
@@ -343,6 +360,9 @@ def test_what_is_not_there(hub, codes_dir, tmp_path):
         with pytest.raises(OSError, match="me/nothing"):
             load.from_pretrained("me/nothing")
     push_folder(codes_dir, "me/codes")
+    for path in ("hf://datasets/me/nothing/queries.jsonl", "hf://me/nothing/queries.jsonl", "hf://queries.jsonl"):
+        with pytest.raises(OSError, match=f"cannot get {path} from the Hub"):
+            load_queries(path)
     with pytest.raises(OSError, match="nowhere"):
         ToolCodes.from_pretrained("me/codes", revision="nowhere")
     hub.repositories["model", "me/codes"].private = True

@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from .hub import PushToHubMixin
+from .hub import PushToHubMixin, local_file
 from .openapi import join_texts, openapi_tools
 
 
@@ -230,13 +230,14 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
 
         A tool is a row as [`ToolCatalog.to_jsonl`] writes it, an OpenAI function schema (bare or in its
         `{"type": "function"}` wrapper), an item of MCP's list, a document of a BEIR corpus (`_id`, `title`, `text`),
-        or an API of ToolBench, whose id is `<<tool&&api>>` as in ToolGen.
+        or an API of ToolBench, whose id is `<<tool&&api>>` as in ToolGen. The file may be one of the Hub:
+        `hf://datasets/user/name/catalog.jsonl`.
 
         Raises:
             `ValueError`: naming the file, the line or item, and the tool that is wrong.
             `OSError`: if the file cannot be read.
         """
-        path = Path(path)
+        path = Path(local_file(path))
         try:
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:

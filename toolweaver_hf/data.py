@@ -17,6 +17,7 @@ from datasets import Dataset
 from datasets.utils import tqdm
 
 from .catalog import ToolCatalog
+from .hub import local_file
 
 
 if TYPE_CHECKING:
@@ -55,15 +56,17 @@ class Query:
 def read_rows(path: str | os.PathLike) -> list[tuple[str, dict[str, Any]]]:
     """Read the rows of a JSONL file, or of a JSON file that holds a list, each with its place for error messages.
 
+    The file may be one of the Hub: `hf://datasets/user/name/file.jsonl`.
+
     Raises:
         `ValueError`: naming the file and the line or item that is not a JSON object.
     """
     rows: list[tuple[str, Any]] = []
-    with open(path, encoding="utf-8-sig") as file:
+    with open(local_file(path), encoding="utf-8-sig") as file:
         if os.fspath(path).endswith(".json"):
             try:
                 items = json.load(file)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path} is not valid JSON: {error}") from None
             if not isinstance(items, list):
                 raise ValueError(f"{path} holds no list of rows")
@@ -73,7 +76,7 @@ def read_rows(path: str | os.PathLike) -> list[tuple[str, dict[str, Any]]]:
                 if line.strip():
                     try:
                         rows.append((f"{path}, line {number}", json.loads(line)))
-                    except ValueError as error:
+                    except (ValueError, RecursionError) as error:
                         raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from None
     for place, row in rows:
         if not isinstance(row, dict):
@@ -132,7 +135,7 @@ def _query_of_conversation(place: str, row: dict[str, Any]) -> dict[str, Any]:
 
 def _read_qrels(path: str | os.PathLike) -> dict[str, list[str]]:
     relevant: dict[str, list[str]] = {}
-    with open(path, encoding="utf-8") as file:
+    with open(local_file(path), encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             fields = line.rstrip("\n").split("\t")
             if (number == 1 and fields[0] == "query-id") or fields == [""]:

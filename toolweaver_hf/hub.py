@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
+    CommitOperationDelete,
     DatasetCard,
     DatasetCardData,
     EvalResult,
     HfApi,
+    HfFileSystem,
     ModelCard,
     ModelCardData,
     RepoCard,
     constants,
+    hf_hub_download,
 )
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx, logging
@@ -44,6 +47,7 @@ EVALUATION_FOLDER = "evaluation"
 
 PUSHED_SUFFIXES = (".json", ".jsonl", ".safetensors", ".py", ".jinja", ".txt", ".png")
 """What leaves a folder for the Hub. Pickles and checkpoints do not."""
+WEIGHT_FILES = (".safetensors", ".safetensors.index.json", "adapter_config.json")
 LEFT_OUT = ("embeddings.safetensors", "trainer_state.json")
 
 DATASET_CARD_TEMPLATE = """---
@@ -184,6 +188,11 @@ def push_folder(
         api.create_repo(repo_id, private=private, repo_type=repo_type, exist_ok=True)
         if revision is not None and not create_pr and not revision.startswith("refs/pr/"):
             api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+        if kind == "model":
+            # Weights of an earlier push that are not of this model would be taken for it.
+            present = api.list_repo_files(repo_id, revision=None if create_pr else revision)
+            stale = [name for name in present if name.endswith(WEIGHT_FILES) and name not in files]
+            operations += [CommitOperationDelete(path_in_repo=name) for name in stale if "/" not in name]
         return api.create_commit(
             repo_id,
             operations,
@@ -203,6 +212,21 @@ def push_folder(
         raise OSError(
             f"cannot reach the Hub at {constants.ENDPOINT} ({error}); {folder} is as it was: push it again later"
         ) from None
+
+
+def local_file(path: str | os.PathLike) -> str | os.PathLike:
+    """Return a path as it is, or the local copy of a file that is named as `hf://datasets/user/name/queries.jsonl`.
+
+    Raises:
+        `OSError`: if the Hub cannot be reached or has no such file.
+    """
+    if not os.fspath(path).startswith("hf://"):
+        return path
+    try:
+        found = HfFileSystem().resolve_path(path)
+        return hf_hub_download(found.repo_id, found.path_in_repo, repo_type=found.repo_type, revision=found.revision)
+    except (ValueError, OSError, httpx.TransportError, NotImplementedError) as error:
+        raise OSError(f"cannot get {path} from the Hub: {error}") from None
 
 
 def take_push_arguments(args: TrainingArguments) -> dict[str, Any] | None:
