@@ -11,6 +11,7 @@ HUB = HubServer().start()
 HF_HOME = tempfile.mkdtemp()
 atexit.register(shutil.rmtree, HF_HOME, ignore_errors=True)
 os.environ.update(HF_ENDPOINT=HUB.url, HF_HOME=HF_HOME, HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1")
+os.environ.update(HF_HUB_ETAG_TIMEOUT="60", HF_HUB_DOWNLOAD_TIMEOUT="60")  # of a machine that is busy
 for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "TRANSFORMERS_OFFLINE"):
     os.environ.pop(name, None)
 

@@ -90,6 +90,7 @@ class HubServer(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = 100
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), HubHandler)
@@ -123,6 +124,7 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def handle_request(self):
         self.server.log.append((self.command, self.path))
+        self._body = None
         url = urlsplit(self.path)
         self.query = parse_qs(url.query, keep_blank_values=True)
         try:
@@ -139,9 +141,9 @@ class HubHandler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = handle_request
 
     def body(self):
-        if not hasattr(self, "_body") or self._body[0] != id(self.headers):
-            self._body = (id(self.headers), self.read_body())
-        return self._body[1]
+        if self._body is None:
+            self._body = self.read_body()
+        return self._body
 
     def read_body(self):
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
