@@ -1,0 +1,184 @@
+"""What structured tokenization costs, next to a plain dense form of the same losses.
+
+```bash
+python recipes/benchmark_tokenization.py --num_tools 5000 47000 200000 --output_dir out/benchmark
+```
+
+The rival holds the similarity of all tools as a dense matrix, compares all pairs of a batch at every level, starts its
+codebooks by k-means on the first batch, and mends collisions group by group: by Sinkhorn-Knopp inside each, and by one
+token more where that is not enough. Model, embeddings, edges, batches and optimizer are the same. Each run has a
+process of its own, whose peak memory is reported. The fit is timed over a few steps, after the first two.
+"""
+
+import json
+import os
+import resource
+import tempfile
+import time
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+
+import numpy as np
+import scipy.sparse
+import torch
+from torch.nn.functional import mse_loss
+from transformers import HfArgumentParser, TrainerCallback, set_seed
+
+from toolweaver_hf.assignment import assign_codes
+from toolweaver_hf.cli import run
+from toolweaver_hf.configuration_rqvae import RQVAEConfig
+from toolweaver_hf.modeling_rqvae import RQVAEModel, uniform_mapping
+from toolweaver_hf.recipes.tokenize_tools import RQVAETrainingArguments
+from toolweaver_hf.train_rqvae import RQVAETrainer, start_model
+
+
+@dataclass
+class BenchmarkArguments:
+    """What to measure."""
+
+    num_tools: list[int] = field(default_factory=lambda: [5000, 47000, 200000], metadata={"help": "Catalogue sizes."})
+    edges_per_tool: int = field(default=6, metadata={"help": "Co-used tools drawn for each tool."})
+    codebook_size: int = field(default=1024, metadata={"help": "Codes on each of two levels."})
+    steps: int = field(default=10, metadata={"help": "Timed steps of the fit."})
+    threads: int = field(default=2, metadata={"help": "CPU threads."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for benchmark_tokenization.json."})
+
+
+def synthetic_tools(num_tools: int, edges_per_tool: int) -> tuple[torch.Tensor, scipy.sparse.csr_array]:
+    """Embeddings around one centre for some twenty tools, and edges half inside these groups, half anywhere."""
+    generator = np.random.default_rng(0)
+    groups = generator.integers(0, max(1, num_tools // 20), num_tools)
+    centres = generator.standard_normal((groups.max() + 1, 384), dtype=np.float32)
+    embeddings = centres[groups]
+    embeddings += 0.5 * generator.standard_normal(embeddings.shape, dtype=np.float32)
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    order = np.argsort(groups, kind="stable")
+    place = np.argsort(order)
+    tool = np.repeat(np.arange(num_tools), edges_per_tool)
+    near = order[np.minimum(place[tool] + generator.integers(1, 10, len(tool)), num_tools - 1)]
+    other = np.where(generator.random(len(tool)) < 0.5, near, generator.integers(0, num_tools, len(tool)))
+    kept = tool != other
+    edges = (np.ones(kept.sum(), dtype=np.float32), (tool[kept], other[kept]))
+    graph = scipy.sparse.csr_array(scipy.sparse.coo_array(edges, shape=(num_tools, num_tools)))
+    return torch.from_numpy(embeddings), scipy.sparse.csr_array(graph.maximum(graph.T))
+
+
+class _Clock(TrainerCallback):
+    def __init__(self):
+        self.times = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.times.append(time.perf_counter())
+
+
+def fit_sparse(model: RQVAEModel, embeddings: torch.Tensor, graph: scipy.sparse.csr_array, steps: int) -> dict:
+    """The recipe's way: `RQVAETrainer`, then `assign_codes`."""
+    clock = _Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        args = RQVAETrainingArguments(
+            output_dir=folder, max_steps=steps + 2, logging_strategy="no", disable_tqdm=True, use_cpu=True
+        )
+        trainer = RQVAETrainer(model, args, embeddings, graph, callbacks=[clock])
+        trainer.train()
+        start = time.perf_counter()
+        codes = assign_codes(trainer.encode(), model.codebooks())
+    return {
+        "step": (clock.times[-1] - clock.times[1]) / steps,
+        "assignment": time.perf_counter() - start,
+        "tokens_more": 0,
+        "unique": len(np.unique(codes, axis=0)) == len(codes),
+    }
+
+
+def fit_dense(model: RQVAEModel, embeddings: torch.Tensor, graph: scipy.sparse.csr_array, steps: int) -> dict:
+    """The plain way: a dense similarity matrix, all pairs of a batch at every level, collisions mended one by one."""
+    similarity = torch.from_numpy(graph.todense())
+    model.mean.copy_(embeddings.mean(0))
+    model.scale.copy_((embeddings - model.mean).square().mean().sqrt())
+    start_model(model, embeddings[:1024])  # of the first batch
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    times = []
+    for _ in range(steps + 2):
+        batch = torch.randperm(len(embeddings))[:1024]
+        latents = model.encode(embeddings[batch])
+        _, residuals, vectors = model.quantizer(latents, uniform=True)
+        quantized = torch.zeros_like(latents)
+        loss = 0.0
+        for residual, vector in zip(residuals, vectors, strict=True):
+            loss = loss + mse_loss(vector, residual.detach()) + 0.25 * mse_loss(residual, vector.detach())
+            quantized = quantized + residual + (vector - residual).detach()
+            apart = (quantized[:, None] - quantized[None]).square().sum(-1)
+            loss = loss + (similarity[batch][:, batch] * apart).mean()
+        loss = loss + mse_loss(model.decode(latents + (sum(vectors) - latents).detach()), embeddings[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        times.append(time.perf_counter())
+
+    model.eval()
+    start = time.perf_counter()
+    with torch.no_grad():
+        latents = torch.cat([model.encode(rows) for rows in embeddings.split(8192)])
+        codes = torch.cat([model.quantize(rows) for rows in latents.split(8192)]).numpy()
+        for _ in range(20):
+            groups: dict[tuple[int, ...], list[int]] = {}
+            for tool, code in enumerate(codes.tolist()):
+                groups.setdefault(tuple(code), []).append(tool)
+            crowded = [tools for tools in groups.values() if len(tools) > 1]
+            for tools in crowded:
+                residual = latents[tools] - model.codebooks()[0][codes[tools, 0]]
+                codes[tools, 1] = uniform_mapping(model.quantizer.codebooks[1].distances(residual)).argmax(1)
+            if not crowded:
+                break
+    return {
+        "step": (times[-1] - times[1]) / steps,
+        "assignment": time.perf_counter() - start,
+        "tokens_more": max(len(tools) for tools in groups.values()),
+        "unique": False,
+    }
+
+
+def measure(way: str, num_tools: int, args: BenchmarkArguments) -> dict:
+    """Fit and assign in this process; return seconds, and the peak memory in GiB."""
+    torch.set_num_threads(args.threads)
+    set_seed(0)
+    embeddings, graph = synthetic_tools(num_tools, args.edges_per_tool)
+    model = RQVAEModel(RQVAEConfig(codebook_sizes=[args.codebook_size] * 2))
+    result = (fit_sparse if way == "sparse" else fit_dense)(model, embeddings, graph, args.steps)
+    return result | {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)}
+
+
+def main(args: BenchmarkArguments) -> dict[str, dict]:
+    """Measure both ways for every size, print a table and return the measures by size and way."""
+    results = {}
+    context = get_context("spawn")
+    print("| tools | way | ms a step | times | assignment, s | times | peak memory, GiB | times |")
+    print("|---:|---|---:|---:|---:|---:|---:|---:|")
+    for num_tools in args.num_tools:
+        ours = None
+        for way in ("sparse", "dense"):
+            needed = 4 * num_tools**2 / (1 << 30)
+            available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / (1 << 30)
+            if way == "dense" and needed > 0.7 * available:
+                print(f"| {num_tools} | dense | | | | | {needed:.0f} for the matrix alone: not run | |", flush=True)
+                continue
+            with context.Pool(1) as pool:
+                result = results[f"{num_tools}, {way}"] = pool.apply(measure, (way, num_tools, args))
+            ours = ours or result
+            cells = [f"{num_tools}", way, f"{1000 * result['step']:.0f}", f"{result['step'] / ours['step']:.1f}"]
+            cells += [f"{result['assignment']:.1f}", f"{result['assignment'] / ours['assignment']:.1f}"]
+            cells += [f"{result['memory']:.2f}", f"{result['memory'] / ours['memory']:.1f}"]
+            print(f"| {' | '.join(cells)} |", flush=True)
+    if args.output_dir:
+        os.makedirs(args.output_dir, exist_ok=True)
+        with open(os.path.join(args.output_dir, "benchmark_tokenization.json"), "w", encoding="utf-8") as file:
+            json.dump(results, file, indent=2)
+    return results
+
+
+def cli(argv: list[str] | None = None) -> None:
+    main(*HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses(argv))
+
+
+if __name__ == "__main__":
+    run(cli)
