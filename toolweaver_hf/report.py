@@ -77,11 +77,16 @@ def measure_codes(
     }
 
 
-def inspect_codes(folder: str | os.PathLike) -> Path:
+def inspect_codes(folder: str | os.PathLike, catalog: str | os.PathLike | None = None) -> Path:
     """Draw a report of the codes in a folder that `recipes/tokenize_tools.py` wrote.
 
     The page shows the losses of the training, the use of each level's codes, a map of the tools coloured by their
     first code, and the tools of the largest prefixes. The groups are written to `report.json` as well.
+
+    Args:
+        folder (`str`): The folder.
+        catalog (`str`, *optional*): A catalogue of today. `report.json` then has, as `changes`, the names of its tools
+            that are `added` since the codes were learnt, or whose documents are `changed`, and of those `removed`.
 
     Returns:
         `Path`: the picture, `report.png` in the folder.
@@ -91,11 +96,11 @@ def inspect_codes(folder: str | os.PathLike) -> Path:
 
     folder = Path(folder)
     codes = ToolCodes.from_pretrained(folder)
-    catalog = ToolCatalog.from_file(folder / "catalog.jsonl")
+    learnt = ToolCatalog.from_file(folder / "catalog.jsonl")
     metrics = read_json(folder / METRICS_FILE, METRICS_VERSION)
     codebooks = [codebook.numpy() for codebook in RQVAEModel.from_pretrained(folder).codebooks()]
     matrix = codes.matrix
-    names = [catalog[tool_id].name if tool_id in catalog else tool_id for tool_id in codes]
+    names = [learnt[tool_id].name if tool_id in learnt else tool_id for tool_id in codes]
 
     groups: dict[int, list[str]] = {}
     for first, name in zip(matrix[:, 0].tolist(), names, strict=True):
@@ -103,6 +108,12 @@ def inspect_codes(folder: str | os.PathLike) -> Path:
     largest = sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
     report = {name: value for name, value in metrics.items() if name not in ("schema_version", "history")}
     report["groups"] = [{"first_code": first, "tools": tools} for first, tools in largest]
+    if catalog is not None:
+        present = ToolCatalog.from_file(catalog)
+        report["changes"] = {
+            kind: [(present if tool_id in present else learnt)[tool_id].name for tool_id in tool_ids]
+            for kind, tool_ids in codes.compare(present)._asdict().items()
+        }
     write_json(folder / "report.json", report, METRICS_VERSION)
 
     figure = plt.figure(figsize=(15, 11), layout="constrained")
@@ -113,7 +124,9 @@ def inspect_codes(folder: str | os.PathLike) -> Path:
     for name in ("reconstruction_loss", "codebook_loss", "commitment_loss", "collaborative_loss"):
         points = [(entry["step"], entry[name]) for entry in metrics["history"] if name in entry]
         if points:
-            axes.plot(*zip(*points, strict=True), label=name.removesuffix("_loss"))
+            # The codebook and the commitment loss have the same value, and another gradient.
+            style = "--" if name == "commitment_loss" else "-"
+            axes.plot(*zip(*points, strict=True), style, label=name.removesuffix("_loss"))
     axes.set(title="Losses", xlabel="step", yscale="log")
     axes.legend(frameon=False)
 
@@ -152,6 +165,7 @@ def inspect_codes(folder: str | os.PathLike) -> Path:
     table.set_fontsize(8)
     for cell in table.get_celld().values():
         cell.set_linewidth(0.3)
+        cell.PAD = 0.01 if cell.get_width() > 0.5 else 0.1
 
     picture = folder / "report.png"
     figure.savefig(picture, dpi=110)
@@ -167,4 +181,10 @@ def _shortened(names: list[str], length: int) -> str:
 def cli(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw a report of learnt codes: report.png and report.json.")
     parser.add_argument("folder", help="output folder of `toolweaver tokenize`")
-    print(inspect_codes(parser.parse_args(argv).folder))
+    parser.add_argument("--catalog", help="a catalogue of today: tell which of its tools are new, changed or gone")
+    args = parser.parse_args(argv)
+    picture = inspect_codes(args.folder, args.catalog)
+    if args.catalog:
+        for kind, names in read_json(picture.with_suffix(".json"), METRICS_VERSION)["changes"].items():
+            print(f"{kind:<9}{len(names):>6}  {_shortened(names, 200)}")
+    print(picture)

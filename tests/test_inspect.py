@@ -1,0 +1,86 @@
+"""The report of learnt codes, as a picture and as JSON."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import save_file
+
+from toolweaver_hf import Tool, ToolCatalog, ToolCodes
+from toolweaver_hf.recipes import tokenize_tools
+from toolweaver_hf.report import cli
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Codes of 40 tools by the recipe, from embeddings that lie in its folder already."""
+    data = tmp_path_factory.mktemp("data")
+    catalog = ToolCatalog([Tool(f"tool{i}", f"Does the thing {i}.", name=f"name of {i}") for i in range(40)])
+    catalog.to_jsonl(data / "catalog.jsonl")
+    with open(data / "queries.jsonl", "w", encoding="utf-8") as file:
+        for i in range(0, 40, 2):
+            file.write(json.dumps({"id": str(i), "text": "?", "tools": [f"tool{i}", f"tool{(i + 1) % 40}"]}) + "\n")
+    (data / "out").mkdir()
+    embeddings = np.random.default_rng(0).standard_normal((40, 16), dtype=np.float32)
+    key = {"encoder": "none", "catalog": catalog.checksum}
+    save_file({"embeddings": embeddings}, data / "out" / "embeddings.safetensors", metadata=key)
+    tokenize_tools.cli(
+        [
+            *["--catalog", str(data / "catalog.jsonl"), "--queries", str(data / "queries.jsonl"), "--encoder", "none"],
+            *["--output_dir", str(data / "out"), "--max_steps", "40", "--logging_steps", "10", "--use_cpu", "true"],
+            *["--save_strategy", "steps", "--save_steps", "20", "--held_out_edges", "0.3"],
+        ]
+    )
+    return data / "out"
+
+
+def test_the_recipe_leaves_no_checkpoints_and_no_pickles(folder):
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tool_codes.json", "metrics.json", "embeddings.safetensors"} <= names
+    assert not [name for name in names if name.startswith("checkpoint") or name.endswith((".bin", ".pt", ".pth"))]
+
+
+def test_metrics(folder):
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["tools"] == 40 and metrics["collisions"] == 0
+    assert metrics["cousage"]["pairs"] + metrics["held_out"]["pairs"] == 20
+    assert [entry["step"] for entry in metrics["history"]] == [10, 20, 30, 40]
+
+
+def test_report(folder, capsys):
+    codes = ToolCodes.from_pretrained(folder)
+    present = ToolCatalog.from_file(folder / "catalog.jsonl")
+    tools = [*present][2:]
+    tools[0] = Tool("tool2", "Does another thing.", name="name of 2")
+    ToolCatalog([*tools, Tool("fresh", "New.", name="the new one")]).to_jsonl(folder.parent / "today.jsonl")
+    cli([str(folder), "--catalog", str(folder.parent / "today.jsonl")])
+    out = capsys.readouterr().out
+    assert "the new one" in out and str(folder / "report.png") in out
+    report = json.loads((folder / "report.json").read_text())
+    assert report["changes"] == {
+        "added": ["the new one"],
+        "removed": ["name of 0", "name of 1"],
+        "changed": ["name of 2"],
+    }
+    assert sum(len(group["tools"]) for group in report["groups"]) == len(codes) == 40
+    first = report["groups"][0]
+    assert all(codes[f"tool{name.split()[-1]}"][0] == first["first_code"] for name in first["tools"])
+    with Image.open(folder / "report.png") as picture:
+        assert picture.width > 1000 and len(picture.convert("RGB").getcolors(1 << 24)) > 50
+
+
+def test_the_same_seed_gives_the_same_codes(folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "embeddings.safetensors").write_bytes((folder / "embeddings.safetensors").read_bytes())
+    torch.manual_seed(5)
+    data = folder.parent
+    tokenize_tools.cli(
+        [
+            *["--catalog", str(data / "catalog.jsonl"), "--queries", str(data / "queries.jsonl"), "--encoder", "none"],
+            *["--output_dir", str(tmp_path / "out"), "--max_steps", "40", "--use_cpu", "true"],
+            *["--held_out_edges", "0.3"],
+        ]
+    )
+    assert dict(ToolCodes.from_pretrained(tmp_path / "out")) == dict(ToolCodes.from_pretrained(folder))
