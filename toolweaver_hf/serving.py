@@ -16,14 +16,14 @@ PIPELINE = {
     }
 }
 PIPELINE_FILES = ("pipeline_tool_retrieval.py", "retrieval.py", "trie.py", "tokenization_toolweaver.py")
-GENERATE_FILES = ("logits_process.py", "trie.py", "tokenization_toolweaver.py")
+GENERATE_FILES = ("logits_process.py", "trie.py", "tokenization_toolweaver.py", "vllm.py")
 
 
 def save_inference_code(folder: str | os.PathLike) -> None:
     """Put beside an aligned model the code of its pipeline and of its constrained `generate`.
 
     Whoever loads the folder with `trust_remote_code=True` then has `pipeline("tool-retrieval", model=folder)`, and a
-    `model.generate` that only names tools which exist, as `transformers serve` calls it. A folder that holds an adapter
+    `model.generate` that only names tools which exist, as `transformers serve` calls it; vLLM finds its plugin there. A folder that holds an adapter
     alone is left as it is: both are found through the configuration of a whole model.
 
     Args:
