@@ -30,5 +30,11 @@ def wait() -> str:
     return "done"
 
 
+@server.tool()
+def get_current_time(timezone: str) -> str:
+    """Tell the time."""
+    return "12:00"
+
+
 if __name__ == "__main__":
     server.run("stdio")

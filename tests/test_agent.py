@@ -313,3 +313,6 @@ def test_the_cache_changes_nothing(tokenizer):
 def test_errors(tokenizer):
     with pytest.raises(ValueError, match="the catalogue lacks: snow"):
         make_agent(tokenizer, [], {"snow": print})
+    codes = ToolCodes([2, 2], {"rain": [0, 0]})
+    with pytest.raises(ValueError, match="no code, so that the model cannot name them: wind"):
+        make_agent(ToolWeaverTokenizer.from_base(build("smollm2"), codes), [], {"rain": print, "wind": print})

@@ -271,3 +271,23 @@ def test_errors():
         LogitsProcessorList([processor])(torch.ones((3, 4), dtype=torch.long), torch.zeros(3, 22))
     with pytest.raises(ValueError, match="resize the model's embeddings"):
         processor(torch.ones((2, 4), dtype=torch.long), torch.zeros(2, 20))
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 3, 8]))
+@settings(max_examples=12, deadline=None)
+def test_large_catalogues_keep_to_their_sets(seed, levels):
+    """Of 50,000 tools, whatever is sampled is of the row's set, and at each step the tokens are those of numpy."""
+    generator = np.random.default_rng(seed)
+    size = {1: 60_000, 2: 300, 3: 40, 8: 4}[levels]
+    codes = np.unique(generator.integers(0, size, (50_000, levels)), axis=0) + TEXT + size * np.arange(levels)
+    codes = generator.permutation(codes)
+    sets = [generator.choice(len(codes), generator.integers(1, 2000), replace=False) for _ in range(4)]
+    processor = ToolCodeLogitsProcessor(CodeTrie(codes), prompt_length=0, eos_token_id=EOS, allowed_tools=sets)
+    rows = torch.zeros((8, 0), dtype=torch.long)
+    for depth in range(levels):
+        masked = processor(rows, torch.rand(8, TEXT + size * levels))
+        for i, row in enumerate(rows.numpy()):
+            own = codes[sets[i // 2]]
+            expected = np.unique(own[(own[:, :depth] == row).all(1), depth])
+            assert masked[i].isfinite().nonzero().flatten().tolist() == expected.tolist()
+        rows = torch.cat([rows, masked.argmax(1, keepdim=True)], dim=1)

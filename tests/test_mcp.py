@@ -24,7 +24,9 @@ def tools():
 
 @pytest.fixture
 def tokenizer():
-    codes = ToolCodes([2, 2], {"rain": [0, 0], "wind": [0, 1], "wait": [1, 0], "mail": [1, 1]})
+    codes = ToolCodes(
+        [3, 3], {"rain": [0, 0], "wind": [0, 1], "wait": [1, 0], "mail": [1, 1], "get_current_time": [2, 2]}
+    )
     return ToolWeaverTokenizer.from_base(build("smollm2"), codes)
 
 
@@ -36,7 +38,7 @@ def make_agent(tokenizer, tools, *turns, **kwargs):
 
 
 def test_the_servers_tools_are_listed_and_called(tools):
-    assert list(tools) == ["rain", "wind", "wait"]
+    assert list(tools) == ["rain", "wind", "wait", "get_current_time"]
     assert tools.catalog["rain"].description == "Tell how many millimetres of rain fall at a place."
     assert tools.catalog["rain"].parameters["required"] == ["place"]
     assert tools["rain"](place="Oslo", days=2) == {"mm": 8.0}

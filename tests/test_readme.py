@@ -1,8 +1,10 @@
 """The README's snippets, taken from it and run, in order, on a tiny model and the Hub on loopback."""
 
+import os
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,9 +87,33 @@ def test_push_and_load(workspace):
     assert type(loaded["tokenizer"]).__name__ == "ToolWeaverTokenizer"
 
 
-def test_use_it(workspace):
-    names = {"get_weather": lambda **_: "sunny", "get_air_quality": lambda **_: "good"}
-    names["tokenizer"] = ToolWeaverTokenizer.from_pretrained("out/agent")
-    names["model"] = small_llama(len(names["tokenizer"])).eval()
-    names["inputs"] = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2), "max_new_tokens": 5}
-    run("## Use it", names)
+def test_ranked_tools(workspace):
+    names = {"tools_of_ann": ["weather"], "tools_of_bob": ["air_quality"], "queries": ["Is it warm?", "Is it?"]}
+    run("### Ranked tools", names)
+
+
+def test_the_agent(workspace):
+    run("### The agent", {"get_weather": lambda **_: "sunny", "get_air_quality": lambda **_: "good"})
+
+
+def test_tools_of_an_mcp_server(workspace, tmp_path, monkeypatch):
+    codes = ToolCodes([2, 2], {"get_current_time": [1, 1], "rain": [0, 0], "wind": [0, 1], "wait": [1, 0]})
+    codes.save_pretrained("out/agent")
+    server = tmp_path / "mcp-server-time"
+    server.write_text(f"#!/bin/sh\nexec {sys.executable} {ROOT / 'tests' / 'mcp_server.py'}\n")
+    server.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert run("### Tools of an MCP server")["run"].stop_reason in ("answer", "max_steps", "max_tokens")
+
+
+def test_generate(workspace):
+    tokenizer = ToolWeaverTokenizer.from_pretrained("out/agent")
+    run(
+        "### `generate`",
+        {
+            "tokenizer": tokenizer,
+            "catalog": ToolCatalog.from_pretrained("out/agent"),
+            "model": small_llama(len(tokenizer)).eval(),
+            "inputs": {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2), "max_new_tokens": 5},
+        },
+    )

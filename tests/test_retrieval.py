@@ -74,6 +74,18 @@ def test_models_that_change_their_logits_need_the_full_head(tokenizer):
         ToolRetriever(model, tokenizer, full_head=False)
 
 
+@pytest.mark.parametrize("sizes", [(60,), (2,) * 8])
+def test_any_number_of_levels(base_tokenizer, sizes):
+    tokenizer = many_tools(base_tokenizer, num_tools=50, sizes=sizes)
+    model = small_llama(len(tokenizer))
+    for full_head in (True, False):
+        retriever = ToolRetriever(model, tokenizer, full_head=full_head)
+        (found,) = retriever(QUERIES[0], exhaustive=True, top_k=50)
+        assert len(found) == 50
+        for tool in found[::10]:
+            assert math.isclose(tool.score, score(model, tokenizer, QUERIES[0], tool.tool_id), abs_tol=1e-3)
+
+
 def test_exhaustive_scores_are_the_teacher_forced_ones(base_tokenizer):
     tokenizer = many_tools(base_tokenizer)
     model = small_llama(len(tokenizer))

@@ -124,6 +124,12 @@ class ToolAgent:
         unknown = [tool_id for tool_id in functions if tool_id not in catalog]
         if unknown:
             raise ValueError(f"functions are given for tools that the catalogue lacks: {', '.join(unknown[:5])}")
+        uncoded = [tool_id for tool_id in functions if not tokenizer.has_tool(tool_id)]
+        if uncoded:
+            raise ValueError(
+                f"these tools have no code, so that the model cannot name them: {', '.join(uncoded[:5])}; align it with "
+                "a catalogue that holds them, or give functions without them"
+            )
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.catalog = catalog
