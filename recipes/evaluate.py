@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from transformers import HfArgumentParser
 
 from toolweaver_hf.baselines import BM25Retriever, DenseRetriever
+from toolweaver_hf.cards import EVALUATION_FOLDER
 from toolweaver_hf.catalog import ToolCatalog
 from toolweaver_hf.cli import run
 from toolweaver_hf.data import load_queries
 from toolweaver_hf.embeddings import default_encoder
 from toolweaver_hf.evaluation import METRICS_FILE, METRICS_VERSION, evaluate_rankings, markdown_table
-from toolweaver_hf.hub import EVALUATION_FOLDER
 from toolweaver_hf.json_files import write_json
 from toolweaver_hf.retrieval import ToolRetriever
 

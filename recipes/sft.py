@@ -34,6 +34,7 @@ from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig, TrlParser, get_peft_config
 
+from toolweaver_hf.cards import record_training
 from toolweaver_hf.catalog import ToolCatalog
 from toolweaver_hf.cli import run
 from toolweaver_hf.codes import ToolCodes
@@ -50,7 +51,7 @@ from toolweaver_hf.data import (
     weigh_rows,
 )
 from toolweaver_hf.embedding_init import initialize_code_embeddings, trainable_code_rows
-from toolweaver_hf.hub import push_folder, record_training, take_push_arguments
+from toolweaver_hf.hub import push_folder, take_push_arguments
 from toolweaver_hf.modeling_rqvae import RQVAEModel
 from toolweaver_hf.serving import save_inference_code
 from toolweaver_hf.tokenization_toolweaver import TOOL_CODES_FILE, ToolWeaverTokenizer

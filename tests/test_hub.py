@@ -30,12 +30,13 @@ from toolweaver_hf import (
     ToolRetriever,
     ToolWeaverTokenizer,
 )
+from toolweaver_hf.cards import create_card
 from toolweaver_hf.cli import main as toolweaver
 from toolweaver_hf.data import load_queries
 from toolweaver_hf.demo import DEMO_FOLDER
 from toolweaver_hf.embedding_init import trainable_code_rows
 from toolweaver_hf.evaluation import MEASURES
-from toolweaver_hf.hub import create_card, push_folder
+from toolweaver_hf.hub import push_folder
 from toolweaver_hf.json_files import write_json
 from toolweaver_hf.pipeline_tool_retrieval import ToolRetrievalPipeline
 from toolweaver_hf.recipes import sft

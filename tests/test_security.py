@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from toolweaver_hf import RQVAEConfig, RQVAEModel, ToolCatalog, ToolCodes, ToolRetriever, ToolWeaverTokenizer
+from toolweaver_hf.cards import create_card
 from toolweaver_hf.data import load_queries, load_trajectories
-from toolweaver_hf.hub import create_card
 from toolweaver_hf.json_files import read_json
 
 
