@@ -225,7 +225,7 @@ def load_rows(
             logger.warning(f"{stage}: {too_long} of {len(rows)} rows have more than {max_length} tokens: left out")
         if stage in ("memorization", "retrieval") and args.augmentations:
             noisy = [leave_out_words(row, generator) for _ in range(args.augmentations) for row in rows]
-            noisy, _ = tokenize_rows(noisy, tokenizer, max_length, split_share=0.3, seed=seed)
+            noisy, _ = tokenize_rows(noisy, tokenizer, max_length, split_share=0.22, seed=seed)
             dataset = concatenate_datasets([dataset, noisy])
         if stage == "retrieval" and shared_prompts:
             dataset = share_prompts(dataset)
@@ -248,7 +248,7 @@ def load_eval_queries(args: AlignmentArguments, seed: int) -> list[Query]:
 def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, model_args: ModelConfig) -> None:
     """Align a model and save it with its tokenizer and catalogue in `training_args.output_dir`."""
     set_seed(training_args.seed)
-    catalog = ToolCatalog.from_file(os.path.join(args.codes_dir, "catalog.jsonl"))
+    catalog = ToolCatalog.from_pretrained(args.codes_dir, repo_type="model")
     model, tokenizer = load_model_and_tokenizer(args, training_args, model_args, catalog)
 
     padded = not (training_args.packing or training_args.padding_free)

@@ -24,6 +24,7 @@ from trl import ModelConfig, SFTTrainer, TrlParser
 
 from toolweaver_hf import Tool, ToolCatalog, ToolCodes, ToolRetriever, ToolWeaverTokenizer
 from toolweaver_hf.data import load_queries, retrieval_rows, tokenize_rows
+from toolweaver_hf.demo import DEMO_FOLDER
 from toolweaver_hf.embedding_init import initialize_code_embeddings, trainable_code_rows
 from toolweaver_hf.recipes import sft
 from toolweaver_hf.train_alignment import (
@@ -373,6 +374,27 @@ def test_configurations_are_valid(path):
         batch = 8 * training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
         assert (training_args.learning_rate, batch, training_args.warmup_steps) == (2e-5, 128, 0.03)
         assert training_args.max_length == (6144 if path.stem.endswith("trajectory") else 1024)
+
+
+def test_smoke_configuration_runs(world, tmp_path, monkeypatch):
+    """On the demo's own files, with fewer steps, codes by number and an untrained model in place of the quick start's."""
+    monkeypatch.chdir(RECIPES.parent)
+    catalog = ToolCatalog.from_file(DEMO_FOLDER / "catalog.jsonl")
+    ToolCodes([16, 16], {tool.id: divmod(i, 16) for i, tool in enumerate(catalog)}).save_pretrained(tmp_path / "codes")
+    catalog.to_jsonl(tmp_path / "codes" / "catalog.jsonl")
+    options = {
+        "model_name_or_path": world / "tied",
+        "codes_dir": tmp_path / "codes",
+        "embedding_init": "random",
+        "output_dir": tmp_path / "out",
+        "max_steps": 4,
+        "eval_steps": 2,
+        "save_steps": 2,
+    }
+    options = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    sft.cli(["--config", str(RECIPES / "configs/smoke.yaml"), *options])
+    history = TrainerState.load_from_json(tmp_path / "out/checkpoint-4/trainer_state.json").log_history
+    assert [entry["step"] for entry in history if "eval_nDCG@1" in entry] == [2, 4]
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
