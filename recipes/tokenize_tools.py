@@ -14,6 +14,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from toolweaver_hf.assignment import assign_codes, check_capacity
@@ -91,6 +92,8 @@ class RQVAETrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             self.eval_strategy = "steps"
+        # Without this, the processes of `accelerate launch` on a machine without a GPU would not find each other.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
 
 

@@ -87,12 +87,16 @@ def _num_processes() -> int:
 
 
 def _sum_over_processes(values: torch.Tensor) -> torch.Tensor:
-    """Sum over the processes of a distributed training; gradients flow back to all of them."""
+    """Sum over the processes of a distributed training.
+
+    A loss made of such sums is the same on all processes; its gradients are scaled for their mean over processes, which
+    `DistributedDataParallel` takes, to be that of the whole.
+    """
     if _num_processes() == 1:
         return values
-    from torch.distributed.nn.functional import all_reduce
-
-    return all_reduce(values)
+    total = values.detach().clone()
+    distributed.all_reduce(total)
+    return total + _num_processes() * (values - values.detach())
 
 
 class RQVAEMLP(nn.Module):
@@ -396,11 +400,10 @@ class RQVAEModel(RQVAEPreTrainedModel):
         together = (quantized - others).square().sum(1)
         if weights is not None:
             together = weights.to(together.dtype) * together
-        # The variance of all processes' batches, from sums over them.
-        count = len(quantized) * _num_processes()
-        total = _sum_over_processes(torch.cat([quantized.sum(0), quantized.square().sum()[None]])) / count
-        apart = 2 * (total[-1] - total[:-1].square().sum())
-        return together.mean() / apart.clamp(min=1e-8)
+        sums = torch.cat([torch.stack([together.sum(), quantized.square().sum()]), quantized.sum(0)])
+        means = _sum_over_processes(sums) / (len(quantized) * _num_processes())
+        apart = 2 * (means[1] - means[2:].square().sum())
+        return means[0] / apart.clamp(min=1e-8)
 
 
 RQVAEModel.register_for_auto_class("AutoModel")
