@@ -157,6 +157,20 @@ def test_fuzz_rqvae(folder, tmp_path_factory, data):
     attempt(RQVAEModel.from_pretrained, hostile)
 
 
+@fuzz
+@given(data=st.data())
+def test_fuzz_model(folder, tmp_path_factory, data):
+    hostile = tmp_path_factory.getbasetemp() / "model"
+    shutil.rmtree(hostile, ignore_errors=True)
+    shutil.copytree(folder, hostile, ignore=shutil.ignore_patterns("codes"))
+    config = json.loads((hostile / "config.json").read_text())
+    large = st.sampled_from([1 << 40, 1 << 20, 3000, 0, -1, 7])
+    whole_numbers = [name for name, value in config.items() if type(value) is int]
+    larger = st.builds(lambda name, size: config | {name: size}, st.sampled_from(whole_numbers), large)
+    (hostile / "config.json").write_text(json.dumps(data.draw(larger | mutations(config))))
+    attempt(ToolRetriever.from_pretrained, hostile)
+
+
 class Bomb:
     def __reduce__(self):
         return os.mkdir, ("exploded",)
