@@ -4,6 +4,7 @@ import time
 
 from mcp.server.mcpserver import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
+from mcp.types import EmbeddedResource, ImageContent, TextResourceContents
 
 
 server = MCPServer("weather")
@@ -30,10 +31,14 @@ def wait() -> str:
     return "done"
 
 
-@server.tool()
-def get_current_time(timezone: str) -> str:
-    """Tell the time."""
-    return "12:00"
+@server.tool(structured_output=False)
+def photo() -> list:
+    """Take a photo."""
+    resource = {"uri": "file:///note.txt", "mimeType": "text/plain", "text": "a note"}
+    return [
+        ImageContent(type="image", data="AAAA", mime_type="image/png"),
+        EmbeddedResource(type="resource", resource=TextResourceContents.model_validate(resource)),
+    ]
 
 
 if __name__ == "__main__":

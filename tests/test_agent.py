@@ -1,6 +1,7 @@
 import asyncio
 import json
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from bases import FAMILIES, build
 from conftest import small_llama
-from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList
+from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper
 
 from toolweaver_hf import Tool, ToolAgent, ToolCatalog, ToolCodes, ToolWeaverTokenizer
 from toolweaver_hf.agent import AgentRun, save_trajectories
@@ -213,6 +214,7 @@ def test_errors_of_tools_are_observations(tokenizer):
         (broken, {"error": "KeyError: 'out of order'"}),
         (lambda place: object(), None),
         (lambda place: {1: float("nan")}, {"1": float("nan")}),
+        (lambda place: "half a pair: \ud83d", "half a pair: ?"),
     ]:
         turns = [call(tokenizer, "rain", {"place": "Oslo"}), end(tokenizer)]
         run = make_agent(tokenizer, turns, {"rain": function}, time_limit=0.2)(QUERY)
@@ -237,6 +239,38 @@ def test_arguments_that_no_grammar_expresses_are_tried_once_more(tokenizer):
     assert picked == [[1, 2]]
     assert json.loads(run.messages[2]["content"]) == {"error": "['numbers']: [2, 2] has non-unique elements"}
     assert run.stop_reason == "answer"
+
+
+def test_without_a_grammar_arguments_are_checked_all_the_same(tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    called = []
+    first = call(tokenizer, "rain", {"city": "}"})
+    turns = [first, json.dumps({"place": "{Oslo}"}), call(tokenizer, "wind", {"place": {"a": []}}), '"no"', "x" * 40]
+    functions = {"rain": lambda place: called.append(place), "wind": lambda **arguments: called.append(arguments)}
+    run = make_agent(tokenizer, turns, functions, max_steps=2, max_new_tokens=30)(QUERY)
+    assert called == ["{Oslo}"]
+    assert run.messages[1]["tool_calls"][0]["function"]["arguments"] == {"place": "{Oslo}"}
+    assert run.stop_reason == "max_tokens"
+
+
+def test_sampling_keeps_to_the_constraints(tokenizer):
+    torch.manual_seed(0)
+    model = small_llama(len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    model.lm_head.weight.data[tokenizer.code_token_ids] *= 30  # a model that is fond of codes
+    processors = LogitsProcessorList([TemperatureLogitsWarper(1.5)])
+    functions = {"rain": lambda place: 1, "mail": lambda: 2}
+    agent = ToolAgent(model, tokenizer, CATALOG, functions, do_sample=True, logits_processor=processors, max_steps=8)
+    calls = [c["function"] for _ in range(3) for m in agent(QUERY).messages for c in m.get("tool_calls", [])]
+    assert {c["name"] for c in calls} <= {"rain", "mail"} and calls
+    assert all(set(c["arguments"]) == ({"place"} if c["name"] == "rain" else set()) for c in calls)
+
+
+def test_what_a_tool_does_to_its_arguments_stays_with_it(tokenizer):
+    def spoil(numbers):
+        numbers.clear()
+
+    run = make_agent(tokenizer, [call(tokenizer, "pick", {"numbers": [1, 2]})], {"pick": spoil}, max_steps=1)(QUERY)
+    assert run.messages[1]["tool_calls"][0]["function"]["arguments"] == {"numbers": [1, 2]}
 
 
 def test_budgets(tokenizer):

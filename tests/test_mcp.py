@@ -24,9 +24,7 @@ def tools():
 
 @pytest.fixture
 def tokenizer():
-    codes = ToolCodes(
-        [3, 3], {"rain": [0, 0], "wind": [0, 1], "wait": [1, 0], "mail": [1, 1], "get_current_time": [2, 2]}
-    )
+    codes = ToolCodes([3, 3], {"rain": [0, 0], "wind": [0, 1], "wait": [1, 0], "mail": [1, 1], "photo": [2, 2]})
     return ToolWeaverTokenizer.from_base(build("smollm2"), codes)
 
 
@@ -38,10 +36,11 @@ def make_agent(tokenizer, tools, *turns, **kwargs):
 
 
 def test_the_servers_tools_are_listed_and_called(tools):
-    assert list(tools) == ["rain", "wind", "wait", "get_current_time"]
+    assert list(tools) == ["rain", "wind", "wait", "photo"]
     assert tools.catalog["rain"].description == "Tell how many millimetres of rain fall at a place."
     assert tools.catalog["rain"].parameters["required"] == ["place"]
     assert tools["rain"](place="Oslo", days=2) == {"mm": 8.0}
+    assert tools["photo"]() == [{"type": "image", "mimeType": "image/png"}, "a note"]
     with pytest.raises(RuntimeError, match="no such place"):
         tools["wind"](place="nowhere")
     with pytest.raises(KeyError):

@@ -96,12 +96,27 @@ def test_the_agent(workspace):
     run("### The agent", {"get_weather": lambda **_: "sunny", "get_air_quality": lambda **_: "good"})
 
 
+MCP_SERVER = """#!{python}
+from mcp.server.mcpserver import MCPServer
+
+server = MCPServer("time")
+
+
+@server.tool()
+def get_current_time(timezone: str) -> str:
+    "Tell the time."
+    return "12:00"
+
+
+server.run("stdio")
+"""
+
+
 def test_tools_of_an_mcp_server(workspace, tmp_path, monkeypatch):
-    codes = ToolCodes([2, 2], {"get_current_time": [1, 1], "rain": [0, 0], "wind": [0, 1], "wait": [1, 0]})
+    codes = ToolCodes([2, 2], {"weather": [0, 1], "air_quality": [0, 0], "get_current_time": [1, 1]})
     codes.save_pretrained("out/agent")
-    server = tmp_path / "mcp-server-time"
-    server.write_text(f"#!/bin/sh\nexec {sys.executable} {ROOT / 'tests' / 'mcp_server.py'}\n")
-    server.chmod(0o755)
+    (tmp_path / "mcp-server-time").write_text(MCP_SERVER.format(python=sys.executable))
+    (tmp_path / "mcp-server-time").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert run("### Tools of an MCP server")["run"].stop_reason in ("answer", "max_steps", "max_tokens")
 

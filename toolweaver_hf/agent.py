@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import json
 import os
@@ -91,7 +92,7 @@ class ToolAgent:
         max_steps (`int`, *optional*, defaults to 5): Most turns of the assistant in one run.
         max_new_tokens (`int`, *optional*, defaults to 256): Most tokens of one turn.
         max_total_tokens (`int`, *optional*): Most tokens that the model generates in one run.
-        time_limit (`float`, *optional*): Seconds that a call may take.
+        time_limit (`float`, *optional*, defaults to 60): Seconds that a call may take; `None` for any time.
         do_sample (`bool`, *optional*, defaults to `False`): Whether to sample tokens, or take the most probable.
         logits_processor (`LogitsProcessorList`, *optional*): Applied before the constraints, such as a temperature.
 
@@ -117,7 +118,7 @@ class ToolAgent:
         max_steps: int = 5,
         max_new_tokens: int = 256,
         max_total_tokens: int | None = None,
-        time_limit: float | None = None,
+        time_limit: float | None = 60.0,
         do_sample: bool = False,
         logits_processor: LogitsProcessorList | None = None,
     ):
@@ -244,7 +245,7 @@ class ToolAgent:
 
         def call() -> None:
             try:
-                value = self.functions[turn.tool_id](**turn.arguments)
+                value = self.functions[turn.tool_id](**copy.deepcopy(turn.arguments))
                 result.set_result(asyncio.run(value) if inspect.iscoroutine(value) else value)
             except BaseException as error:  # whatever a tool raises is an observation
                 result.set_exception(error)
@@ -395,6 +396,7 @@ def _parse(text: str) -> Any:
 
 def _as_json(value: Any) -> str:
     try:
-        return json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError) as error:
-        return json.dumps({"error": f"what the tool returned is not JSON: {error}"}, ensure_ascii=False)
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        text = json.dumps({"error": f"what the tool returned is not JSON: {error}"}, ensure_ascii=False)
+    return text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair is no text

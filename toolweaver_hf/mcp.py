@@ -116,12 +116,17 @@ async def _list_tools(client: Client | ClientSession) -> ToolCatalog:
 async def _call_tool(client: Client | ClientSession, name: str, arguments: dict[str, Any]) -> Any:
     """Call a tool; return its structured content or else its text, and raise what it calls an error."""
     result = await client.call_tool(name, arguments)
-    parts = [
-        part.text if part.type == "text" else part.model_dump(mode="json", by_alias=True, exclude_none=True)
-        for part in result.content
-    ]
+    parts = [_read_part(part) for part in result.content]
     if all(isinstance(part, str) for part in parts):
         parts = "\n".join(parts)
     if result.is_error:
         raise RuntimeError(parts)
     return parts if result.structured_content is None else result.structured_content
+
+
+def _read_part(part: Any) -> str | dict[str, Any]:
+    """The text of a part of a result; of images, sounds and other files what they are, without their bytes."""
+    resource = getattr(part, "resource", part)
+    if hasattr(resource, "text"):
+        return resource.text
+    return part.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"data": True, "resource": {"blob"}})
