@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from peft.utils.integrations import gather_params_ctx
 from transformers import PreTrainedModel
 
 from .catalog import ToolCatalog
@@ -55,40 +56,50 @@ def initialize_code_embeddings(
         if sizes != tokenizer.codebook_sizes:
             raise ValueError(f"the codebooks have the sizes {sizes}, the tokenizer's codes {tokenizer.codebook_sizes}")
 
-    num_base = tokenizer.level_offsets[0]
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # a padded matrix may have room already
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # a padded matrix may have room already
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    matrices = [model.get_input_embeddings().weight]
-    head = model.get_output_embeddings()
-    if head is not None and head.weight.data_ptr() != matrices[0].data_ptr():
-        matrices.append(head.weight)
-    for matrix in matrices:
-        base = matrix[:num_base].float()
-        if method == "mean_description":
-            rows = _mean_descriptions(base, tokenizer, catalog)
-        else:
-            generator = torch.Generator().manual_seed(seed)
-            if method == "random":
-                shape = (len(tokenizer.code_token_ids), base.shape[1])
-                rows = _unit_scale(torch.randn(shape, generator=generator))
-            else:
-                rows = torch.cat([_project(codebook, base.shape[1], generator) for codebook in codebooks])
-            center = base.mean(0)
-            # Half the length of a row: at full length a direction that was never trained scores so high by chance
-            # that the base model's predictions on plain text suffer.
-            length = (base - center).norm(dim=1).median()
-            rows = center + 0.5 * length * rows.to(base.device)
-        matrix[tokenizer.code_token_ids] = rows.to(matrix)
+    for module in _embedding_modules(model):
+        with gather_params_ctx(module.weight):  # where DeepSpeed's ZeRO-3 loaded the model in parts
+            if module.weight.numel():
+                base = module.weight[: tokenizer.level_offsets[0]].float()
+                rows = _code_rows(base, tokenizer, codebooks, method, catalog, seed)
+                module.weight[tokenizer.code_token_ids] = rows.to(module.weight)
+
+
+def _embedding_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """Return the input embeddings and, where it has a matrix of its own, the head."""
+    modules, head = [model.get_input_embeddings()], model.get_output_embeddings()
+    return modules if head is None or head.weight is modules[0].weight else [*modules, head]
+
+
+def _code_rows(
+    base: torch.Tensor,
+    tokenizer: ToolWeaverTokenizer,
+    codebooks: Sequence[torch.Tensor] | None,
+    method: str,
+    catalog: ToolCatalog | None,
+    seed: int,
+) -> torch.Tensor:
+    """Return the rows of the code tokens, of shape `(num_code_tokens, dim)`, for a matrix whose other rows are `base`."""
+    if method == "mean_description":
+        return _mean_descriptions(base, tokenizer, catalog)
+    generator = torch.Generator().manual_seed(seed)
+    if method == "random":
+        rows = _unit_scale(torch.randn((len(tokenizer.code_token_ids), base.shape[1]), generator=generator))
+    else:
+        rows = torch.cat([_project(codebook, base.shape[1], generator) for codebook in codebooks])
+    center = base.mean(0)
+    # Half the length of a row: at full length a direction that was never trained scores so high by chance that the
+    # base model's predictions on plain text suffer.
+    length = (base - center).norm(dim=1).median()
+    return center + 0.5 * length * rows.to(base.device)
 
 
 def trainable_code_rows(model: PreTrainedModel, tokenizer: ToolWeaverTokenizer) -> dict[str, list[int]]:
     """Name the embedding matrices of a model and the rows of the code tokens, for `trainable_token_indices` of LoRA."""
     names = {id(module): name for name, module in model.named_modules()}
-    matrices = [model.get_input_embeddings()]
-    head = model.get_output_embeddings()
-    if head is not None and head.weight is not matrices[0].weight:  # PEFT finds tied heads by itself
-        matrices.append(head)
-    return {names[id(matrix)].split(".")[-1]: tokenizer.code_token_ids for matrix in matrices}
+    # PEFT finds a tied head by itself.
+    return {names[id(module)].split(".")[-1]: tokenizer.code_token_ids for module in _embedding_modules(model)}
 
 
 def _project(codebook: torch.Tensor, dim: int, generator: torch.Generator) -> torch.Tensor:

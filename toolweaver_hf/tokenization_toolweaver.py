@@ -187,6 +187,9 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
         The base's chat template is kept. Where it has none, a plain one is given; where it cannot render the `tool`
         or the `system` role, a few lines are put before it that write these messages as the user's.
 
+        A base that puts a space before the text after any added token, and does not drop it again where it decodes
+        (GPT-2's with `add_prefix_space`), does so after a code, too.
+
         Args:
             base ([`PreTrainedTokenizerFast`]):
                 Any fast tokenizer. It is not changed.
