@@ -164,7 +164,7 @@ def test_fuzz_model(folder, tmp_path_factory, data):
     shutil.rmtree(hostile, ignore_errors=True)
     shutil.copytree(folder, hostile, ignore=shutil.ignore_patterns("codes"))
     config = json.loads((hostile / "config.json").read_text())
-    large = st.sampled_from([1 << 40, 1 << 20, 3000, 0, -1, 7])
+    large = st.sampled_from([1 << 40, 1 << 20, 1 << 16, 3000, 0, -1, 7])
     whole_numbers = [name for name, value in config.items() if type(value) is int]
     larger = st.builds(lambda name, size: config | {name: size}, st.sampled_from(whole_numbers), large)
     (hostile / "config.json").write_text(json.dumps(data.draw(larger | mutations(config))))
@@ -192,6 +192,15 @@ def test_no_pickle_is_opened(folder, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"adapter_model\.safetensors"):
         ToolRetriever.from_pretrained(tmp_path / "ToolRetriever")
     assert not (tmp_path / "exploded").exists()
+
+
+def test_shards_outside_the_folder_are_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model", ignore=shutil.ignore_patterns("codes"))
+    (tmp_path / "model/model.safetensors").rename(tmp_path / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "../outside.safetensors"}}
+    (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"'\.\./outside\.safetensors', which is not of its folder"):
+        ToolRetriever.from_pretrained(tmp_path / "model")
 
 
 def test_huge_shapes_are_refused_before_memory_is_taken(folder, tmp_path):

@@ -21,8 +21,8 @@ from transformers.utils import logging
 from .arguments import ToolArgumentsLogitsProcessor, find_error
 from .catalog import ToolCatalog
 from .data import render_calls
+from .loading import load_aligned_model
 from .logits_process import ToolCodeLogitsProcessor
-from .retrieval import load_aligned_model
 from .tokenization_toolweaver import HUB_KWARGS, ToolWeaverTokenizer
 from .trie import CodeTrie
 

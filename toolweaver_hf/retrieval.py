@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch.nn.functional import linear
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers import DynamicCache, PreTrainedModel
 
+from .loading import load_aligned_model
 from .tokenization_toolweaver import HUB_KWARGS, ToolWeaverTokenizer
 from .trie import CodeTrie
 
@@ -23,60 +21,6 @@ class RetrievedTool(NamedTuple):
 
     tool_id: str
     score: float
-
-
-def load_aligned_model(folder: str | os.PathLike, **kwargs) -> PreTrainedModel:
-    """Load a model that was aligned, from a folder or a repository of the Hub.
-
-    Where it holds a LoRA adapter alone, the base model is loaded, gets room for the code tokens, and takes the adapter
-    into its weights.
-
-    Args:
-        folder (`str`): The folder or repository.
-        kwargs: Passed on to [`AutoModelForCausalLM.from_pretrained`], such as `dtype` and `device_map`.
-
-    Raises:
-        `ValueError`: if the configuration is not valid, or declares another model than the weights are of.
-        `OSError`: if a file is missing, such as weights in safetensors.
-    """
-    hub_kwargs = {name: value for name, value in kwargs.items() if name in HUB_KWARGS}
-    kwargs["use_safetensors"] = True  # no pickle is opened
-    try:
-        if find_adapter_config_file(os.fspath(folder), **hub_kwargs) is None:
-            _check_num_layers(folder, kwargs.get("trust_remote_code"), hub_kwargs)
-            return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-        return _load_with_adapter(folder, hub_kwargs, kwargs)
-    except (ValueError, OSError, ImportError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # what a configuration of wrong values leads to is no narrower
-        raise ValueError(f"{folder} holds no valid model: {error}") from error
-
-
-def _check_num_layers(folder: str | os.PathLike, trust_remote_code: bool | None, hub_kwargs: dict[str, Any]) -> None:
-    """Refuse a configuration of more layers than there are tensors: memory would be taken for all of them."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **hub_kwargs)
-    num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-    path = cached_file(folder, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-    if path is None or num_layers is None:  # in shards, or of an architecture with another word for its layers
-        return
-    try:
-        with safe_open(path, framework="pt") as file:
-            num_tensors = len(file.keys())
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a valid safetensors file: {error}") from None
-    if num_layers > num_tensors:
-        raise ValueError(f"{path} holds {num_tensors} tensors, but the configuration declares {num_layers} layers")
-
-
-def _load_with_adapter(
-    folder: str | os.PathLike, hub_kwargs: dict[str, Any], kwargs: dict[str, Any]
-) -> PreTrainedModel:
-    cached_file(folder, "adapter_model.safetensors", **hub_kwargs)  # PEFT would take a pickle where there is none
-    try:
-        from peft import AutoPeftModelForCausalLM
-    except ImportError:
-        raise ImportError(f"{folder} holds a LoRA adapter alone; to load it, pip install peft") from None
-    return AutoPeftModelForCausalLM.from_pretrained(folder, **kwargs).merge_and_unload()
 
 
 class ToolRetriever:
