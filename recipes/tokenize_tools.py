@@ -162,9 +162,9 @@ def print_metrics(metrics: dict) -> None:
             f"level {level['level']}                  {level['used']} of {level['codes']} codes used, perplexity "
             f"{level['perplexity']:.1f}"
         )
-    before = metrics["collisions_before"]
     print(
-        f"collisions               {before} ({before / metrics['tools']:.1%}) at the nearest codes, "
+        f"collisions               {metrics['collisions_before'] / metrics['tools']:.1%} of the tools at the nearest codes, "
+        f"{metrics['collisions_uniform'] / metrics['tools']:.1%} by the uniform mapping, "
         f"{metrics['collisions']} after the assignment"
     )
     for name, pairs in (("co-used pairs", metrics["cousage"]), ("pairs held out", metrics["held_out"])):

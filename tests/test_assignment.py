@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from toolweaver_hf.assignment import assign_codes, check_capacity
+from toolweaver_hf.assignment import assign_codes, check_capacity, uniform_codes
 
 
 @given(st.integers(1, 16), st.integers(0, 10_000), st.booleans())
@@ -102,3 +102,19 @@ def test_errors():
         check_capacity(17, [4, 4])
     with pytest.raises(ValueError, match="NaN"):
         assign_codes(torch.tensor([[float("nan")]]), [torch.zeros(2, 1)])
+
+
+def test_the_uniform_mapping_inside_prefixes_leaves_few_collisions():
+    generator = torch.Generator().manual_seed(0)
+    first = 5 * torch.randn(8, 16, generator=generator)
+    latents = first[torch.randint(8, (200,), generator=generator)] + 0.3 * torch.randn(200, 16, generator=generator)
+    codebooks = [first, torch.randn(64, 16, generator=generator)]
+
+    def collisions(codes):
+        return 200 - len(np.unique(codes, axis=0))
+
+    sharp = uniform_codes(latents, codebooks, epsilon=1e-9, iterations=0)  # no rounds: the nearest codes
+    assert collisions(sharp) > 60
+    uniform = uniform_codes(latents, codebooks, iterations=20)
+    assert collisions(uniform) < 10
+    assert np.array_equal(uniform[:, 0], assign_codes(latents, codebooks)[:, 0])

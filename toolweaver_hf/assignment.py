@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from .modeling_rqvae import uniform_mapping
+
 
 CHUNK_SIZE = 8192  # rows of a matrix of distances
 LARGEST_EXACT = 1 << 26  # entries of the largest matrix of costs that is solved exactly
@@ -76,6 +78,43 @@ def assign_codes(
         codes[:, level] = index
         prefix = prefix * sizes[level] + index
         taken_prefix = taken_prefix * sizes[level] + taken_index
+    return codes
+
+
+@torch.no_grad()
+def uniform_codes(
+    latents: torch.Tensor, codebooks: Sequence[torch.Tensor], epsilon: float = 0.05, iterations: int = 5
+) -> np.ndarray:
+    """Give every tool the code that the uniform mapping of the last level inside its prefix prefers.
+
+    The entropic form of what [`assign_codes`] solves exactly: few tools still share a code.
+
+    Args:
+        latents (`torch.Tensor` of shape `(num_tools, code_dim)`): The tools' latent vectors.
+        codebooks (`Sequence[torch.Tensor]`): For each level the codebook, of shape `(codebook_size, code_dim)`.
+        epsilon (`float`, *optional*, defaults to 0.05): As in [`uniform_mapping`].
+        iterations (`int`, *optional*, defaults to 5): As in [`uniform_mapping`].
+
+    Returns:
+        `np.ndarray` of shape `(num_tools, num_levels)`: the codes.
+    """
+    residual = latents.float()
+    *upper, last = [codebook.float() for codebook in codebooks]
+    codes = np.zeros((len(latents), len(codebooks)), dtype=np.int64)
+    prefix = np.zeros(len(latents), dtype=np.int64)
+    for level, codebook in enumerate(upper):
+        codes[:, level], _ = _nearest(residual, codebook)
+        prefix = prefix * len(codebook) + codes[:, level]
+        residual = residual - codebook[torch.from_numpy(codes[:, level]).to(codebook.device)]
+
+    order = np.argsort(prefix, kind="stable")
+    _, starts, sizes = np.unique(prefix[order], return_index=True, return_counts=True)
+    for size in np.unique(sizes):  # prefixes of the same size are mapped in one batch
+        tools = order[starts[sizes == size][:, None] + np.arange(size)]
+        for rows in np.array_split(tools, -(-tools.size * len(last) // (1 << 24))):
+            points = residual[torch.from_numpy(rows).to(residual.device)]
+            distances = last.square().sum(1) - 2 * points @ last.T
+            codes[rows, -1] = uniform_mapping(distances, epsilon, iterations).argmax(-1).cpu().numpy()
     return codes
 
 

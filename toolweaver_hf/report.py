@@ -11,6 +11,7 @@ import numpy as np
 import scipy.sparse
 import torch
 
+from .assignment import uniform_codes
 from .catalog import ToolCatalog
 from .codes import ToolCodes
 from .json_files import read_json, write_json
@@ -40,17 +41,20 @@ def measure_codes(
 
     Returns:
         `dict`: `reconstruction_loss` with the assigned codes, as a share of the embeddings' variance; for each of
-        `levels` the codes used and their perplexity; `collisions_before` and `collisions`, the tools beyond the first
-        on a code, for the nearest codes and for the assigned ones; for `cousage` and `held_out` how often these pairs
+        `levels` the codes used and their perplexity; `collisions_before`, `collisions_uniform` and `collisions`, the
+        tools beyond the first on a code: for the nearest codes, for those of the uniform mapping inside each prefix,
+        and for the assigned ones; for `cousage` and `held_out` how often these pairs
         share their first code, and how often any pair does.
     """
     num_tools = len(assigned)
     codes = torch.from_numpy(assigned).to(embeddings.device)
-    losses, nearest = [], []
+    losses, latents = [], []
     for rows, index in zip(embeddings.split(8192), codes.split(8192), strict=True):
         losses.append(model(rows, codes=index).reconstruction_loss * len(rows))
-        nearest.append(model.quantize(model.encode(rows)))
-    nearest = torch.cat(nearest).cpu().numpy()
+        latents.append(model.encode(rows))
+    latents = torch.cat(latents)
+    nearest = torch.cat([model.quantize(rows) for rows in latents.split(8192)]).cpu().numpy()
+    uniform = uniform_codes(latents, model.codebooks())
     levels = []
     for level, size in enumerate(model.config.codebook_sizes):
         counts = np.bincount(assigned[:, level], minlength=size)
@@ -71,6 +75,7 @@ def measure_codes(
         "reconstruction_loss": float(sum(losses) / num_tools),
         "levels": levels,
         "collisions_before": num_tools - len(np.unique(nearest, axis=0)),
+        "collisions_uniform": num_tools - len(np.unique(uniform, axis=0)),
         "collisions": num_tools - len(np.unique(assigned, axis=0)),
         "cousage": sharing(*scipy.sparse.triu(cousage).nonzero()),
         "held_out": None if held_out is None else sharing(*held_out.T),
