@@ -276,12 +276,22 @@ def test_tools_without_edges_do_not_dilute_the_others(embeddings, tmp_path):
     alone = 5 * graph.copy()
     alone.resize(480, 480)
     index = torch.arange(240)
-    draws = torch.rand(240, dtype=torch.float64)
+    draws = torch.rand(2, 2, 240, dtype=torch.float64)
     expected = trainer(embeddings, tmp_path, graph).neighbors.draw(index, draws)
     neighbors, weights = trainer(embeddings.repeat(2, 1), tmp_path, alone).neighbors.draw(index, draws)
     assert torch.equal(neighbors, expected[0])
     torch.testing.assert_close(weights, expected[1])
     torch.testing.assert_close(weights.mean(), torch.tensor(1.0))
+
+
+def test_walks_go_along_the_edges(embeddings, tmp_path):
+    """On a ring half of the walks end beside their tool; the others, after a second edge, two further or at home."""
+    drawer = trainer(embeddings, tmp_path, ring(240)).neighbors
+    index = torch.arange(240).repeat(50)
+    ends, _ = drawer.draw(index, torch.rand(2, 2, len(index), dtype=torch.float64))
+    steps = (ends - index + 120) % 240 - 120
+    share = torch.bincount(steps + 2, minlength=5) / len(index)
+    torch.testing.assert_close(share, torch.tensor([0.125, 0.25, 0.25, 0.25, 0.125]), rtol=0, atol=0.03)
 
 
 @pytest.mark.parametrize("code_dim", [4, 64])

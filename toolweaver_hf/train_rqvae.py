@@ -16,6 +16,7 @@ from .modeling_rqvae import RQVAEModel
 
 
 SAMPLE_SIZE = 32768  # tools that k-means and the revival of codes look at
+WALK_LENGTH, WALK_ON = 2, 0.5  # edges between a tool and the one drawn for it, at most; chance of going on
 CHUNK_SIZE = 8192  # tools in a forward pass over all of them
 LOSSES = ("reconstruction_loss", "codebook_loss", "commitment_loss", "collaborative_loss")
 
@@ -145,10 +146,9 @@ class RQVAETrainer(Trainer):
         if self.neighbors is not None:
             # The draws for the batch of all processes, of which this one takes its part.
             self._generator.manual_seed(_seed(self.args.seed, self.state.global_step))
-            draws = torch.rand(
-                self.args.world_size, len(index), dtype=torch.float64, device=index.device, generator=self._generator
-            )
-            neighbors, weights = self.neighbors.draw(index, draws[self.args.process_index])
+            shape = (self.args.world_size, len(index), WALK_LENGTH, 2)
+            draws = torch.rand(shape, dtype=torch.float64, device=index.device, generator=self._generator)
+            neighbors, weights = self.neighbors.draw(index, draws[self.args.process_index].permute(1, 2, 0))
             neighbors = self.embeddings[neighbors]
         output = model(self.embeddings[index], neighbors, weights)
         for name in LOSSES:
@@ -206,7 +206,10 @@ class RQVAETrainer(Trainer):
 
 
 class _Neighbors:
-    """Draws for each tool a co-used one, with a probability in proportion to their similarity.
+    """Draws for each tool one that is used together with it, along edges in proportion to their similarity.
+
+    A draw is a short walk: half of the walks go on by a second edge. Tools that are used with the same third one are
+    thus drawn together as well, and pairs that were never seen together share codes more often.
 
     The weight of a pair is the sum of its tool's similarities, scaled to 1 on average over the tools that have any. So
     the weighted mean over a batch is the Laplacian's form up to a constant, and what a tool feels of it does not
@@ -222,15 +225,19 @@ class _Neighbors:
         self.mean = cumulative[-1] / np.count_nonzero(np.diff(cousage.indptr))
 
     def draw(self, index: torch.LongTensor, draws: torch.Tensor) -> tuple[torch.LongTensor, torch.Tensor]:
-        """Return for each tool a neighbor, and the weight of the pair.
+        """Return for each tool the end of a walk along the edges, and the weight of the pair.
 
         Args:
             index (`torch.LongTensor` of shape `(batch_size,)`): The tools.
-            draws (`torch.Tensor` of shape `(batch_size,)`): Uniform random numbers from 0 to 1.
+            draws (`torch.Tensor` of shape `(walk_length, 2, batch_size)`): Uniform random numbers from 0 to 1.
         """
-        start, weight = self.start[index], self.start[index + 1] - self.start[index]
-        edge = torch.searchsorted(self.cumulative, start + weight * draws, right=True)
-        return self.indices[edge.clamp(max=len(self.indices) - 1)], (weight / self.mean).float()
+        weight = (self.start[index + 1] - self.start[index]) / self.mean
+        for step, (edge_draw, stop_draw) in enumerate(draws):
+            start, end = self.start[index], self.start[index + 1]
+            edge = torch.searchsorted(self.cumulative, start + (end - start) * edge_draw, right=True)
+            reached = self.indices[edge.clamp(max=len(self.indices) - 1)]
+            index = reached if step == 0 else torch.where(stop_draw < WALK_ON, reached, index)
+        return index, weight.float()
 
 
 class _CodebookCallback(TrainerCallback):
