@@ -404,7 +404,11 @@ def test_the_card_says_what_the_run_recorded(hub, model_dir):
     results = {result.metric_name: result.metric_value for result in data.eval_results}
     assert results == dict.fromkeys(MEASURES, 0.5)
     assert "\n\n\n" not in card.text
-    for text in ("stages: memorization, retrieval; rows: 12; learning rate: 0.001", "| BM25 | 25.0 |", "`<a_0><b_0>`"):
+    for text in (
+        "stages: memorization, retrieval; rows: 12; learning rate: 0.001",
+        "| BM25 | 25.0 |",
+        "`rain` is `<a_0><b_0>`",
+    ):
         assert text in card.text
     assert MY_TOKEN not in str(card)
 

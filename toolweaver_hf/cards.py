@@ -116,7 +116,8 @@ def create_card(
         "repo_id": repo_id,
         "num_tools": len(codes["codes"]),
         "codebook_sizes": sizes,
-        "example_tool": json.dumps(example_tool, ensure_ascii=False),
+        "example_tool": example_tool,
+        "example_tool_json": json.dumps(example_tool, ensure_ascii=False),
         "example_code": example_code,
         "example_indices": tuple(indices),
     }
