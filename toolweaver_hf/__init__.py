@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from .agent import AgentRun, ToolAgent
+from .agent import AgentRun, ToolAgent, save_trajectories
 from .arguments import ToolArgumentsLogitsProcessor
 from .catalog import Tool, ToolCatalog
 from .codes import ToolCodes
@@ -36,6 +36,7 @@ __all__ = [
     "ToolRetrievalPipeline",
     "ToolRetriever",
     "ToolWeaverTokenizer",
+    "save_trajectories",
 ]
 
 # With the package installed, the Auto classes load its models without trust_remote_code.

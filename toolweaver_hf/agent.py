@@ -202,7 +202,8 @@ class ToolAgent:
             allowed_tools (`Iterable[str]`, *optional*):
                 The only tools that this run may choose. Defaults to all that have a function.
             stream_tokens (`bool`, *optional*, defaults to `False`):
-                Whether to yield what the model writes, too, as pieces of text before the message that they make up.
+                Whether to yield what the model writes, too, as pieces of text before the message that they make up;
+                arguments that are tried once more come twice.
 
         Raises:
             `ValueError`: for an allowed tool without a function.
