@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from toolweaver_hf import ToolCodes, ToolWeaverTokenizer
-from toolweaver_hf.data import tokenize_rows
+from toolweaver_hf.data import Query, retrieval_rows, tokenize_rows
 
 
 def test_tools_and_ids(tokenizer, base_tokenizer):
@@ -227,6 +227,18 @@ def test_assistant_mask_covers_what_the_assistant_says(tokenizer):
     assert tokenizer.decode(learnt) == f'I look.\n<a_0><b_0>{{"city": "Oslo"}}{eos}Yes.{eos}'
     prompt = tokenizer.encode_conversation(messages[:3], add_generation_prompt=True)["input_ids"]
     assert encoded["input_ids"][: len(prompt)] == prompt
+
+
+def test_a_query_is_a_prompt_that_its_code_follows_in_training(family):
+    """With any chat template, also one that sets a space before what the assistant says."""
+    name, _, tokenizer = family
+    query = Query("1", "Rain, <a_0> or sun?", ("rain",))
+    (row,) = tokenize_rows(retrieval_rows([query], tokenizer), tokenizer)[0]
+    prompt = tokenizer.encode_query(query.text)
+    assert row["input_ids"][: len(prompt) + 2] == prompt + tokenizer.encode_tool("rain")
+    if name not in ("llama2", "mistral"):
+        messages = [{"role": "user", "content": query.text}]
+        assert prompt == tokenizer.encode_conversation(messages, add_generation_prompt=True)["input_ids"]
 
 
 @given(data=st.binary(max_size=300))

@@ -143,8 +143,7 @@ class ToolRetriever:
 
     def encode_query(self, query: str) -> list[int]:
         """Return the token ids of the prompt that asks for a query's tools."""
-        messages = [{"role": "user", "content": query}]
-        return self.tokenizer.encode_conversation(messages, add_generation_prompt=True)["input_ids"]
+        return self.tokenizer.encode_query(query)
 
     def rank(
         self,

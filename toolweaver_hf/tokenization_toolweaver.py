@@ -413,6 +413,17 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
             position += length
         return {"input_ids": input_ids, "assistant_mask": mask}
 
+    def encode_query(self, query: str) -> list[int]:
+        """Tokenize what a user says as the prompt that a code follows at once.
+
+        Where the chat template sets something between the opening of the assistant's turn and its text, such as a
+        space, the prompt holds that, too.
+        """
+        code = self.code_token_ids[0]
+        answer = {"role": "assistant", "content": self.convert_ids_to_tokens(code), "loss": False}
+        input_ids = self.encode_conversation([{"role": "user", "content": query}, answer])["input_ids"]
+        return input_ids[: input_ids.index(code)]
+
     def split_tokens(self, token_ids: Iterable[int], share: float, generator: random.Random) -> list[int]:
         """Write some tokens as shorter ones, as BPE-dropout (arXiv 1910.13267) does, but by a seed.
 
