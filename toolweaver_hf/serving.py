@@ -23,8 +23,8 @@ def save_inference_code(folder: str | os.PathLike) -> None:
     """Put beside an aligned model the code of its pipeline and of its constrained `generate`.
 
     Whoever loads the folder with `trust_remote_code=True` then has `pipeline("tool-retrieval", model=folder)`, and a
-    `model.generate` that only names tools which exist, as `transformers serve` calls it; vLLM finds its plugin there. A folder that holds an adapter
-    alone is left as it is: both are found through the configuration of a whole model.
+    `model.generate` that only names tools which exist, as `transformers serve` calls it. vLLM finds its plugin beside
+    that. A folder that holds an adapter alone is left as it is: all are found through a whole model's configuration.
 
     Args:
         folder (`str`): Where the model and its tokenizer were saved.
