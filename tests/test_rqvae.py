@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModel, TrainerCallback
 
 from toolweaver_hf import RQVAEConfig, RQVAEModel, Tool, ToolCatalog
@@ -114,6 +116,21 @@ def test_uniform_mapping_is_balanced(epsilon):
     torch.testing.assert_close(plan.sum(1), torch.full((64,), 1 / 64))
     if epsilon > 0.01:  # a plan this sharp takes more rounds to converge
         torch.testing.assert_close(plan.sum(0), torch.full((8,), 1 / 8), rtol=0.02, atol=0)
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.sampled_from([1e-3, 0.05, 10.0]), st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_uniform_mapping_is_finite_and_batched(rows, columns, epsilon, seed):
+    """Any epsilon, any scale, in bf16 too, and several problems at once as one by one."""
+    generator = torch.Generator().manual_seed(seed)
+    distances = torch.randn(3, rows, columns, generator=generator) * torch.tensor([1e-6, 1.0, 1e6])[:, None, None]
+    plans = uniform_mapping(distances, epsilon)
+    assert plans.isfinite().all()
+    torch.testing.assert_close(plans.logsumexp(-1).exp(), torch.full((3, rows), 1 / rows))
+    for plan, problem in zip(plans, distances, strict=True):
+        torch.testing.assert_close(plan, uniform_mapping(problem, epsilon), rtol=1e-4, atol=1e-2)
+    assert uniform_mapping(distances.bfloat16(), epsilon).isfinite().all()
+    assert uniform_mapping(torch.zeros(rows, columns), epsilon).isfinite().all()
 
 
 def test_kmeans_finds_clusters(embeddings):

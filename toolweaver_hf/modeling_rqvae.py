@@ -79,7 +79,7 @@ def uniform_mapping(distances: torch.Tensor, epsilon: float = 0.05, iterations: 
     for _ in range(iterations):
         column = -(plan + row).logsumexp(-2, keepdim=True) - columns
         row = -(plan + column).logsumexp(-1, keepdim=True) - rows
-    return plan + row + column
+    return (plan + column).log_softmax(-1) - rows
 
 
 def _num_processes() -> int:
