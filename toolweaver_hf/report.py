@@ -154,7 +154,11 @@ def inspect_codes(folder: str | os.PathLike, catalog: str | os.PathLike | None =
     points = points - points.mean(0)
     _, _, main_axes = np.linalg.svd(points[:: -(-len(points) // 20000)], full_matrices=False)
     plane = points @ main_axes[:2].T if len(main_axes) > 1 else np.pad(points @ main_axes[:1].T, ((0, 0), (0, 1)))
-    axes.scatter(*plane.T, c=matrix[:, 0], cmap="gist_rainbow", s=max(2, min(40, 8000 / len(plane))), alpha=0.8)
+    size = max(2, min(40, 8000 / len(plane)))
+    shown = {first for first, _ in (largest if len(largest) <= 100 else largest[:10])}  # more colours tell nothing
+    coloured = np.isin(matrix[:, 0], list(shown))
+    axes.scatter(*plane[~coloured].T, c="0.85", s=size)
+    axes.scatter(*plane[coloured].T, c=matrix[coloured, 0], cmap="gist_rainbow", s=size, alpha=0.8)
     axes.set(title="Tools by their quantized vectors, coloured by first code", xticks=[], yticks=[])
     for first, _ in largest[:10]:
         axes.annotate(f"a_{first}", plane[matrix[:, 0] == first].mean(0), fontsize=9, weight="bold", ha="center")
@@ -162,7 +166,7 @@ def inspect_codes(folder: str | os.PathLike, catalog: str | os.PathLike | None =
     axes = figure.add_subplot(grid[1:, 1])
     axes.axis("off")
     axes.set_title("The largest prefixes")
-    cells = [(f"<a_{first}>", str(len(tools)), _shortened(tools, 92)) for first, tools in largest[:26]]
+    cells = [(f"<a_{first}>", str(len(tools)), _shortened(tools, 86)) for first, tools in largest[:26]]
     table = axes.table(
         cells, colLabels=("prefix", "tools", "names"), colWidths=(0.09, 0.07, 0.84), cellLoc="left", bbox=(0, 0, 1, 1)
     )
