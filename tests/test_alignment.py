@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
 from toolweaver_hf import RQVAEModel, ToolAgent, ToolCatalog, ToolCodes, ToolRetriever, ToolWeaverTokenizer
+from toolweaver_hf.baselines import atomic_codes
 from toolweaver_hf.data import load_queries, load_trajectories, tokenize_rows, trajectory_rows
 from toolweaver_hf.demo import DEMO_FOLDER, demo_functions
 from toolweaver_hf.evaluation import evaluate_rankings, markdown_table
@@ -214,7 +215,7 @@ def test_lora_trains_the_code_rows_and_no_other_embedding(data, codes_dir, base_
 @pytest.mark.parametrize("embedding_init", ["mean_description", "random"])
 def test_one_token_a_tool_needs_no_rqvae(data, base, tmp_path, embedding_init):
     catalog = ToolCatalog.from_file(data / "catalog.jsonl")
-    ToolCodes([len(catalog)], {tool.id: [i] for i, tool in enumerate(catalog)}).save_pretrained(tmp_path / "codes")
+    atomic_codes(catalog).save_pretrained(tmp_path / "codes")
     catalog.to_jsonl(tmp_path / "codes" / "catalog.jsonl")
     output = align(
         data, tmp_path / "codes", base, tmp_path / "out", ["retrieval"], 1, embedding_init=embedding_init, max_steps=2

@@ -1,4 +1,4 @@
-"""The rivals: retrievers that rank the documents of tools, called like [`ToolRetriever`]."""
+"""The rivals: retrievers that rank the documents of tools, called like [`ToolRetriever`], and other identifiers than codes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import bm25s
 from sentence_transformers import SentenceTransformer, util
 
 from .catalog import ToolCatalog
+from .codes import ToolCodes
 from .retrieval import RetrievedTool
 
 
@@ -50,3 +51,19 @@ class DenseRetriever:
         embeddings = self.encoder.encode(queries, convert_to_tensor=True)
         hits = util.semantic_search(embeddings, self.documents, top_k=top_k)  # by cosine similarity, in chunks
         return [[RetrievedTool(self.tool_ids[hit["corpus_id"]], hit["score"]) for hit in row] for row in hits]
+
+
+def atomic_codes(catalog: ToolCatalog) -> ToolCodes:
+    """Give each tool one token of its own, as ToolGen (arXiv 2410.03439) does: codes of one level, without an RQ-VAE.
+
+    To align a model with them, save them and the catalogue in one folder and pass it to `recipes/sft.py` as
+    `--codes_dir`, with `--embedding_init mean_description`.
+
+    Args:
+        catalog ([`ToolCatalog`]): The tools.
+    """
+    return ToolCodes(
+        [len(catalog)],
+        {tool.id: [position] for position, tool in enumerate(catalog)},
+        checksums={tool.id: tool.checksum for tool in catalog},
+    )
