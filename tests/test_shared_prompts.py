@@ -10,7 +10,12 @@ from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
 from toolweaver_hf.data import Query, retrieval_rows, share_prompts, tokenize_rows
-from toolweaver_hf.train_alignment import SharedPromptCollator, can_share_prompts
+from toolweaver_hf.train_alignment import (
+    AlignmentTrainer,
+    AlignmentTrainingArguments,
+    SharedPromptCollator,
+    can_share_prompts,
+)
 
 
 COLLATOR = SharedPromptCollator(pad_token_id=0)
@@ -57,6 +62,28 @@ def test_a_query_is_read_once(tokenizer):
     assert learnt[0] == [*tokenizer.encode_tool("rain"), eos, *tokenizer.encode_tool("wind"), eos]
     assert learnt[1] == [*tokenizer.encode_tool("fx"), eos]
     assert shared[1]["input_ids"] == dataset[2]["input_ids"][: len(shared[1]["input_ids"])]
+
+
+def test_the_trainer_learns_them_by_either_loss_and_counts_their_tokens(tokenizer, tmp_path):
+    queries = [
+        Query("both", "Shall I take a coat?", ("rain", "wind")),
+        Query("one", "Euros in dollars?", ("fx",)),
+        Query("three", "Is there mail about the storm that comes up tonight?", ("mail", "wind", "rain")),
+    ]
+    dataset = share_prompts(tokenize_rows(retrieval_rows(queries, tokenizer), tokenizer)[0])
+    args = AlignmentTrainingArguments(
+        str(tmp_path), per_device_train_batch_size=3, max_length=None, activation_checkpointing=False, report_to="none"
+    )
+    trainer = AlignmentTrainer(
+        model=small_llama(len(tokenizer)), args=args, train_dataset=dataset, processing_class=tokenizer
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["attention_mask"].ndim == 4
+    model = trainer.model.train()
+    loss = trainer.compute_loss(model, dict(batch))
+    of_trl, _ = trainer.compute_loss(model, dict(batch), return_outputs=True)
+    torch.testing.assert_close(loss, of_trl)
+    assert trainer._metrics["train"]["num_tokens"] == [sum(map(len, dataset["input_ids"]))]
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ class SharedPromptCollator(DataCollatorForLanguageModeling):
         batch = super().torch_call(examples)
         if all(len(lengths) == 1 for lengths in parts):
             return batch
-        # Part 0 is what all of a row sees, its prompt; padding is a part of its own
+        # Part 0 is what all of a row sees, its prompt; -1 is padding
         part = torch.full_like(batch["input_ids"], -1)
         positions = torch.zeros_like(part)
         for row, lengths in enumerate(parts):
@@ -84,8 +84,11 @@ class SharedPromptCollator(DataCollatorForLanguageModeling):
             positions[row, : sum(lengths)] = torch.cat(
                 [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
             )
-        seen = (part[:, None] == 0) | (part[:, None] == part[:, :, None])
-        return batch | {"attention_mask": seen.tril()[:, None], "position_ids": positions}
+        seen = ((part[:, None] == 0) | (part[:, None] == part[:, :, None])).tril()
+        padding = part < 0
+        seen[padding] = False
+        seen[:, :, 0] |= padding  # it has to see something, or its attention is NaN
+        return batch | {"attention_mask": seen[:, None], "position_ids": positions}
 
 
 class AlignmentTrainer(SFTTrainer):
@@ -125,7 +128,7 @@ class AlignmentTrainer(SFTTrainer):
             outputs = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss = outputs[0] if return_outputs else outputs
             if model.training and "attention_mask" in inputs and inputs["attention_mask"].ndim == 4:
-                # TRL took every entry of the mask for a token; on its diagonal, each token sees itself
+                # TRL took every entry of the mask for a token; on its diagonal stand those that are no padding
                 own = inputs["attention_mask"].diagonal(dim1=2, dim2=3).sum()
                 self._total_train_tokens = tokens + self.accelerator.gather_for_metrics(own).sum().item()
                 self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
