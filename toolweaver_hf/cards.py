@@ -17,7 +17,7 @@ from safetensors import safe_open
 from .catalog import CATALOG_FILE, ToolCatalog
 from .data import load_queries, load_trajectories
 from .evaluation import METRICS_FILE, METRICS_VERSION, markdown_table
-from .json_files import read_json, write_json
+from .json_files import read_json, read_object, write_json
 from .tokenization_toolweaver import LEVEL_LETTERS, TOOL_CODES_FILE, check_tool_codes
 
 
@@ -70,7 +70,7 @@ def artifact_kind(folder: str | os.PathLike) -> Literal["model", "codes", "token
         if "adapter_config.json" in present:
             return "model"
         if "config.json" in present:
-            return "codes" if _read_object(folder / "config.json").get("model_type") == "toolweaver_rqvae" else "model"
+            return "codes" if read_object(folder / "config.json").get("model_type") == "toolweaver_rqvae" else "model"
         return "tokenizer" if "tokenizer.json" in present else "codes"
     if dataset_files(folder):
         return "dataset"
@@ -107,7 +107,7 @@ def create_card(
     if kind == "dataset":
         return _dataset_card(folder, repo_id, license)
     path = folder / TOOL_CODES_FILE
-    codes = check_tool_codes(_read_object(path), str(path))
+    codes = check_tool_codes(read_object(path), str(path))
     sizes = codes["codebook_sizes"]
     example_tool, indices = next(iter(codes["codes"].items()))
     example_code = "".join(f"<{letter}_{index}>" for letter, index in zip(LEVEL_LETTERS, indices, strict=False))
@@ -134,14 +134,14 @@ def create_card(
         facts["example_query"] = json.dumps(query, ensure_ascii=False)
         eval_results = _evaluation(folder, facts)
         if facts["adapter"]:
-            base = _read_object(folder / "adapter_config.json").get("base_model_name_or_path")
+            base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
             if base_model is None and base and not os.path.exists(base):
                 base_model = base
             elif base and os.path.exists(base):
                 logger.warning(f"adapter_config.json names the local folder {base} as the base: others lack it")
     elif kind == "codes" and (folder / "config.json").exists():
         tags.append("rq-vae")
-        facts |= {"rqvae": True, "input_dim": _read_object(folder / "config.json").get("input_dim")}
+        facts |= {"rqvae": True, "input_dim": read_object(folder / "config.json").get("input_dim")}
         facts["encoder"] = _encoder(folder)
         if (folder / "metrics.json").exists():
             facts["code_metrics"] = read_json(folder / "metrics.json", 1)
@@ -251,16 +251,6 @@ def own_card(folder: Path) -> RepoCard | None:
         return None
     card = RepoCard.load(path)
     return card if "toolweaver" in (card.data.to_dict().get("tags") or []) else None
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(document).__name__}")
-    return document
 
 
 def record_training(trainer: Trainer, base_model: str, **settings: Any) -> None:

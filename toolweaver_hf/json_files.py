@@ -18,11 +18,11 @@ def write_json(path: str | os.PathLike, document: dict[str, Any], schema_version
     os.replace(partial, path)
 
 
-def read_json(path: str | os.PathLike, schema_version: int) -> dict[str, Any]:
-    """Read a JSON object of `schema_version` or older; a file without one is of version 0.
+def read_object(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a JSON object.
 
     Raises:
-        `ValueError`: naming the file, if it is no JSON object or of a newer version.
+        `ValueError`: naming the file, if it is no JSON object.
         `OSError`: if it cannot be read.
     """
     try:
@@ -31,6 +31,17 @@ def read_json(path: str | os.PathLike, schema_version: int) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(document, dict):
         raise ValueError(f"{path} must hold a JSON object, not {type(document).__name__}")
+    return document
+
+
+def read_json(path: str | os.PathLike, schema_version: int) -> dict[str, Any]:
+    """Read a JSON object of `schema_version` or older; a file without one is of version 0.
+
+    Raises:
+        `ValueError`: naming the file, if it is no JSON object or of a newer version.
+        `OSError`: if it cannot be read.
+    """
+    document = read_object(path)
     found = document.get("schema_version", 0)
     if type(found) is not int:
         raise ValueError(f"{path}: schema_version must be a whole number, not {found!r}")
