@@ -193,3 +193,30 @@ def test_toolbench(tmp_path):
     # A row of a query's api_list
     row = {"category_name": "Gaming", "tool_name": "Chess Clock", "api_name": "Start", "api_description": "Starts."}
     assert ToolCatalog.from_file(write(tmp_path / "apis.jsonl", [row])).ids == ["<<Chess Clock&&Start>>"]
+
+
+def test_sealtools(tmp_path):
+    api = {
+        "api_name": "getScore",
+        "api_description": "Score of a game.",
+        "field": "Sports/Basketball",
+        "parameters": {"team": {"type": "str", "description": "The team."}, "period": {"type": "int"}},
+        "required": ["team"],
+        "responses": {"score": {"type": "float", "description": "The score."}},
+    }
+    path = tmp_path / "tools.jsonl"
+    path.write_text(json.dumps(api))
+    (tool,) = ToolCatalog.from_file(path)
+    assert (tool.id, tool.category) == ("getScore", "Sports/Basketball")
+    assert tool.parameters["properties"]["period"] == {"type": "integer"}
+    assert tool.parameters["required"] == ["team"]
+    assert tool.metadata["output_schema"]["properties"]["score"] == {"type": "number", "description": "The score."}
+    path.write_text(json.dumps(api | {"parameters": {"team": "str"}}))
+    with pytest.raises(ValueError, match="line 1: tool 'getScore': each of its parameters"):
+        ToolCatalog.from_file(path)
+
+
+def test_output_schema_of_mcp_is_kept():
+    schema = {"type": "object", "properties": {"mm": {"type": "number"}}}
+    catalog = ToolCatalog.from_functions([{"name": "rain", "description": "Rain.", "outputSchema": schema}])
+    assert catalog["rain"].metadata["output_schema"] == schema

@@ -225,3 +225,16 @@ def test_calls_of_one_message_become_turns(atomic):
     rendered = render_calls(messages, atomic)
     assert [message["role"] for message in rendered] == ["system", "user", "assistant", "tool", "assistant", "tool"]
     assert [message.get("loss") for message in rendered] == [None, None, False, None, False, None]
+
+
+def test_rows_of_sealtools(tmp_path):
+    calling = [{"api": "getScore", "parameters": {"team": "Hawks"}, "responses": ["API_call_0"]}]
+    path = tmp_path / "dev.jsonl"
+    path.write_text(json.dumps({"id": "easy-0", "query": "Score of the Hawks?", "calling": calling}))
+    (row,) = load_trajectories(path)
+    assert row["id"] == "easy-0" and row["messages"][0]["content"] == "Score of the Hawks?"
+    (call,) = row["messages"][1]["tool_calls"]
+    assert call["function"] == {"name": "getScore", "arguments": {"team": "Hawks"}}
+    path.write_text(json.dumps({"id": "easy-0", "query": "Score?", "calling": [{"api": "getScore"}]}))
+    with pytest.raises(ValueError, match="line 1: the arguments of the call to 'getScore'"):
+        load_trajectories(path)

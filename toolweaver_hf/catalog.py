@@ -121,6 +121,8 @@ class Tool:
             )
         if "api_name" in row and "tool_name" in row:  # ToolBench
             return cls(**_toolbench_fields(row))
+        if "api_name" in row:  # Seal-Tools
+            return cls(**_sealtools_fields(row))
         if "id" not in row and "name" not in row:
             raise ValueError("a tool needs an 'id' (or 'name', or BEIR's '_id') beside its 'description'")
         optional = {
@@ -128,6 +130,8 @@ class Tool:
             "category": row.get("category"),
             "metadata": row.get("metadata"),
         }
+        if isinstance(row.get("outputSchema"), dict):  # MCP's, too
+            optional["metadata"] = {**(row.get("metadata") or {}), "output_schema": row["outputSchema"]}
         return cls(
             id=row.get("id", row.get("name")),
             name=row.get("name", ""),
@@ -230,7 +234,8 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
 
         A tool is a row as [`ToolCatalog.to_jsonl`] writes it, an OpenAI function schema (bare or in its
         `{"type": "function"}` wrapper), an item of MCP's list, a document of a BEIR corpus (`_id`, `title`, `text`),
-        or an API of ToolBench, whose id is `<<tool&&api>>` as in ToolGen. The file may be one of the Hub:
+        an API of ToolBench, whose id is `<<tool&&api>>` as in ToolGen, or one of Seal-Tools. What is known of a tool's
+        answers is kept as the JSON Schema `metadata["output_schema"]`. The file may be one of the Hub:
         `hf://datasets/user/name/catalog.jsonl`.
 
         Raises:
@@ -384,6 +389,31 @@ def _toolbench_fields(row: dict[str, Any]) -> dict[str, Any]:
         "description": description or f"{api} of {tool}",  # many APIs of ToolBench are described by name alone
         "parameters": parameters | ({"required": required} if required else {}),
         "category": row.get("category_name") or None,
+    }
+
+
+SEALTOOLS_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
+
+
+def _sealtools_fields(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a [`Tool`] for an API of Seal-Tools."""
+    name = row["api_name"]
+    schemas = []
+    for kind in ("parameters", "responses"):
+        declared = row.get(kind) or {}
+        if not isinstance(declared, dict) or not all(isinstance(field, dict) for field in declared.values()):
+            raise ValueError(f"tool {name!r}: each of its {kind} must be a JSON object")
+        properties = {
+            key: {**field, "type": SEALTOOLS_TYPES.get(field.get("type"), "string")} for key, field in declared.items()
+        }
+        schemas.append({"type": "object", "properties": properties})
+    parameters, output = schemas
+    return {
+        "id": name,
+        "description": row.get("api_description"),
+        "parameters": parameters | ({"required": row["required"]} if row.get("required") else {}),
+        "category": row.get("field") or None,
+        "metadata": {"output_schema": output} if output["properties"] else {},
     }
 
 

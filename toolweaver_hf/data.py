@@ -158,7 +158,8 @@ def load_trajectories(path: str | os.PathLike) -> list[dict[str, Any]]:
     ShareGPT has them, of `from` and `value` or `role` and `content`. A tool call stands in an assistant message's
     `tool_calls` as `{"type": "function", "function": {"name": TOOL_ID, "arguments": {...}}}`, with the thought as its
     `content`, or in its text as ToolGen's token `<<tool&&api>>`; the observation follows as a message of the role
-    `tool`. A message may say by `loss`, true or false, whether it is to be learnt.
+    `tool`. A message may say by `loss`, true or false, whether it is to be learnt. A row of Seal-Tools has a `query` and
+    its `calling`, which are the calls of one turn without observations.
 
     Returns:
         `list[dict]`: rows of an `id` and `messages`. Their `tools` are left out: the model knows the tools by their
@@ -178,6 +179,11 @@ def load_trajectories(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 def _read_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
     """Check a row's conversation and return it with `role` and `content`, and with arguments that are objects."""
+    if "calling" in row:  # Seal-Tools
+        calls = [
+            {"function": {"name": call.get("api"), "arguments": call.get("parameters")}} for call in row["calling"]
+        ]
+        row = {"messages": [{"role": "user", "content": row.get("query")}, {"role": "assistant", "tool_calls": calls}]}
     messages = row.get("messages", row.get("conversations"))
     if not isinstance(messages, list) or not messages:
         raise ValueError("a trajectory needs 'messages' or 'conversations', a non-empty list")
