@@ -220,3 +220,9 @@ def test_output_schema_of_mcp_is_kept():
     schema = {"type": "object", "properties": {"mm": {"type": "number"}}}
     catalog = ToolCatalog.from_functions([{"name": "rain", "description": "Rain.", "outputSchema": schema}])
     assert catalog["rain"].metadata["output_schema"] == schema
+
+
+def test_toolret(tmp_path):
+    row = {"id": "apigen_tool_2", "documentation": '{"name": "growth", "description": "Growth of bacteria."}'}
+    (tool,) = ToolCatalog.from_file(write(tmp_path / "tools.jsonl", [row]))
+    assert tool.id == "apigen_tool_2" and "Growth of bacteria." in tool.document

@@ -33,6 +33,28 @@ def test_beir_queries(tmp_path):
     assert [(query.id, query.tools) for query in load_queries(queries, qrels)] == [("1", ("rain",))]
 
 
+TOOLBENCH = {"query_id": 7, "query": "rain?", "api_list": [], "relevant APIs": [["Weather", "rain"], ["Sky", "wind"]]}
+SEALTOOLS = {"id": "easy-0", "query": "rain?", "calling": [{"api": "rain", "parameters": {}}, {"api": "rain"}]}
+TOOLRET = {"id": "q_5", "query": "rain?", "labels": '[{"id": "rain", "relevance": 1}, {"id": "fx", "relevance": 0}]'}
+
+
+@pytest.mark.parametrize(
+    ("row", "query"),
+    [
+        (TOOLBENCH, Query("7", "rain?", ("<<Weather&&rain>>", "<<Sky&&wind>>"))),
+        (SEALTOOLS, Query("easy-0", "rain?", ("rain",))),
+        (TOOLRET, Query("q_5", "rain?", ("rain",))),
+        (TOOLRET | {"labels": [{"id": "rain", "doc": {}, "relevance": 1}]}, Query("q_5", "rain?", ("rain",))),
+        (TOOLBENCH | {"group": "I2"}, Query("7", "rain?", ("<<Weather&&rain>>", "<<Sky&&wind>>"), "I2")),
+        ({"id": "1", "text": "x", "tools": ["a"], "split": "I3"}, Query("1", "x", ("a",), "I3")),
+    ],
+)
+def test_queries_of_other_benchmarks(tmp_path, row, query):
+    assert load_queries(write(tmp_path / "q.jsonl", [row])) == [query]
+    (tmp_path / "q.json").write_text(json.dumps([row]))
+    assert load_queries(tmp_path / "q.json") == [query]
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
@@ -42,6 +64,10 @@ def test_beir_queries(tmp_path):
         ({"id": "2", "text": "x"}, "line 2: query '2' needs 'tools'"),
         ({"id": "2", "text": "x", "tools": []}, "line 2: query '2' has no ground-truth tool"),
         ({"id": "1", "text": "x", "tools": ["a"]}, "line 2: the query id '1' occurs twice"),
+        (TOOLBENCH | {"relevant APIs": [["Weather"]]}, "line 2: its tools cannot be read"),
+        (SEALTOOLS | {"calling": [{"name": "rain"}]}, "line 2: its tools cannot be read"),
+        (TOOLRET | {"labels": "["}, "line 2: its tools cannot be read"),
+        (TOOLRET | {"query": None}, "line 2: a query needs"),
     ],
 )
 def test_wrong_queries_are_named(tmp_path, line, says):

@@ -123,6 +123,8 @@ class Tool:
             return cls(**_toolbench_fields(row))
         if "api_name" in row:  # Seal-Tools
             return cls(**_sealtools_fields(row))
+        if "documentation" in row:  # ToolRet
+            return cls(id=row.get("id"), description=row["documentation"])
         if "id" not in row and "name" not in row:
             raise ValueError("a tool needs an 'id' (or 'name', or BEIR's '_id') beside its 'description'")
         optional = {
@@ -234,8 +236,8 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
 
         A tool is a row as [`ToolCatalog.to_jsonl`] writes it, an OpenAI function schema (bare or in its
         `{"type": "function"}` wrapper), an item of MCP's list, a document of a BEIR corpus (`_id`, `title`, `text`),
-        an API of ToolBench, whose id is `<<tool&&api>>` as in ToolGen, or one of Seal-Tools. What is known of a tool's
-        answers is kept as the JSON Schema `metadata["output_schema"]`. The file may be one of the Hub:
+        an API of ToolBench, whose id is `<<tool&&api>>` as in ToolGen, or one of Seal-Tools or ToolRet. What is known of a
+        tool's answers is kept as the JSON Schema `metadata["output_schema"]`. The file may be one of the Hub:
         `hf://datasets/user/name/catalog.jsonl`.
 
         Raises:

@@ -46,11 +46,13 @@ class Query:
         id (`str`): Identifier, unique among its queries.
         text (`str`): What the user says.
         tools (`tuple[str, ...]`): Ids of the ground-truth tools, at least one.
+        group (`str`, *optional*): A group to report on its own, such as ToolBench's I1, I2 and I3.
     """
 
     id: str
     text: str
     tools: tuple[str, ...]
+    group: str | None = None
 
 
 def read_rows(path: str | os.PathLike) -> list[tuple[str, dict[str, Any]]]:
@@ -91,7 +93,9 @@ def load_queries(path: str | os.PathLike, qrels: str | os.PathLike | None = None
         path (`str`):
             JSONL file with rows `{"id", "text", "tools"}`, or a BEIR queries file with rows `{"_id", "text"}`, or
             ToolGen's rows for memorization and retrieval: `conversations` of a user's text and the tool's token
-            `<<tool&&api>>`.
+            `<<tool&&api>>`. Also, as JSONL or as a JSON list: ToolBench's instructions with their `relevant APIs`,
+            Seal-Tools' rows with their `calling`, ToolRet's with their `labels`. A row may name its `group` (or
+            `split`).
         qrels (`str`, *optional*):
             For a BEIR queries file, the tab-separated file of `query-id`, `corpus-id` and `score` (a header line,
             scores above 0 are relevant). Queries without a relevant tool are left out.
@@ -102,8 +106,7 @@ def load_queries(path: str | os.PathLike, qrels: str | os.PathLike | None = None
     relevant = _read_qrels(qrels) if qrels is not None else None
     queries: dict[str, Query] = {}
     for place, row in read_rows(path):
-        if "conversations" in row:
-            row = _query_of_conversation(place, row)
+        row = _query_row(place, row)
         query_id, text = row.get("id", row.get("_id")), row.get("text")
         tools = row.get("tools") if relevant is None else relevant.get(query_id, [])
         if not isinstance(query_id, str) or not isinstance(text, str) or not text.strip():
@@ -113,12 +116,32 @@ def load_queries(path: str | os.PathLike, qrels: str | os.PathLike | None = None
         if query_id in queries:
             raise ValueError(f"{place}: the query id {query_id!r} occurs twice")
         if tools:
-            queries[query_id] = Query(query_id, text, tuple(dict.fromkeys(tools)))
+            group = row.get("group", row.get("split"))
+            queries[query_id] = Query(query_id, text, tuple(dict.fromkeys(tools)), group and str(group))
         elif relevant is None:
             raise ValueError(f"{place}: query {query_id!r} has no ground-truth tool")
     if not queries:
         raise ValueError(f"{path} holds no query with a ground-truth tool")
     return list(queries.values())
+
+
+def _query_row(place: str, row: dict[str, Any]) -> dict[str, Any]:
+    """Bring a row of another format to `id`, `text` and `tools`."""
+    if "conversations" in row:
+        return _query_of_conversation(place, row)
+    try:
+        if "relevant APIs" in row:  # ToolBench
+            tools = [f"<<{tool}&&{api}>>" for tool, api in row["relevant APIs"]]
+        elif "calling" in row:  # Seal-Tools
+            tools = [call["api"] for call in row["calling"]]
+        elif "labels" in row:  # ToolRet, whose labels may be JSON in a string
+            labels = json.loads(row["labels"]) if isinstance(row["labels"], str) else row["labels"]
+            tools = [label["id"] for label in labels if label["relevance"] > 0]
+        else:
+            return row
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{place}: its tools cannot be read: {error!r}") from None
+    return row | {"id": str(row.get("query_id", row.get("id", place))), "text": row.get("query"), "tools": tools}
 
 
 def _query_of_conversation(place: str, row: dict[str, Any]) -> dict[str, Any]:
