@@ -12,6 +12,8 @@ COMMANDS = {
     "inspect": ("toolweaver_hf.report", "draw a report of learnt codes"),
     "sft": ("toolweaver_hf.recipes.sft", "align a language model with the codes"),
     "evaluate": ("toolweaver_hf.recipes.evaluate", "measure retrieval next to BM25 and a dense encoder"),
+    "evaluate-agent": ("toolweaver_hf.recipes.evaluate_agent", "measure what an agent does, with a judge or without"),
+    "serve-tools": ("toolweaver_hf.simulated_tools", "serve recorded and simulated answers of tools over MCP"),
     "push": ("toolweaver_hf.hub", "push what a step has made to the Hugging Face Hub, with its card"),
 }
 
@@ -34,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="toolweaver",
         description="Hierarchical tool codes for large language models.",
         epilog="commands:\n"
-        + "\n".join(f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items())
+        + "\n".join(f"  {name:<16}{text}" for name, (_, text) in COMMANDS.items())
         + "\n\n'toolweaver COMMAND --help' shows the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

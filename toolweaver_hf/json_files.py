@@ -51,3 +51,13 @@ def read_json(path: str | os.PathLike, schema_version: int) -> dict[str, Any]:
             "toolweaver-hf"
         )
     return document
+
+
+def cut_off_unfinished_line(path: str | os.PathLike) -> None:
+    """Cut off the last line of a JSONL file that a run adds to, if the run ended before the line was whole."""
+    path = Path(path)
+    if path.exists():
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(path, whole)

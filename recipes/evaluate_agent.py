@@ -1,0 +1,196 @@
+"""Let an agent do tasks, and measure it: what it calls, and by a judge its pass rate and win rate (SoPR and SoWR).
+
+```bash
+python recipes/evaluate_agent.py --model out/agent --tasks trajectories.test.jsonl
+```
+
+The same command goes on with a run that was cut off.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from toolweaver_hf.agent import AgentRun, ToolAgent
+from toolweaver_hf.agent_evaluation import AgentTask, evaluate_runs, load_runs, load_tasks
+from toolweaver_hf.catalog import ToolCatalog
+from toolweaver_hf.chat_endpoint import ChatEndpoint
+from toolweaver_hf.cli import run
+from toolweaver_hf.data import load_trajectories
+from toolweaver_hf.demo import demo_functions
+from toolweaver_hf.hub import local_file
+from toolweaver_hf.json_files import cut_off_unfinished_line, read_json, write_json
+from toolweaver_hf.judges import AnswerChecker, ChatJudge, judge_pairs, judge_runs, pass_rate, token_counts, win_rate
+from toolweaver_hf.simulated_tools import SimulatedTools
+
+
+RUN_VERSION = METRICS_VERSION = 1  # the schema_version of run.json and metrics.json
+
+
+@dataclass
+class AgentEvaluationArguments:
+    """What to evaluate.
+
+    Args:
+        tasks (`str`):
+            The tasks: ground-truth trajectories, Seal-Tools' rows, or queries with their tools.
+        model (`str`, *optional*):
+            Folder of an aligned model, as `recipes/sft.py` writes it, or a repository of the Hub.
+        runs (`str`, *optional*):
+            In place of a model, what any agent has done: trajectories with the ids of the tasks.
+        reference (`str`, *optional*):
+            Another agent's runs of the tasks, against which the win rate is measured.
+        catalog (`str`, *optional*):
+            The catalogue's file. Defaults to the model's.
+        recordings (`str`, *optional*):
+            JSONL file of recorded answers of tools (see [`SimulatedTools`]). Without one, calls are answered as in the
+            tasks' own trajectories, by the demo's functions, or by what is made up.
+        simulator_model (`str`, *optional*):
+            Chat model that makes up answers which are not recorded.
+        judge_model (`str`, *optional*):
+            Chat model that judges. Without one, runs are checked against the ground truth.
+        url (`str`, *optional*, defaults to `"https://api.openai.com/v1"`):
+            OpenAI-compatible endpoint of these models; its key is the environment's `OPENAI_API_KEY`.
+        votes (`int`, *optional*, defaults to 3):
+            How often the judge is asked about each run.
+        prices (`list[float]`, *optional*):
+            What a million prompt tokens and a million completion tokens of the judge cost.
+        max_tasks (`int`, *optional*):
+            Only the first so many tasks.
+        max_steps (`int`, *optional*, defaults to 5):
+            Most turns of the agent in a task.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of answers that are made up.
+        output_dir (`str`, *optional*):
+            Folder for everything. Defaults to `agent_evaluation` in the model's folder.
+    """
+
+    tasks: str = field(metadata={"help": "Ground-truth trajectories, Seal-Tools' rows, or queries."})
+    model: str | None = field(default=None, metadata={"help": "Folder of an aligned model."})
+    runs: str | None = field(default=None, metadata={"help": "In place of a model, runs of any agent (JSONL)."})
+    reference: str | None = field(default=None, metadata={"help": "Another agent's runs, for the win rate (JSONL)."})
+    catalog: str | None = field(default=None, metadata={"help": "The catalogue's file; the model's by default."})
+    recordings: str | None = field(default=None, metadata={"help": "Recorded answers of tools (JSONL)."})
+    simulator_model: str | None = field(default=None, metadata={"help": "Chat model that makes up other answers."})
+    judge_model: str | None = field(default=None, metadata={"help": "Chat model that judges."})
+    url: str = field(default="https://api.openai.com/v1", metadata={"help": "OpenAI-compatible endpoint of both."})
+    votes: int = field(default=3, metadata={"help": "How often the judge is asked about each run."})
+    prices: list[float] | None = field(
+        default=None, metadata={"help": "Cost of a million prompt and a million completion tokens of the judge."}
+    )
+    max_tasks: int | None = field(default=None, metadata={"help": "Only the first so many tasks."})
+    max_steps: int = field(default=5, metadata={"help": "Most turns of the agent in a task."})
+    seed: int = field(default=0, metadata={"help": "Seed of answers that are made up."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for everything."})
+
+    def __post_init__(self):
+        if (self.model is None) == (self.runs is None):
+            raise ValueError("give either --model or --runs")
+        if self.model is None and self.catalog is None:
+            raise ValueError("--runs needs --catalog, the tools with their schemas")
+        if self.output_dir is None:
+            if self.model is None or not os.path.isdir(self.model):
+                raise ValueError("--output_dir is needed where there is no folder of a model")
+            self.output_dir = os.path.join(self.model, "agent_evaluation")
+        if self.prices is not None and len(self.prices) != 2:
+            raise ValueError("--prices needs two numbers: for prompt tokens and for completion tokens")
+        if self.votes < 1:
+            raise ValueError("--votes must be at least 1")
+
+
+def check_settings(args: AgentEvaluationArguments, path: Path) -> None:
+    """Write what a run's results depend on, or refuse to go on with a run for which that was something else."""
+    free = ("votes", "prices", "max_tasks", "output_dir", "url")  # with others, the results so far still hold
+    settings = {name: value for name, value in asdict(args).items() if name not in free}
+    for name in ("tasks", "runs", "reference", "catalog"):
+        if settings[name] is not None:
+            content = Path(local_file(settings[name])).read_bytes()
+            settings[name] = f"{os.path.basename(settings[name])} {hashlib.sha256(content).hexdigest()[:16]}"
+    if path.exists():
+        before = read_json(path, RUN_VERSION)["settings"]
+        before["reference"] = before.get("reference") or settings["reference"]  # it may come later, and stay away
+        settings["reference"] = settings["reference"] or before["reference"]
+        changed = [name for name, value in settings.items() if before.get(name) != value]
+        if changed:
+            raise ValueError(
+                f"{path.parent} holds a run with other settings ({', '.join(changed)}): choose another --output_dir"
+            )
+    write_json(path, {"settings": settings}, RUN_VERSION)
+
+
+def run_agent(
+    args: AgentEvaluationArguments, catalog: ToolCatalog, tasks: list[AgentTask], path: Path
+) -> dict[str, AgentRun]:
+    """Let the model do the tasks that the file `path` has no run of; add each run to it at once."""
+    cut_off_unfinished_line(path)
+    done = load_runs(path) if path.exists() and path.stat().st_size else {}
+    missing = [task for task in tasks if task.id not in done]
+    if not missing:
+        return done
+    endpoint = ChatEndpoint(args.simulator_model, args.url) if args.simulator_model else None
+    tools = SimulatedTools(catalog, args.recordings, demo_functions(catalog), endpoint, args.seed)
+    if tasks[0].calls is not None:
+        tools.record_trajectories(load_trajectories(args.tasks))
+    agent = ToolAgent.from_pretrained(args.model, tools, catalog=catalog, max_steps=args.max_steps)
+    with open(path, "a", encoding="utf-8") as file:
+        for task in tqdm(missing, "Running the agent"):
+            done[task.id] = outcome = agent(task.messages)
+            row = {"id": task.id, "messages": outcome.messages, "stop_reason": outcome.stop_reason}
+            file.write(json.dumps(row | {"num_new_tokens": outcome.num_new_tokens}, ensure_ascii=False) + "\n")
+            file.flush()
+    return done
+
+
+def main(args: AgentEvaluationArguments) -> dict[str, float]:
+    """Run, measure and judge; print a table, write `metrics.json` and return the measures."""
+    tasks = load_tasks(args.tasks)[: args.max_tasks]
+    catalog = (
+        ToolCatalog.from_file(args.catalog)
+        if args.catalog
+        else ToolCatalog.from_pretrained(args.model, repo_type="model")
+    )
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    check_settings(args, output / "run.json")
+    runs = load_runs(args.runs) if args.runs else run_agent(args, catalog, tasks, output / "runs.jsonl")
+    measures = evaluate_runs(tasks, runs, catalog)
+
+    judge, votes = AnswerChecker(), 1  # which says the same every time
+    if args.judge_model:
+        judge, votes = ChatJudge(ChatEndpoint(args.judge_model, args.url)), args.votes
+    asked = verdicts = judge_runs(judge, tasks, runs, votes, output / "verdicts.jsonl")
+    measures |= pass_rate(verdicts)
+    if args.reference:
+        references = load_runs(args.reference)
+        theirs = judge_runs(judge, tasks, references, votes, output / "reference_verdicts.jsonl")
+        pairs = (runs, references, verdicts, theirs)
+        preferences = judge_pairs(judge, tasks, *pairs, votes, output / "preferences.jsonl")
+        measures |= win_rate(preferences)
+        asked = [*verdicts, *theirs, *preferences]
+    tokens = token_counts(asked)
+    if args.prices:
+        tokens["cost"] = sum(price * count / 1e6 for price, count in zip(args.prices, tokens.values(), strict=True))
+
+    print(
+        f"\n{os.path.basename(args.tasks)}, {votes} {'votes' if votes > 1 else 'vote'} a run\n\n| measure | |\n|---|---:|"
+    )
+    for name, value in measures.items():
+        print(f"| {name} | {value:,} |" if isinstance(value, int) else f"| {name} | {value:.3f} |")
+    if args.judge_model:
+        print(f"\nthe judge: {', '.join(f'{name} {value:,}' for name, value in tokens.items())}")
+    document = {"tasks": os.path.basename(args.tasks), "votes": votes, "measures": measures, "judge": tokens}
+    write_json(output / "metrics.json", document, METRICS_VERSION)
+    return measures
+
+
+def cli(argv: list[str] | None = None) -> None:
+    main(*HfArgumentParser(AgentEvaluationArguments).parse_args_into_dataclasses(argv))
+
+
+if __name__ == "__main__":
+    run(cli)

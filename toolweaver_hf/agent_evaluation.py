@@ -1,0 +1,212 @@
+"""Tasks for an agent, its runs of them, and what can be measured of a run without a judge."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .agent import AgentRun
+from .arguments import find_error
+from .catalog import ToolCatalog
+from .data import load_queries, load_trajectories, read_rows
+
+
+Call = tuple[str, dict[str, Any]]
+"""A tool's id and the arguments."""
+
+
+@dataclass(frozen=True)
+class AgentTask:
+    """What an agent is asked, and what is known of the right way to do it.
+
+    Args:
+        id (`str`): Identifier, unique among its tasks.
+        messages (`list[dict]`): The conversation up to where the agent takes over; the user's query ends it.
+        tools (`list[str]`): Ids of the ground-truth tools, each as often as it is called where the calls are known.
+        calls (`list[tuple[str, dict]]`, *optional*): The ground-truth calls, each a tool's id and the arguments.
+        observations (`list[str]`): What the tools answered to them, as JSON.
+        answer (`str`, *optional*): The ground-truth answer.
+    """
+
+    id: str
+    messages: list[dict[str, Any]]
+    tools: list[str]
+    calls: list[Call] | None = None
+    observations: list[str] = field(default_factory=list)
+    answer: str | None = None
+
+    @property
+    def query(self) -> str:
+        """`str`: What the user asks."""
+        return self.messages[-1]["content"]
+
+
+def load_tasks(path: str | os.PathLike) -> list[AgentTask]:
+    """Read tasks from ground-truth trajectories (see [`~data.load_trajectories`]; a run of an agent, or Seal-Tools), or
+    from queries with their tools (see [`~data.load_queries`]), of which the calls are not known.
+
+    Raises:
+        `ValueError`: naming the file and the line that is wrong, or the id that occurs twice.
+    """
+    _, first = next(iter(read_rows(path)), ("", {}))
+    if not any(name in first for name in ("messages", "conversations", "calling")):
+        return [
+            AgentTask(query.id, [{"role": "user", "content": query.text}], list(query.tools))
+            for query in load_queries(path)
+        ]
+    tasks: dict[str, AgentTask] = {}
+    for row in load_trajectories(path):
+        messages = row["messages"]
+        start = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
+        if not 0 < start < len(messages) or messages[start - 1]["role"] != "user":
+            raise ValueError(f"{path}: the task {row['id']!r} needs a user's query and the assistant's turns after it")
+        if row["id"] in tasks:
+            raise ValueError(f"{path}: the task id {row['id']!r} occurs twice")
+        run = AgentRun(messages[start:], _stop_reason(messages))
+        calls = list(calls_of(run))
+        tasks[row["id"]] = AgentTask(
+            row["id"], messages[:start], [name for name, _ in calls], calls, observations_of(run), run.answer
+        )
+    return list(tasks.values())
+
+
+def load_runs(path: str | os.PathLike) -> dict[str, AgentRun]:
+    """Read the runs of an agent, by the id of their tasks: trajectories, with a `stop_reason` or without.
+
+    Raises:
+        `ValueError`: naming the file and line that is wrong.
+    """
+    rows = [row for _, row in read_rows(path)]
+    return {
+        run["id"]: AgentRun(
+            run["messages"],
+            row.get("stop_reason", _stop_reason(run["messages"])),
+            num_new_tokens=row.get("num_new_tokens", 0),
+        )
+        for run, row in zip(load_trajectories(path), rows, strict=True)
+    }
+
+
+def _stop_reason(messages: Sequence[dict[str, Any]]) -> str:
+    last = messages[-1]
+    return "answer" if last["role"] == "assistant" and not last.get("tool_calls") else "max_steps"
+
+
+def calls_of(run: AgentRun) -> Iterator[Call]:
+    """Yield the calls of a run, in order."""
+    for message in run.messages:
+        for call in message.get("tool_calls") or ():
+            yield call["function"]["name"], call["function"]["arguments"]
+
+
+def observations_of(run: AgentRun) -> list[str]:
+    """Return what the tools answered in a run, in order, as JSON."""
+    return [message["content"] for message in run.messages if message["role"] == "tool"]
+
+
+def canonical(value: Any) -> str:
+    """Write a value so that equal ones read the same: numbers however they are written, texts whatever their case and
+    white space, objects whatever their order."""
+    return json.dumps(_canonical(value), sort_keys=True)
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _canonical(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_canonical(item) for item in value]
+    if isinstance(value, str):
+        value = " ".join(value.casefold().split())
+    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (ValueError, OverflowError):
+            return value
+        return number if math.isfinite(number) else str(value)
+    return value
+
+
+def call_counts(calls: Sequence[Call]) -> Counter[tuple[str, str]]:
+    """Count equal calls: those of one tool whose arguments are [`canonical`]ly the same."""
+    return Counter((name, canonical(arguments)) for name, arguments in calls)
+
+
+def evaluate_runs(
+    tasks: Sequence[AgentTask], runs: Mapping[str, AgentRun], catalog: ToolCatalog
+) -> dict[str, float | int]:
+    """Measure what needs no judge. A task without a run counts as one in which nothing was done.
+
+    Args:
+        tasks (`Sequence[AgentTask]`): The tasks.
+        runs (`Mapping[str, AgentRun]`): The agent's run of each task, by the task's id.
+        catalog ([`ToolCatalog`]): The tools, with the schemas of their arguments.
+
+    Returns:
+        `dict[str, float]`: the number of `tasks`, and, where the ground truth is known,
+
+        - `tool_accuracy`: tasks in which exactly the ground-truth tools were called, each as often;
+        - `tool_F1`: of the calls' tools, over all tasks together;
+        - `argument_exact_match`: tasks in which exactly the ground-truth calls were made, with all their arguments;
+        - `argument_F1`: of the calls' single arguments (tool, name and value), over all tasks together;
+
+        and of all runs
+
+        - `parse_rate`: runs of which every turn came to its end and every call names a tool of the catalogue with
+          arguments that obey its schema;
+        - `answered`: runs that end with an answer;
+        - `steps`: calls in a run, the mean.
+
+        Shares lie between 0 and 1. Arguments are compared as [`canonical`] writes them.
+    """
+    done = {task.id: list(calls_of(runs[task.id])) if task.id in runs else [] for task in tasks}
+    measured = {
+        "parse_rate": _mean(task.id in runs and _is_well_formed(runs[task.id], catalog) for task in tasks),
+        "answered": _mean(task.id in runs and runs[task.id].stop_reason == "answer" for task in tasks),
+        "steps": _mean(len(done[task.id]) for task in tasks),
+    }
+    by_call = [task for task in tasks if task.calls is not None]
+    if by_call:
+        pairs = [(task.calls, done[task.id]) for task in by_call]
+        measured = {
+            "tool_accuracy": _mean(Counter(n for n, _ in gold) == Counter(n for n, _ in ours) for gold, ours in pairs),
+            "tool_F1": _f1([(Counter(n for n, _ in gold), Counter(n for n, _ in ours)) for gold, ours in pairs]),
+            "argument_exact_match": _mean(call_counts(gold) == call_counts(ours) for gold, ours in pairs),
+            "argument_F1": _f1([(_argument_counts(gold), _argument_counts(ours)) for gold, ours in pairs]),
+            **measured,
+        }
+    elif tasks:  # of queries the tools are known, but neither how often nor with which arguments they are called
+        pairs = [(set(task.tools), {name for name, _ in done[task.id]}) for task in tasks]
+        measured = {
+            "tool_accuracy": _mean(gold == ours for gold, ours in pairs),
+            "tool_F1": _f1([(Counter(gold), Counter(ours)) for gold, ours in pairs]),
+            **measured,
+        }
+    return {"tasks": len(tasks), **measured}
+
+
+def _mean(values) -> float:
+    values = [float(value) for value in values]
+    return sum(values) / max(len(values), 1)
+
+
+def _f1(pairs: Sequence[tuple[Counter, Counter]]) -> float:
+    """F1 over all tasks together, of what is there (first) and what was found (second)."""
+    both = sum((gold & ours).total() for gold, ours in pairs)
+    total = sum(gold.total() + ours.total() for gold, ours in pairs)
+    return 2 * both / total if total else 1.0
+
+
+def _argument_counts(calls: Sequence[Call]) -> Counter[tuple[str, str, str]]:
+    return Counter((tool, name, canonical(value)) for tool, arguments in calls for name, value in arguments.items())
+
+
+def _is_well_formed(run: AgentRun, catalog: ToolCatalog) -> bool:
+    return run.stop_reason != "max_tokens" and all(
+        name in catalog and find_error(arguments, catalog[name].parameters) is None
+        for name, arguments in calls_of(run)
+    )

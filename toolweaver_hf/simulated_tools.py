@@ -1,0 +1,274 @@
+"""`SimulatedTools`: recorded answers of tools, and simulated ones where none is recorded, so that runs can be repeated.
+
+```bash
+toolweaver serve-tools --catalog tools.jsonl --recordings answers.jsonl
+```
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from .agent import AgentRun
+from .agent_evaluation import calls_of, observations_of
+from .arguments import find_error
+from .catalog import Tool, ToolCatalog
+from .chat_endpoint import ChatEndpoint
+from .data import load_trajectories, read_rows
+from .json_files import cut_off_unfinished_line
+
+
+SIMULATION_INSTRUCTIONS = """\
+You stand for a web API. You get a JSON object with the description of one of its functions, arguments of a call, \
+and answers that the function gave to other calls. Reply with one JSON object: what the function answers to this call. \
+It agrees with the arguments, holds plausible concrete values, has the form of the other answers or of the schema \
+where there is one, and is short."""
+
+
+class SimulatedTools(Mapping[str, Callable[..., Any]]):
+    """The tools of a catalogue as functions that an agent calls, with answers that are the same in every run.
+
+    A call is answered by the first of these that there is: a recorded answer to the same tool and arguments; the
+    tool's real function; a chat model's; an answer made up by the tool's `metadata["output_schema"]`, drawn by a seed
+    from tool and arguments. Answers of functions and of a model are recorded. As of a real API, arguments that break
+    the tool's schema are an error (`ValueError`).
+
+    Args:
+        catalog ([`ToolCatalog`]): The tools.
+        path (`str`, *optional*):
+            JSONL file of the recorded answers, rows of `tool`, `arguments` and `answer`, to which new ones are added.
+        functions (`Mapping[str, Callable]`, *optional*): Real functions of tools, by id.
+        endpoint ([`ChatEndpoint`], *optional*): The model that makes answers up.
+        seed (`int`, *optional*, defaults to 0): Seed of the answers made up.
+
+    Raises:
+        `ValueError`: naming the file and line that is wrong.
+
+    Example:
+
+    ```python
+    >>> tools = SimulatedTools(catalog, "answers.jsonl")
+    >>> tools.record_trajectories(load_trajectories("trajectories.jsonl"))
+    >>> agent = ToolAgent.from_pretrained("out/agent", tools)
+    ```
+    """
+
+    def __init__(
+        self,
+        catalog: ToolCatalog,
+        path: str | os.PathLike | None = None,
+        functions: Mapping[str, Callable[..., Any]] | None = None,
+        endpoint: ChatEndpoint | None = None,
+        seed: int = 0,
+    ):
+        self.catalog, self.path, self.endpoint, self.seed = catalog, path, endpoint, seed
+        self.functions = functions or {}
+        self._answers: dict[tuple[str, str], Any] = {}
+        self._lock = threading.Lock()
+        if path is not None and os.path.exists(path):
+            cut_off_unfinished_line(path)
+            for place, row in read_rows(path):
+                if not isinstance(row.get("tool"), str) or "answer" not in row:
+                    raise ValueError(f"{place}: a recorded answer needs 'tool', 'arguments' and 'answer'")
+                self._answers[_key(row["tool"], row.get("arguments") or {})] = row["answer"]
+
+    def __getitem__(self, tool_id: str) -> Callable[..., Any]:
+        if tool_id not in self.catalog:
+            raise KeyError(tool_id)
+        return lambda **arguments: self.call(tool_id, arguments)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.catalog.ids)
+
+    def __len__(self) -> int:
+        return len(self.catalog)
+
+    def record_trajectories(self, trajectories: Iterable[dict[str, Any]]) -> None:
+        """Take over what tools answered in trajectories (see [`~data.load_trajectories`]), without writing it down."""
+        for row in trajectories:
+            run = AgentRun(row["messages"])
+            for (tool_id, arguments), observation in zip(calls_of(run), observations_of(run), strict=False):
+                try:
+                    answer = json.loads(observation)
+                except ValueError:
+                    answer = observation
+                self._answers.setdefault(_key(tool_id, arguments), answer)
+
+    def call(self, tool_id: str, arguments: dict[str, Any]) -> Any:
+        """Answer a call.
+
+        Raises:
+            `ValueError`: for arguments that break the tool's schema.
+            `KeyError`: for a tool that the catalogue lacks.
+        """
+        key = _key(tool_id, arguments)
+        if key in self._answers:
+            return self._answers[key]
+        tool = self.catalog[tool_id]
+        error = find_error(arguments, tool.parameters)
+        if error is not None:
+            raise ValueError(error)
+        if tool_id in self.functions:
+            return self._record(tool_id, arguments, self.functions[tool_id](**arguments))
+        if self.endpoint is not None:
+            answer = self._ask(tool, arguments)
+            if answer is not None:
+                return self._record(tool_id, arguments, answer)
+        return simulate_answer(tool, arguments, self.seed)
+
+    def _ask(self, tool: Tool, arguments: dict[str, Any]) -> dict[str, Any] | None:
+        others = [answer for (tool_id, _), answer in self._answers.items() if tool_id == tool.id][:5]
+        question = {"function": tool.to_dict(), "arguments": arguments, "other_answers": others}
+        return self.endpoint.ask(SIMULATION_INSTRUCTIONS, json.dumps(question, ensure_ascii=False), self.seed).content
+
+    def _record(self, tool_id: str, arguments: dict[str, Any], answer: Any) -> Any:
+        with self._lock:
+            # Whatever two threads found for the same call, the first is what it answers from now on
+            answer = self._answers.setdefault(_key(tool_id, arguments), answer)
+            if self.path is not None:
+                row = {"tool": tool_id, "arguments": arguments, "answer": answer}
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        return answer
+
+
+def _key(tool_id: str, arguments: dict[str, Any]) -> tuple[str, str]:
+    return tool_id, json.dumps(arguments, sort_keys=True)
+
+
+def simulate_answer(tool: Tool, arguments: dict[str, Any], seed: int = 0) -> Any:
+    """Make an answer up that obeys the tool's `metadata["output_schema"]`, or names the tool where there is none.
+
+    The same tool, arguments and seed give the same answer, on every machine.
+    """
+    generator = random.Random(f"{seed} {_key(tool.id, arguments)}")
+    schema = tool.metadata.get("output_schema")
+    if isinstance(schema, dict):
+        return _draw(schema, generator, tool.name)
+    return {"result": f"answer {generator.randrange(10**6):06} of {tool.name}"}
+
+
+def _draw(schema: Any, generator: random.Random, name: str) -> Any:
+    """Draw a value of a JSON Schema: of its types, enumerations, defaults, ranges and compositions."""
+    if not isinstance(schema, dict):
+        schema = {}
+    for keyword in ("const", "default"):
+        if keyword in schema:
+            return schema[keyword]
+    for keyword in ("enum", "examples"):
+        if isinstance(schema.get(keyword), list) and schema[keyword]:
+            return generator.choice(schema[keyword])
+    for keyword in ("anyOf", "oneOf", "allOf"):
+        if isinstance(schema.get(keyword), list) and schema[keyword]:
+            return _draw(schema[keyword][0], generator, name)
+    kind = schema.get("type", "object" if "properties" in schema else "string")
+    kind = kind[0] if isinstance(kind, list) and kind else kind
+    if kind == "object":
+        properties = schema.get("properties") or {}
+        return {key: _draw(inner, generator, key) for key, inner in properties.items()}
+    if kind == "array":
+        length = max(schema.get("minItems", 0), min(2, schema.get("maxItems", 2)))
+        return [_draw(schema.get("items"), generator, name) for _ in range(length)]
+    if kind in ("integer", "number"):
+        low = schema.get("minimum", schema.get("exclusiveMinimum", 0))
+        low += "exclusiveMinimum" in schema and kind == "integer"
+        high = schema.get("maximum", schema.get("exclusiveMaximum", low + 100))
+        high -= "exclusiveMaximum" in schema and kind == "integer"
+        return generator.randint(low, high) if kind == "integer" else round(generator.uniform(low, high), 2)
+    if kind == "boolean":
+        return generator.random() < 0.5
+    return None if kind == "null" else f"{name} {generator.randrange(1000)}"
+
+
+def mcp_server(tools: SimulatedTools):
+    """Return an MCP server of the tools; `.streamable_http_app()` is its ASGI application.
+
+    Raises:
+        `ImportError`: without the `mcp` package.
+    """
+    try:
+        from anyio import to_thread
+        from mcp import types
+        from mcp.server.lowlevel import Server
+    except ImportError:
+        raise ImportError('a server of tools needs the mcp package: pip install "toolweaver-hf[mcp]"') from None
+
+    listed = [
+        types.Tool(
+            name=tool.id,
+            title=tool.name,
+            description=tool.description,
+            input_schema={"type": "object"} | tool.parameters,
+        )
+        for tool in tools.catalog
+    ]
+
+    async def list_tools(context, params) -> types.ListToolsResult:
+        return types.ListToolsResult(tools=listed)
+
+    async def call_tool(context, params) -> types.CallToolResult:
+        try:
+            answer = await to_thread.run_sync(tools.call, params.name, params.arguments or {})
+        except Exception as error:  # whatever a tool raises is its answer
+            text = f"no such tool: {error}" if isinstance(error, KeyError) else str(error)
+            return types.CallToolResult(content=[types.TextContent(text=text)], is_error=True)
+        text = types.TextContent(text=json.dumps(answer, ensure_ascii=False))
+        return types.CallToolResult(content=[text], structured_content=answer if isinstance(answer, dict) else None)
+
+    return Server("toolweaver", on_list_tools=list_tools, on_call_tool=call_tool)
+
+
+@dataclass
+class ServeToolsArguments:
+    """Which tools to serve.
+
+    Args:
+        catalog (`str`):
+            The catalogue's file.
+        recordings (`str`, *optional*):
+            JSONL file of recorded answers, to which a model's are added.
+        trajectories (`str`, *optional*):
+            Trajectories whose observations are recorded answers, too.
+        model (`str`, *optional*):
+            Chat model that makes up what is not recorded. Without one, the answers' schemas do.
+        url (`str`, *optional*, defaults to `"https://api.openai.com/v1"`):
+            OpenAI-compatible endpoint of the model; its key is the environment's `OPENAI_API_KEY`.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of what is made up.
+        host (`str`, *optional*, defaults to `"127.0.0.1"`):
+            Address to listen on.
+        port (`int`, *optional*, defaults to 8765):
+            Port to listen on.
+    """
+
+    catalog: str = field(metadata={"help": "The catalogue's file."})
+    recordings: str | None = field(default=None, metadata={"help": "Recorded answers (JSONL)."})
+    trajectories: str | None = field(default=None, metadata={"help": "Trajectories whose observations are recorded."})
+    model: str | None = field(default=None, metadata={"help": "Chat model that makes up other answers."})
+    url: str = field(
+        default="https://api.openai.com/v1", metadata={"help": "OpenAI-compatible endpoint of the model."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of what is made up."})
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on."})
+    port: int = field(default=8765, metadata={"help": "Port to listen on."})
+
+
+def cli(argv: list[str] | None = None) -> None:
+    (args,) = HfArgumentParser(ServeToolsArguments).parse_args_into_dataclasses(argv)
+    endpoint = ChatEndpoint(args.model, args.url) if args.model else None
+    tools = SimulatedTools(ToolCatalog.from_file(args.catalog), args.recordings, endpoint=endpoint, seed=args.seed)
+    if args.trajectories:
+        tools.record_trajectories(load_trajectories(args.trajectories))
+    server = mcp_server(tools)
+    import uvicorn  # comes with mcp
+
+    print(f"{len(tools)} tools at http://{args.host}:{args.port}/mcp", flush=True)
+    uvicorn.run(server.streamable_http_app(host=args.host), host=args.host, port=args.port, log_level="warning")
