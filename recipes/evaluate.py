@@ -1,12 +1,18 @@
-"""Rank the tools for held-out queries with an aligned model and with its rivals, and print their table.
+"""Rank the tools for held-out queries with an aligned model and with its rivals, and print their tables.
 
 ```bash
 python recipes/evaluate.py --model out/retrieval --queries my_test_queries.jsonl --output_dir out/evaluation
 ```
+
+The model's whole catalogue is ranked (multi-domain). `--in_domain` ranks only the tools that the queries need, `--corpus
+tools.jsonl` only those of a file. Without `--model` the rivals are measured alone, on the tools of `--corpus`.
 """
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from transformers import HfArgumentParser
 
@@ -14,11 +20,11 @@ from toolweaver_hf.baselines import BM25Retriever, DenseRetriever
 from toolweaver_hf.cards import EVALUATION_FOLDER
 from toolweaver_hf.catalog import ToolCatalog
 from toolweaver_hf.cli import run
-from toolweaver_hf.data import load_queries
+from toolweaver_hf.data import Query, load_queries
 from toolweaver_hf.embeddings import default_encoder
-from toolweaver_hf.evaluation import METRICS_FILE, METRICS_VERSION, evaluate_rankings, markdown_table
-from toolweaver_hf.json_files import write_json
+from toolweaver_hf.evaluation import compare_rankings
 from toolweaver_hf.retrieval import ToolRetriever
+from toolweaver_hf.runs import save_run, tables
 
 
 TOP_K = 10
@@ -29,62 +35,96 @@ class EvaluationArguments:
     """What to evaluate.
 
     Args:
-        model (`str`):
-            Folder of an aligned model, as `recipes/sft.py` writes it, or a repository of the Hub.
-        queries (`str`):
-            Test queries: JSONL with `id`, `text`, `tools`, or a BEIR queries file.
+        queries (`list[str]`):
+            Test queries, in any of the formats that [`~data.load_queries`] reads: JSONL with `id`, `text`, `tools`, a
+            BEIR queries file, ToolBench's instructions, rows of Seal-Tools or ToolRet. Of several files each is a
+            group of its own, named after the file.
         qrels (`str`, *optional*):
             The relevance file of BEIR queries.
+        model (`str`, *optional*):
+            Folder of an aligned model, as `recipes/sft.py` writes it, or a repository of the Hub. Without it the
+            rivals are measured alone.
+        corpus (`str`, *optional*):
+            Catalogue of the only tools to rank, which the model's catalogue must hold. Defaults to the model's whole
+            catalogue.
+        in_domain (`bool`, *optional*, defaults to `False`):
+            Whether to rank only the tools that any of the queries needs.
         encoder (`str`, *optional*):
             sentence-transformers model of the dense rival. Defaults to the encoder that the catalogue is embedded with.
         output_dir (`str`, *optional*):
-            Folder for `metrics.json` and the rankings in TREC's run format. Defaults to `evaluation` in the model's
-            folder, from where `toolweaver push` takes the results into the model's card.
+            Folder for the measures, the rankings in TREC's run format, and what the run was made of. Defaults to
+            `evaluation` in the model's folder, from where `toolweaver push` takes the results into the model's card.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the bootstrap.
     """
 
-    model: str = field(metadata={"help": "Folder of an aligned model."})
-    queries: str = field(metadata={"help": "Test queries (JSONL)."})
+    queries: list[str] = field(metadata={"help": "Test queries (JSONL or JSON)."})
     qrels: str | None = field(default=None, metadata={"help": "Relevance file (TSV) of BEIR queries."})
+    model: str | None = field(default=None, metadata={"help": "Folder of an aligned model."})
+    corpus: str | None = field(default=None, metadata={"help": "Catalogue of the only tools to rank."})
+    in_domain: bool = field(default=False, metadata={"help": "Rank only the tools that the queries need."})
     encoder: str | None = field(default=None, metadata={"help": "sentence-transformers model of the dense rival."})
-    output_dir: str | None = field(default=None, metadata={"help": "Folder for metrics.json and the rankings."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for the run."})
+    seed: int = field(default=0, metadata={"help": "Seed of the bootstrap."})
+
+    def __post_init__(self):
+        if self.model is None and self.corpus is None:
+            raise ValueError("give --model, an aligned model, or --corpus, the tools that its rivals are to rank")
 
 
-def main(args: EvaluationArguments) -> dict[str, dict[str, dict[str, float]]]:
-    """Evaluate, print a table for each group of queries, and return name -> group -> measure -> value."""
-    queries = load_queries(args.queries, args.qrels)
-    catalog = ToolCatalog.from_pretrained(args.model, repo_type="model")
-    unknown = sorted({tool for query in queries for tool in query.tools if tool not in catalog})
+def load_test_queries(paths: Sequence[str], qrels: str | None = None) -> list[Query]:
+    """Read one file of queries, or several as groups that are named after their files."""
+    if len(paths) == 1:
+        return load_queries(paths[0], qrels)
+    return [
+        replace(query, id=f"{Path(path).stem}/{query.id}", group=query.group or Path(path).stem)
+        for path in paths
+        for query in load_queries(path, qrels)
+    ]
+
+
+def load_candidates(args: EvaluationArguments, queries: Sequence[Query]) -> ToolCatalog:
+    """Return the tools to rank, each as the model's catalogue describes it."""
+    if args.model is None:
+        catalog = ToolCatalog.from_file(args.corpus)
+    else:
+        catalog = ToolCatalog.from_pretrained(args.model, repo_type="model")
+    allowed = set(ToolCatalog.from_file(args.corpus).ids if args.corpus else catalog.ids)
+    unknown = sorted(allowed.difference(catalog.ids))
+    if unknown:
+        raise ValueError(f"{args.corpus} has tools that the catalogue of {args.model} lacks: {', '.join(unknown[:5])}")
+    needed = {tool for query in queries for tool in query.tools}
+    unknown = sorted(needed.difference(allowed))
     if unknown:
         raise ValueError(
-            f"{args.queries} names tools that the catalogue of {args.model} lacks: {', '.join(unknown[:5])}"
+            f"{', '.join(args.queries)}: {len(unknown)} of {len(needed)} tools that are needed are not in "
+            f"{args.corpus or f'the catalogue of {args.model}'}: {', '.join(unknown[:5])}"
         )
-    retrievers = {
-        "ToolWeaver": ToolRetriever.from_pretrained(args.model),
-        "BM25": BM25Retriever(catalog),
-        "dense": DenseRetriever(catalog, args.encoder or default_encoder()),
-    }
-    texts = [query.text for query in queries]
-    rankings = {name: retriever(texts, top_k=TOP_K) for name, retriever in retrievers.items()}
-    results = {name: evaluate_rankings(queries, ranking) for name, ranking in rankings.items()}
+    return ToolCatalog(tool for tool in catalog if tool.id in (needed if args.in_domain else allowed))
 
-    for group in results["ToolWeaver"]:
-        print(f"\n{group} ({results['ToolWeaver'][group]['queries']} queries), in percent\n")
-        print(markdown_table(results, group))
+
+def main(args: EvaluationArguments) -> dict[str, Any]:
+    """Evaluate, print a table for each group of queries, and return what [`~evaluation.compare_rankings`] does."""
+    queries = load_test_queries(args.queries, args.qrels)
+    candidates = load_candidates(args, queries)
+    texts = [query.text for query in queries]
+    rankings = {}
+    if args.model is not None:
+        retriever = ToolRetriever.from_pretrained(args.model)
+        rankings["ToolWeaver"] = retriever(texts, top_k=TOP_K, allowed_tools=candidates.ids, show_progress_bar=True)
+    rankings["BM25"] = BM25Retriever(candidates)(texts, top_k=TOP_K)
+    rankings["dense"] = DenseRetriever(candidates, args.encoder or default_encoder())(texts, top_k=TOP_K)
+
+    name = ", ".join(Path(path).name for path in args.queries)
     output_dir = args.output_dir
-    if output_dir is None and os.path.isdir(args.model):
+    if output_dir is None and args.model is not None and os.path.isdir(args.model):
         output_dir = os.path.join(args.model, EVALUATION_FOLDER)
     if output_dir:
-        os.makedirs(output_dir, exist_ok=True)
-        metrics = {"queries": os.path.basename(args.queries), "results": results}
-        write_json(os.path.join(output_dir, METRICS_FILE), metrics, METRICS_VERSION)
-        for name, ranking in rankings.items():
-            with open(os.path.join(output_dir, f"{name}.run"), "w", encoding="utf-8") as file:
-                for query, tools in zip(queries, ranking, strict=True):
-                    for rank, tool in enumerate(tools, start=1):
-                        fields = (query.id, "Q0", tool.tool_id, rank, tool.score, name)
-                        # TREC separates fields by spaces, so none may stand in an id.
-                        print(*("_".join(str(field).split()) for field in fields), file=file)
-    return results
+        metrics = save_run(output_dir, queries, rankings, candidates.ids, asdict(args), name, args.seed)
+    else:
+        metrics = {"queries": name, **compare_rankings(queries, rankings, args.seed)}
+    print(f"\n{len(candidates):,} tools ranked\n\n{tables(metrics)}", end="")
+    return metrics
 
 
 def cli(argv: list[str] | None = None) -> None:

@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": ("toolweaver_hf.recipes.evaluate", "measure retrieval next to BM25 and a dense encoder"),
     "evaluate-agent": ("toolweaver_hf.recipes.evaluate_agent", "measure what an agent does, with a judge or without"),
     "serve-tools": ("toolweaver_hf.simulated_tools", "serve recorded and simulated answers of tools over MCP"),
+    "compare": ("toolweaver_hf.runs", "put the evaluations of several models in one table"),
     "push": ("toolweaver_hf.hub", "push what a step has made to the Hugging Face Hub, with its card"),
 }
 

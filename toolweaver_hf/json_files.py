@@ -1,4 +1,4 @@
-"""The JSON files of a run: written whole or not at all, each with the version of its format."""
+"""The files of a run: written whole or not at all, those of JSON with the version of their format."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 
-def write_json(path: str | os.PathLike, document: dict[str, Any], schema_version: int) -> None:
-    """Write a JSON object with its `schema_version`, whole or not at all."""
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text, whole or not at all."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(
-        json.dumps({"schema_version": schema_version, **document}, indent=2, ensure_ascii=False), encoding="utf-8"
-    )
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def write_json(path: str | os.PathLike, document: dict[str, Any], schema_version: int) -> None:
+    """Write a JSON object with its `schema_version`, whole or not at all."""
+    write_text(path, json.dumps({"schema_version": schema_version, **document}, indent=2, ensure_ascii=False))
 
 
 def read_object(path: str | os.PathLike) -> dict[str, Any]:

@@ -181,7 +181,7 @@ def main(args: QuickstartArguments) -> None:
     evaluate.main(
         evaluate.EvaluationArguments(
             model=str(output / "retrieval"),
-            queries=str(data / "queries.test.jsonl"),
+            queries=[str(data / "queries.test.jsonl")],
             encoder=args.encoder,
         )
     )

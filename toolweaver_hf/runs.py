@@ -1,0 +1,322 @@
+"""The folder of a run: what was measured, of what, and where; and several runs in one table."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import matplotlib
+import numpy as np
+import torch
+from transformers.utils import logging
+
+from .data import Query
+from .evaluation import METRICS_FILE, METRICS_VERSION, compare_rankings, markdown_table
+from .json_files import read_json, write_json, write_text
+from .retrieval import RetrievedTool
+
+
+logger = logging.get_logger(__name__)
+
+RUN_FILE = "run.json"
+RUN_VERSION = 1  # its schema_version
+QRELS_FILE = "qrels.txt"
+TABLES_FILE = "results.md"
+CHART_FILE = "results.png"
+CHART_MEASURES = ("nDCG@1", "nDCG@3", "nDCG@5")
+
+PACKAGES = (
+    "toolweaver-hf",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "accelerate",
+    "sentence-transformers",
+    "bm25s",
+    "ir-measures",
+    "numpy",
+    "scipy",
+)
+
+Rankings = Mapping[str, Sequence[Sequence[RetrievedTool]]]
+
+
+def describe_run(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Say how a run was made: its configuration, the time, versions, the commit of the code and the hardware.
+
+    Args:
+        config (`Mapping[str, Any]`): The run's arguments with its seed, of types that JSON knows.
+
+    Returns:
+        `dict`: as it is written to `run.json`. `commit` is `None` where the package is not in a checkout of git, and
+        ends in `-dirty` where the checkout has changes.
+    """
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "config": dict(config),
+        "versions": versions,
+        "commit": _commit(),
+        "hardware": _hardware(),
+    }
+
+
+def _commit() -> str | None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # a checkout of another project may be around it
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _hardware() -> dict[str, Any]:
+    cpu = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        named = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        cpu = named[1] if named else cpu
+    return {
+        "system": platform.platform(terse=True),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+@dataclass
+class Run:
+    """What a run's folder holds of its rankings.
+
+    Args:
+        folder (`Path`): The folder.
+        queries (`list[Query]`): The queries with their ground-truth tools and groups, without their texts.
+        rankings (`dict[str, list[list[RetrievedTool]]]`): For each system the tools of each query, best first, scored
+            by their rank alone.
+        checksums (`dict[str, str]`): Of the `queries` with their ground truth and of the `tools` that were ranked.
+    """
+
+    folder: Path
+    queries: list[Query]
+    rankings: dict[str, list[list[RetrievedTool]]]
+    checksums: dict[str, str]
+
+
+def save_run(
+    folder: str | os.PathLike,
+    queries: Sequence[Query],
+    rankings: Rankings,
+    tool_ids: Sequence[str],
+    config: Mapping[str, Any],
+    queries_name: str,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure the rankings of several systems, and write all there is to know of the run into one folder.
+
+    That is `run.json` ([`describe_run`]), the ground truth and each system's ranking in TREC's formats (`qrels.txt`,
+    whose second column is the query's group; `NAME.run`), `metrics.json` ([`compare_rankings`]), tables and a chart.
+
+    Args:
+        folder (`str`): The folder.
+        queries (`Sequence[Query]`): The queries.
+        rankings (`Mapping[str, Sequence[Sequence[RetrievedTool]]]`): For each system its rankings, its own first.
+        tool_ids (`Sequence[str]`): The tools that were ranked.
+        config (`Mapping[str, Any]`): The run's arguments.
+        queries_name (`str`): What the queries are called in tables and cards, such as their file's name.
+        seed (`int`, *optional*, defaults to 0): Seed of the bootstrap.
+
+    Returns:
+        `dict`: the content of `metrics.json`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = sorted([query.id, query.text, sorted(query.tools)] for query in queries)
+    checksums = {"queries": _checksum(rows), "tools": _checksum(sorted(tool_ids))}
+    write_json(folder / RUN_FILE, {**describe_run(config), "checksums": checksums}, RUN_VERSION)
+    judged = [(query.id, query.group or 0, tool, 1) for query in queries for tool in query.tools]
+    write_text(folder / QRELS_FILE, _trec_lines(judged))
+    for name, ranking in rankings.items():
+        ranked = [
+            (query.id, "Q0", tool.tool_id, rank, tool.score, name)
+            for query, tools in zip(queries, ranking, strict=True)
+            for rank, tool in enumerate(tools, start=1)
+        ]
+        write_text(folder / f"{name}.run", _trec_lines(ranked))
+    metrics = {"queries": queries_name, **compare_rankings(queries, rankings, seed)}
+    _write_results(folder, metrics)
+    return metrics
+
+
+def _write_results(folder: Path, metrics: dict[str, Any]) -> None:
+    write_text(folder / TABLES_FILE, tables(metrics))
+    draw_chart(metrics, folder / CHART_FILE)
+    write_json(folder / METRICS_FILE, metrics, METRICS_VERSION)
+
+
+def _checksum(document: Any) -> str:
+    return hashlib.sha256(json.dumps(document).encode()).hexdigest()[:16]
+
+
+def _trec_lines(rows: Sequence[tuple]) -> str:
+    # Fields are separated by spaces, so one in an id is written as %20.
+    rows = ((re.sub(r"[\s%]", lambda match: quote(match[0]), str(field)) for field in row) for row in rows)
+    return "".join(" ".join(row) + "\n" for row in rows)
+
+
+def load_run(folder: str | os.PathLike) -> Run:
+    """Read a folder that [`save_run`] wrote.
+
+    Raises:
+        `ValueError`: naming the file and line that is wrong.
+        `OSError`: if a file is missing.
+    """
+    folder = Path(folder)
+    names = read_json(folder / METRICS_FILE, METRICS_VERSION).get("results")
+    checksums = read_json(folder / RUN_FILE, RUN_VERSION).get("checksums")
+    if not isinstance(names, dict) or not names or not isinstance(checksums, dict):
+        raise ValueError(f"{folder} does not hold a run of `toolweaver evaluate`")
+    tools: dict[str, list[str]] = {}
+    groups: dict[str, str] = {}
+    for query_id, group, tool_id, _ in _read_trec(folder / QRELS_FILE, 4):
+        tools.setdefault(query_id, []).append(tool_id)
+        if group != "0":
+            groups[query_id] = group
+    queries = [Query(query_id, "", tuple(needed), groups.get(query_id)) for query_id, needed in tools.items()]
+    rankings: dict[str, list[list[RetrievedTool]]] = {}
+    for name in names:
+        ranked: dict[str, list[RetrievedTool]] = {query.id: [] for query in queries}
+        for query_id, _, tool_id, *_ in _read_trec(folder / f"{name}.run", 6):
+            if query_id not in ranked:
+                raise ValueError(f"{folder / name}.run ranks tools for {query_id!r}, which {QRELS_FILE} lacks")
+            ranked[query_id].append(RetrievedTool(tool_id, -float(len(ranked[query_id]))))
+        rankings[name] = list(ranked.values())
+    return Run(folder, queries, rankings, checksums)
+
+
+def _read_trec(path: Path, num_fields: int) -> list[list[str]]:
+    rows = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
+    for number, row in enumerate(rows, start=1):
+        if len(row) != num_fields:
+            raise ValueError(f"{path}, line {number}: expected {num_fields} fields, not {len(row)}")
+    return rows
+
+
+def compare_runs(folders: Sequence[str | os.PathLike], seed: int = 0) -> dict[str, Any]:
+    """Put the systems of several runs together and compare each with the first run's first.
+
+    A system that is in several runs with the same rankings, such as BM25, is taken once; one with other rankings is
+    named after its run's folder.
+
+    Args:
+        folders (`Sequence[str]`): Folders as `toolweaver evaluate` writes them.
+        seed (`int`, *optional*, defaults to 0): Seed of the bootstrap.
+
+    Returns:
+        `dict`: the content of a `metrics.json`, see [`compare_rankings`].
+
+    Raises:
+        `ValueError`: if a folder is no run, or one of other queries or another ground truth than the first.
+    """
+    runs = [load_run(folder) for folder in folders]
+    first, *others = runs
+    for run in others:
+        if run.checksums["queries"] != first.checksums["queries"]:
+            raise ValueError(
+                f"{run.folder} and {first.folder} cannot be compared: their queries or ground-truth tools differ"
+            )
+        if run.checksums["tools"] != first.checksums["tools"]:
+            logger.warning(f"{run.folder} ranks other tools than {first.folder}: their measures differ for that alone")
+    rankings = dict(first.rankings)
+    order = [query.id for query in first.queries]
+    for run in others:
+        row_of_query = {query.id: row for row, query in enumerate(run.queries)}
+        for name, ranking in run.rankings.items():
+            ranking = [ranking[row_of_query[query_id]] for query_id in order]
+            if rankings.get(name, ranking) != ranking:
+                name = f"{name} ({run.folder.resolve().name})"
+                if rankings.get(name, ranking) != ranking:
+                    raise ValueError(f"two of the runs have a system {name!r}: give their folders different names")
+            rankings[name] = ranking
+    name = read_json(first.folder / METRICS_FILE, METRICS_VERSION).get("queries", "")
+    return {"queries": name, **compare_rankings(first.queries, rankings, seed)}
+
+
+def tables(metrics: Mapping[str, Any]) -> str:
+    """Lay out a `metrics.json` in Markdown: a table for each group of queries, and how to read it."""
+    results = metrics["results"]
+    own = next(iter(results))
+    parts = [
+        f"{group} ({measured['queries']:,} queries of {metrics['queries']}), in percent\n\n"
+        + markdown_table(results, group, metrics["intervals"], metrics["p_values"])
+        for group, measured in results[own].items()
+    ]
+    note = "±: half the width of the 95 % bootstrap interval."
+    if len(results) > 1:
+        note += f" †: differs from {own} (p < 0.05 in a paired t-test, Bonferroni-corrected)."
+    return "\n\n".join([*parts, note]) + "\n"
+
+
+def draw_chart(metrics: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """Draw a `metrics.json` as bars of nDCG with their 95 % intervals, a panel for each group of queries."""
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    results, intervals = metrics["results"], metrics["intervals"]
+    groups = list(next(iter(results.values())))
+    figure, panels = plt.subplots(
+        len(groups), figsize=(10, 1 + 2.6 * len(groups)), sharey=True, squeeze=False, layout="constrained"
+    )
+    width = 0.85 / len(results)
+    colours = plt.get_cmap("tab20" if len(results) > 10 else "tab10").colors
+    for axes, group in zip(panels[:, 0], groups, strict=True):
+        for i, name in enumerate(results):
+            values = 100 * np.array([results[name][group][measure] for measure in CHART_MEASURES])
+            ends = 100 * np.array([intervals[name][group][measure] for measure in CHART_MEASURES])
+            # Of a skewed sample an interval may not hold its mean.
+            errors = np.maximum(0, [values - ends[:, 0], ends[:, 1] - values])
+            places = np.arange(len(CHART_MEASURES)) + (i - (len(results) - 1) / 2) * width
+            axes.bar(places, values, 0.92 * width, yerr=errors, label=name, color=colours[i % 20], ecolor="0.3")
+        axes.set_xticks(range(len(CHART_MEASURES)), CHART_MEASURES)
+        axes.set(title=f"{group} ({results[name][group]['queries']:,} queries)", ylabel="percent")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    partial = Path(path).with_suffix(".partial.png")
+    figure.savefig(partial, dpi=120)
+    plt.close(figure)
+    os.replace(partial, path)
+
+
+def cli(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Compare runs of `toolweaver evaluate` on the same queries with the first of them."
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run")
+    parser.add_argument("--output_dir", help="folder for metrics.json, results.md and results.png")
+    args = parser.parse_args(argv)
+    metrics = compare_runs(args.runs)
+    print(tables(metrics), end="")
+    if args.output_dir:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        _write_results(Path(args.output_dir), metrics)
