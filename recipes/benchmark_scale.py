@@ -1,0 +1,204 @@
+"""What a catalogue's size costs: codes next to one token a tool (ToolGen), from hundreds of tools to a million.
+
+```bash
+python recipes/benchmark_scale.py --model HuggingFaceTB/SmolLM2-135M-Instruct --output_dir out/scale
+```
+
+The catalogues are synthetic: embeddings in clusters, names by number. What depends on the size alone is real: the new
+rows are allocated and searched, the codes assigned by an RQ-VAE whose codebooks are started on the embeddings. Each
+size and method runs in a process of its own, for its peak memory. Learning the RQ-VAE and the language model is not
+in it.
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import resource
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+
+import matplotlib
+import psutil
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+from toolweaver_hf.assignment import assign_codes
+from toolweaver_hf.cli import run
+from toolweaver_hf.codes import ToolCodes
+from toolweaver_hf.configuration_rqvae import RQVAEConfig
+from toolweaver_hf.embedding_init import initialize_code_embeddings
+from toolweaver_hf.modeling_rqvae import RQVAEModel
+from toolweaver_hf.recipes.tokenize_tools import default_codebook_sizes
+from toolweaver_hf.retrieval import ToolRetriever
+from toolweaver_hf.tokenization_toolweaver import ToolWeaverTokenizer
+from toolweaver_hf.train_rqvae import start_model
+
+
+METHODS = ("codes", "atomic tokens")
+PANELS = {
+    "new_parameters": "new parameters",
+    "peak_gib": "peak memory, GiB",
+    "query_ms": "a query, ms",
+    "index_s": "index, s",
+}
+QUERY = "Is it a good day for the park, or will it rain before the evening?"
+EMBEDDING_DIM = 384
+SAMPLE = 32_768  # tools that the codebooks are started on
+
+
+@dataclass
+class ScaleArguments:
+    """What to measure.
+
+    Args:
+        model (`str`):
+            The base model.
+        num_tools (`list[int]`, *optional*):
+            Sizes of catalogue.
+        repeats (`int`, *optional*, defaults to 10):
+            Timed queries, of which the shortest counts.
+        output_dir (`str`, *optional*):
+            Folder for `benchmark_scale.json` and `benchmark_scale.png`.
+    """
+
+    model: str = field(metadata={"help": "The base model."})
+    num_tools: list[int] = field(
+        default_factory=lambda: [500, 5_000, 47_000, 200_000, 1_000_000], metadata={"help": "Sizes of catalogue."}
+    )
+    repeats: int = field(default=10, metadata={"help": "Timed queries, of which the shortest counts."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for the results and the picture."})
+
+
+def synthetic_embeddings(num_tools: int) -> torch.Tensor:
+    """Draw embeddings of tools, about sqrt(num_tools) to a cluster."""
+    generator = torch.Generator().manual_seed(0)
+    clusters = torch.randn((math.isqrt(num_tools) + 1, EMBEDDING_DIM), generator=generator)
+    embeddings = torch.empty((num_tools, EMBEDDING_DIM))
+    for rows in embeddings.split(50_000):  # filled in place, without a second matrix of this size
+        members = torch.randint(len(clusters), (len(rows),), generator=generator)
+        rows.normal_(std=0.7, generator=generator).add_(clusters[members])
+    return embeddings
+
+
+def index_by_codes(num_tools: int) -> tuple[ToolCodes, list[torch.Tensor], float]:
+    """Assign a code to each tool; return the codes, the codebooks and the seconds of encoding and assignment."""
+    embeddings, sizes = synthetic_embeddings(num_tools), default_codebook_sizes(num_tools)
+    rqvae = RQVAEModel(RQVAEConfig(input_dim=EMBEDDING_DIM, codebook_sizes=sizes)).eval()
+    sample = embeddings[:SAMPLE]
+    rqvae.mean.copy_(sample.mean(0))
+    rqvae.scale.copy_((sample - rqvae.mean).square().mean().sqrt())
+    start_model(rqvae, sample, torch.Generator().manual_seed(0))
+    start = time.perf_counter()
+    with torch.inference_mode():
+        latents = torch.cat([rqvae.encode(batch) for batch in embeddings.split(8192)])
+        assigned = assign_codes(latents, rqvae.codebooks())
+    seconds = time.perf_counter() - start
+    return (
+        ToolCodes(sizes, {f"tool {i}": code for i, code in enumerate(assigned.tolist())}),
+        rqvae.codebooks(),
+        seconds,
+    )
+
+
+def measure(model_name: str, num_tools: int, method: str, repeats: int) -> dict[str, float]:
+    """Index a catalogue by one method and retrieve from it."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
+    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
+    base = AutoTokenizer.from_pretrained(model_name)
+    before, codebooks, seconds = model.num_parameters(), None, 0.0
+    if method == "codes":
+        codes, codebooks, seconds = index_by_codes(num_tools)
+    else:
+        codes = ToolCodes([num_tools], {f"tool {i}": [i] for i in range(num_tools)})
+    start = time.perf_counter()
+    tokenizer = ToolWeaverTokenizer.from_base(base, codes)
+    initialize_code_embeddings(model, tokenizer, codebooks, method="random" if codebooks is None else "codebook")
+    retriever = ToolRetriever(model, tokenizer)
+    seconds += time.perf_counter() - start
+
+    times = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        retriever(QUERY, top_k=5)
+        times.append(1000 * (time.perf_counter() - start))
+    return {
+        "new_tokens": sum(codes.codebook_sizes),
+        "new_parameters": model.num_parameters() - before,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "query_ms": min(times[2:]),
+        "index_s": seconds,
+    }
+
+
+def missing_memory(config, num_tools: int) -> float:
+    """GiB that one token a tool needs more than there is; the new rows stand beside the old ones while they grow."""
+    dim = config.get_text_config().hidden_size
+    matrices = 1 if config.get_text_config().tie_word_embeddings else 2
+    needed = 3 * matrices * dim * 4 * num_tools + 6 * 2**30  # and the tokenizer with its added tokens
+    return (needed - psutil.virtual_memory().available) / 2**30
+
+
+def draw(results: dict[str, dict[str, dict]], path: str) -> None:
+    """Draw each measure by number of tools, a line for each method."""
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(2, 2, figsize=(9, 6.4), layout="constrained")
+    for axes, (name, label) in zip(panels.flat, PANELS.items(), strict=True):
+        for method in METHODS:
+            points = [(int(size), row[method][name]) for size, row in results.items() if name in row.get(method, {})]
+            axes.loglog(*zip(*points, strict=True), marker="o", label=method)
+        axes.set(xlabel="tools", title=label)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(args: ScaleArguments) -> dict[str, dict[str, dict]]:
+    """Measure every size and method, print a table and return the measures by size and method."""
+    config = AutoConfig.from_pretrained(args.model)
+    results: dict[str, dict[str, dict]] = {}
+    print(
+        "| tools | method | new tokens | new parameters | trained by Adam, MiB | peak, GiB | a query, ms | index, s |"
+    )
+    print("|---:|---|---:|---:|---:|---:|---:|---:|")
+    for num_tools in args.num_tools:
+        results[str(num_tools)] = {}
+        for method in METHODS:
+            missing = missing_memory(config, num_tools) if method == "atomic tokens" else 0
+            if missing > 0:
+                print(f"| {num_tools:,} | {method} | skipped: {missing:.1f} GiB of memory are missing |")
+                continue
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                try:
+                    row = pool.submit(measure, args.model, num_tools, method, args.repeats).result()
+                except BrokenProcessPool:
+                    print(f"| {num_tools:,} | {method} | skipped: its process was killed, for want of memory |")
+                    continue
+            # A weight in fp32 with its gradient and Adam's two moments
+            row["training_mib"] = 16 * row["new_parameters"] / 2**20
+            results[str(num_tools)][method] = row
+            print(
+                f"| {num_tools:,} | {method} | {row['new_tokens']:,} | {row['new_parameters']:,} | "
+                f"{row['training_mib']:,.0f} | {row['peak_gib']:.2f} | {row['query_ms']:.0f} | {row['index_s']:.1f} |",
+                flush=True,
+            )
+    if args.output_dir:
+        os.makedirs(args.output_dir, exist_ok=True)
+        with open(os.path.join(args.output_dir, "benchmark_scale.json"), "w", encoding="utf-8") as file:
+            json.dump(results, file, indent=2)
+        draw(results, os.path.join(args.output_dir, "benchmark_scale.png"))
+    return results
+
+
+def cli(argv: list[str] | None = None) -> None:
+    main(*HfArgumentParser(ScaleArguments).parse_args_into_dataclasses(argv))
+
+
+if __name__ == "__main__":
+    run(cli)
