@@ -105,7 +105,6 @@ def index_by_codes(num_tools: int) -> tuple[ToolCodes, list[torch.Tensor], float
 
 def measure(model_name: str, num_tools: int, method: str, repeats: int) -> dict[str, float]:
     """Index a catalogue by one method and retrieve from it."""
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
     model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
     base = AutoTokenizer.from_pretrained(model_name)
     before, codebooks, seconds = model.num_parameters(), None, 0.0

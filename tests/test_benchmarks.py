@@ -1,0 +1,66 @@
+"""The benchmarks measure what they say, on models that are too small to be of interest."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import small_llama
+
+from toolweaver_hf import RQVAEConfig, RQVAEModel, Tool, ToolCatalog, ToolCodes
+from toolweaver_hf.demo import DEMO_FOLDER
+from toolweaver_hf.recipes import benchmark_forgetting, benchmark_scale
+
+
+@pytest.fixture
+def base(base_tokenizer, tmp_path):
+    small_llama(len(base_tokenizer)).save_pretrained(tmp_path / "base")
+    base_tokenizer.save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+def test_perplexity_is_that_of_transformers_loss():
+    model = small_llama(50).eval()
+    windows = torch.randint(50, (3, 16), generator=torch.Generator().manual_seed(0))
+    losses = [model(input_ids=window[None], labels=window[None]).loss.item() for window in windows]
+    assert benchmark_forgetting.perplexity(model, windows) == pytest.approx(math.exp(sum(losses) / 3), rel=1e-5)
+
+
+def test_new_rows_and_training_cost_perplexity(base, tmp_path):
+    catalog = ToolCatalog([Tool(f"tool {i}", f"Does the thing number {i}.") for i in range(16)])
+    catalog.save_pretrained(tmp_path / "codes")
+    ToolCodes([4, 4], {tool.id: [i // 4, i % 4] for i, tool in enumerate(catalog)}).save_pretrained(tmp_path / "codes")
+    RQVAEModel(RQVAEConfig(input_dim=8, codebook_sizes=[4, 4])).save_pretrained(tmp_path / "codes")
+    queries = [{"id": str(i), "text": f"Do thing {i}", "tools": [f"tool {i}"]} for i in range(16)]
+    (tmp_path / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
+    chat = [{"role": "user", "content": "Good morning"}, {"role": "assistant", "content": "Good morning to you."}]
+    (tmp_path / "replay.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    args = {"max_steps": 2, "batch_size": 4, "num_tokens": 500, "window": 64, "output_dir": str(tmp_path / "out")}
+    args |= {"queries": str(tmp_path / "queries.jsonl"), "replay": str(tmp_path / "replay.jsonl")}
+    args |= {"text": str(DEMO_FOLDER / "__init__.py"), "codes_dir": str(tmp_path / "codes"), "model": base}
+    results = benchmark_forgetting.main(benchmark_forgetting.ForgettingArguments(**args))
+    assert results["base"]["of the base"] == 1
+    for name in ("codes, untrained rows (codebook)", "atomic tokens, untrained rows (random)"):
+        assert results[name]["of the base"] > 1  # what the new tokens take of the probability
+    for name in ("codes, LoRA, new rows, replay", "atomic tokens, all weights, no replay"):
+        assert results[name]["perplexity"] not in (results["base"]["perplexity"], math.inf)
+        assert results[name]["training loss"] > 0
+    saved = json.loads((tmp_path / "out" / "benchmark_forgetting.json").read_text())
+    assert saved["results"] == results and saved["tokens"] % 64 == 0
+    with pytest.raises(ValueError, match="fewer than the 4096"):
+        benchmark_forgetting.main(benchmark_forgetting.ForgettingArguments(**args | {"window": 4096}))
+
+
+def test_scale(base, tmp_path):
+    results = {
+        str(size): {method: benchmark_scale.measure(base, size, method, 1) for method in benchmark_scale.METHODS}
+        for size in (20, 600)
+    }
+    for size, row in results.items():
+        assert row["codes"]["new_tokens"] == 2 * {"20": 32, "600": 128}[size]
+        assert row["atomic tokens"]["new_tokens"] == int(size)
+        for measured in row.values():
+            assert measured["new_parameters"] == 2 * 32 * measured["new_tokens"]  # an untied head has its own rows
+            assert min(measured.values()) > 0
+    benchmark_scale.draw(results, str(tmp_path / "scale.png"))
+    assert (tmp_path / "scale.png").stat().st_size > 10_000
