@@ -53,7 +53,8 @@ class AgentEvaluationArguments:
         simulator_model (`str`, *optional*):
             Chat model that makes up answers which are not recorded.
         judge_model (`str`, *optional*):
-            Chat model that judges. Without one, runs are checked against the ground truth.
+            Chat model that judges. Without one, runs are checked against the ground truth, or, where it is no more than
+            the tools of a query, not judged.
         url (`str`, *optional*, defaults to `"https://api.openai.com/v1"`):
             OpenAI-compatible endpoint of these models; its key is the environment's `OPENAI_API_KEY`.
         votes (`int`, *optional*, defaults to 3):
@@ -163,15 +164,17 @@ def main(args: AgentEvaluationArguments) -> dict[str, float]:
     judge, votes = AnswerChecker(), 1  # which says the same every time
     if args.judge_model:
         judge, votes = ChatJudge(ChatEndpoint(args.judge_model, args.url)), args.votes
-    asked = verdicts = judge_runs(judge, tasks, runs, votes, output / "verdicts.jsonl")
-    measures |= pass_rate(verdicts)
-    if args.reference:
-        references = load_runs(args.reference)
-        theirs = judge_runs(judge, tasks, references, votes, output / "reference_verdicts.jsonl")
-        pairs = (runs, references, verdicts, theirs)
-        preferences = judge_pairs(judge, tasks, *pairs, votes, output / "preferences.jsonl")
-        measures |= win_rate(preferences)
-        asked = [*verdicts, *theirs, *preferences]
+    asked = []
+    if args.judge_model or all(task.calls is not None for task in tasks):  # of queries alone there is no ground truth
+        asked = verdicts = judge_runs(judge, tasks, runs, votes, output / "verdicts.jsonl")
+        measures |= pass_rate(verdicts)
+        if args.reference:
+            references = load_runs(args.reference)
+            theirs = judge_runs(judge, tasks, references, votes, output / "reference_verdicts.jsonl")
+            pairs = (runs, references, verdicts, theirs)
+            preferences = judge_pairs(judge, tasks, *pairs, votes, output / "preferences.jsonl")
+            measures |= win_rate(preferences)
+            asked = [*verdicts, *theirs, *preferences]
     tokens = token_counts(asked)
     if args.prices:
         tokens["cost"] = sum(price * count / 1e6 for price, count in zip(args.prices, tokens.values(), strict=True))

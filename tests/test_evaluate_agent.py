@@ -62,6 +62,13 @@ def test_runs_of_another_agent_and_a_chat_model_as_judge(tmp_path, capsys):
     assert measures(tmp_path)["SoPR"] == measures(tmp_path)["argument_exact_match"] == 1
 
 
+def test_queries_without_a_judge_are_measured_by_their_tools(tmp_path):
+    queries = DEMO_FOLDER / "queries.test.jsonl"
+    gold = ["--runs", GOLD, "--catalog", DEMO_FOLDER / "catalog.jsonl", "--output_dir", tmp_path]
+    toolweaver(["evaluate-agent", "--tasks", str(queries), *map(str, gold)])
+    assert "tool_F1" in measures(tmp_path) and "SoPR" not in measures(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -47,7 +47,9 @@ def test_pass_rate_of_a_chat_model(chat, tmp_path):
     runs = {"0": answered("good"), "1": answered("bad"), "2": answered("it depends"), "3": answered("mumble")}
     verdicts = judge_runs(judge, TASKS, runs, 2, tmp_path / "verdicts.jsonl")
     assert [row["value"] for row in verdicts] == ["solved"] * 2 + ["unsolved"] * 2 + ["solved"] * 2 + ["unsure"] * 2
-    assert pass_rate(verdicts) == {"SoPR": (1 + 0 + 1 + 0.5) / 4, "SoPR_std": 0}
+    rate = pass_rate(verdicts)
+    assert rate["SoPR"] == (1 + 0 + 1 + 0.5) / 4 and rate["SoPR_std"] == 0
+    assert rate["SoPR_low"] < rate["SoPR"] < rate["SoPR_high"]
     # What leaves it unsure is asked twice, what cannot be read three times each
     assert len(chat.requests) == 2 * (1 + 1 + 2 + 2 * 3)
     assert token_counts(verdicts) == {"prompt_tokens": 200, "completion_tokens": 60}

@@ -12,6 +12,7 @@ from itertools import product
 from statistics import mean, pstdev
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from .agent import AgentRun
@@ -307,13 +308,17 @@ def pass_rate(verdicts: Sequence[dict[str, Any]]) -> dict[str, float]:
 
     Returns:
         `dict[str, float]`: `SoPR`, the mean score of a task (solved 1, unsure 0.5, unsolved 0), over tasks, then votes;
-        and `SoPR_std`, the standard deviation of the votes' means, 0 for a single one.
+        `SoPR_std`, the standard deviation of the votes' means, 0 for a single one; and `SoPR_low` and `SoPR_high`, the
+        ends of its 95 % interval (percentiles of 1,000 bootstrap samples of the tasks).
     """
     by_vote: dict[int, list[float]] = {}
     for row in verdicts:
         by_vote.setdefault(row["vote"], []).append(SCORES[row["value"]])
     means = [mean(scores) for scores in by_vote.values()]
-    return {"SoPR": mean(means), "SoPR_std": pstdev(means)}
+    scores = np.array(list(_task_scores(verdicts).values()))
+    samples = np.random.default_rng(0).choice(scores, (1000, len(scores))).mean(1)
+    low, high = np.percentile(samples, [2.5, 97.5])
+    return {"SoPR": mean(means), "SoPR_std": pstdev(means), "SoPR_low": float(low), "SoPR_high": float(high)}
 
 
 def win_rate(preferences: Sequence[dict[str, Any]]) -> dict[str, float]:
