@@ -226,3 +226,13 @@ def test_toolret(tmp_path):
     row = {"id": "apigen_tool_2", "documentation": '{"name": "growth", "description": "Growth of bacteria."}'}
     (tool,) = ToolCatalog.from_file(write(tmp_path / "tools.jsonl", [row]))
     assert tool.id == "apigen_tool_2" and "Growth of bacteria." in tool.document
+
+
+def test_apis_of_toolbench_instructions(tmp_path):
+    apis = [{"category_name": "Data", "tool_name": "Sky", "api_name": name} for name in ("rain", "wind", "rain")]
+    rows = [{"query_id": 1, "query": "x", "api_list": apis[:2]}, {"query_id": 2, "query": "y", "api_list": apis[2:]}]
+    (tmp_path / "G1_tool.json").write_text(json.dumps(rows))
+    assert ToolCatalog.from_file(tmp_path / "G1_tool.json").ids == ["<<Sky&&rain>>", "<<Sky&&wind>>"]
+    (tmp_path / "G1_tool.json").write_text(json.dumps([{"query": "x", "api_list": ["rain"]}]))
+    with pytest.raises(ValueError, match="item 1: a tool must be a JSON object"):
+        ToolCatalog.from_file(tmp_path / "G1_tool.json")

@@ -232,7 +232,7 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
         - a list of tools, or an object that holds it under `tools` or `functions`;
         - what an MCP server answers to `tools/list`, with or without its JSON-RPC envelope;
         - an OpenAPI 3 description, each operation of which is a tool (see [`~openapi.openapi_tools`]);
-        - a file of ToolBench with its `api_list`.
+        - a file of ToolBench with its `api_list`, or instructions of ToolBench, whose `api_list`s are put together.
 
         A tool is a row as [`ToolCatalog.to_jsonl`] writes it, an OpenAI function schema (bare or in its
         `{"type": "function"}` wrapper), an item of MCP's list, a document of a BEIR corpus (`_id`, `title`, `text`),
@@ -351,10 +351,22 @@ def _document_rows(document: Any) -> Iterator[tuple[str, Any]]:
             ]
         else:
             document = document.get("tools", document.get("functions"))
+    if isinstance(document, list) and document and all(isinstance(row, dict) and "query" in row for row in document):
+        document = _instructions_apis(document)
     if not isinstance(document, list):
         raise ValueError("it holds no list of tools: give a list, an object with a list 'tools', or OpenAPI 3")
     for number, row in enumerate(document, start=1):
         yield f"item {number}", row
+
+
+def _instructions_apis(instructions: list[dict[str, Any]]) -> list[Any]:
+    """Return the APIs that instructions of ToolBench may use, each once."""
+    apis: dict[str, Any] = {}
+    for row in instructions:
+        for api in row.get("api_list") or []:
+            name = f"{api.get('tool_name')}&&{api.get('api_name')}" if isinstance(api, dict) else str(api)
+            apis.setdefault(name, api)
+    return list(apis.values())
 
 
 TOOLBENCH_TYPES = {
