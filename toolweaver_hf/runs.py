@@ -226,8 +226,8 @@ def _read_trec(path: Path, num_fields: int) -> list[list[str]]:
 def compare_runs(folders: Sequence[str | os.PathLike], seed: int = 0) -> dict[str, Any]:
     """Put the systems of several runs together and compare each with the first run's first.
 
-    A system that is in several runs with the same rankings, such as BM25, is taken once; one with other rankings is
-    named after its run's folder.
+    A system that is in several runs with the same rankings, such as BM25, is taken once; where the rankings differ, each
+    is named with its run's folder.
 
     Args:
         folders (`Sequence[str]`): Folders as `toolweaver evaluate` writes them.
@@ -248,19 +248,18 @@ def compare_runs(folders: Sequence[str | os.PathLike], seed: int = 0) -> dict[st
             )
         if run.checksums["tools"] != first.checksums["tools"]:
             logger.warning(f"{run.folder} ranks other tools than {first.folder}: their measures differ for that alone")
-    rankings = dict(first.rankings)
-    order = [query.id for query in first.queries]
-    for run in others:
-        row_of_query = {query.id: row for row, query in enumerate(run.queries)}
-        for name, ranking in run.rankings.items():
-            ranking = [ranking[row_of_query[query_id]] for query_id in order]
-            if rankings.get(name, ranking) != ranking:
-                name = f"{name} ({run.folder.resolve().name})"
-                if rankings.get(name, ranking) != ranking:
-                    raise ValueError(f"two of the runs have a system {name!r}: give their folders different names")
-            rankings[name] = ranking
-    name = read_json(first.folder / METRICS_FILE, METRICS_VERSION).get("queries", "")
-    return {"queries": name, **compare_rankings(first.queries, rankings, seed)}
+    rankings: dict[str, list[list[RetrievedTool]]] = {}
+    for name in dict.fromkeys(name for run in runs for name in run.rankings):
+        found = [(run.folder, _in_order(run, name, first.queries)) for run in runs if name in run.rankings]
+        differ = any(ranking != found[0][1] for _, ranking in found)
+        rankings |= {f"{name} ({folder})" if differ else name: ranking for folder, ranking in found}
+    queries_name = read_json(first.folder / METRICS_FILE, METRICS_VERSION).get("queries", "")
+    return {"queries": queries_name, **compare_rankings(first.queries, rankings, seed)}
+
+
+def _in_order(run: Run, name: str, queries: Sequence[Query]) -> list[list[RetrievedTool]]:
+    ranking_of_query = dict(zip((query.id for query in run.queries), run.rankings[name], strict=True))
+    return [ranking_of_query[query.id] for query in queries]
 
 
 def tables(metrics: Mapping[str, Any]) -> str:
