@@ -12,7 +12,7 @@ none that the model is trained on. With `--lm_eval_tasks` and lm-eval installed,
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from toolweaver_hf.json_files import read_json, write_json
 from toolweaver_hf.loading import load_aligned_model
 from toolweaver_hf.modeling_rqvae import RQVAEModel
 from toolweaver_hf.recipes import sft
+from toolweaver_hf.runs import describe_run
 from toolweaver_hf.tokenization_toolweaver import ToolWeaverTokenizer
 
 
@@ -219,7 +220,8 @@ def main(args: ForgettingArguments) -> dict[str, dict[str, float]]:
     print("|---|" + "---:|" * len(columns))
     for name, row in results.items():
         print(f"| {name} | {' | '.join(f'{row[c]:.3f}' if c in row else '' for c in columns)} |")
-    write_json(output / "benchmark_forgetting.json", {"tokens": windows.numel(), "results": results}, 1)
+    document = {**describe_run(asdict(args)), "tokens": windows.numel(), "results": results}
+    write_json(output / "benchmark_forgetting.json", document, 1)
     return results
 
 

@@ -10,7 +10,6 @@ size and method runs in a process of its own, for its peak memory. Learning the 
 in it.
 """
 
-import json
 import math
 import multiprocessing
 import os
@@ -18,7 +17,7 @@ import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import matplotlib
 import psutil
@@ -30,9 +29,11 @@ from toolweaver_hf.cli import run
 from toolweaver_hf.codes import ToolCodes
 from toolweaver_hf.configuration_rqvae import RQVAEConfig
 from toolweaver_hf.embedding_init import initialize_code_embeddings
+from toolweaver_hf.json_files import write_json
 from toolweaver_hf.modeling_rqvae import RQVAEModel
 from toolweaver_hf.recipes.tokenize_tools import default_codebook_sizes
 from toolweaver_hf.retrieval import ToolRetriever
+from toolweaver_hf.runs import describe_run
 from toolweaver_hf.tokenization_toolweaver import ToolWeaverTokenizer
 from toolweaver_hf.train_rqvae import start_model
 
@@ -189,8 +190,8 @@ def main(args: ScaleArguments) -> dict[str, dict[str, dict]]:
             )
     if args.output_dir:
         os.makedirs(args.output_dir, exist_ok=True)
-        with open(os.path.join(args.output_dir, "benchmark_scale.json"), "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=2)
+        document = {**describe_run(asdict(args)), "results": results}
+        write_json(os.path.join(args.output_dir, "benchmark_scale.json"), document, 1)
         draw(results, os.path.join(args.output_dir, "benchmark_scale.png"))
     return results
 

@@ -26,10 +26,11 @@ from toolweaver_hf.demo import demo_functions
 from toolweaver_hf.hub import local_file
 from toolweaver_hf.json_files import cut_off_unfinished_line, read_json, write_json
 from toolweaver_hf.judges import AnswerChecker, ChatJudge, judge_pairs, judge_runs, pass_rate, token_counts, win_rate
+from toolweaver_hf.runs import RUN_FILE, RUN_VERSION, describe_run
 from toolweaver_hf.simulated_tools import SimulatedTools
 
 
-RUN_VERSION = METRICS_VERSION = 1  # the schema_version of run.json and metrics.json
+METRICS_VERSION = 1  # schema_version of metrics.json
 
 
 @dataclass
@@ -105,7 +106,7 @@ class AgentEvaluationArguments:
 
 
 def check_settings(args: AgentEvaluationArguments, path: Path) -> None:
-    """Write what a run's results depend on, or refuse to go on with a run for which that was something else."""
+    """Write how a run is made, with all that its results depend on, or refuse to go on with a run for which that was something else."""
     free = ("votes", "prices", "max_tasks", "output_dir", "url")  # with others, the results so far still hold
     settings = {name: value for name, value in asdict(args).items() if name not in free}
     for name in ("tasks", "runs", "reference", "catalog"):
@@ -113,7 +114,7 @@ def check_settings(args: AgentEvaluationArguments, path: Path) -> None:
             content = Path(local_file(settings[name])).read_bytes()
             settings[name] = f"{os.path.basename(settings[name])} {hashlib.sha256(content).hexdigest()[:16]}"
     if path.exists():
-        before = read_json(path, RUN_VERSION)["settings"]
+        before = read_json(path, RUN_VERSION)["config"]
         before["reference"] = before.get("reference") or settings["reference"]  # it may come later, and stay away
         settings["reference"] = settings["reference"] or before["reference"]
         changed = [name for name, value in settings.items() if before.get(name) != value]
@@ -121,7 +122,7 @@ def check_settings(args: AgentEvaluationArguments, path: Path) -> None:
             raise ValueError(
                 f"{path.parent} holds a run with other settings ({', '.join(changed)}): choose another --output_dir"
             )
-    write_json(path, {"settings": settings}, RUN_VERSION)
+    write_json(path, describe_run(settings), RUN_VERSION)
 
 
 def run_agent(
@@ -157,7 +158,7 @@ def main(args: AgentEvaluationArguments) -> dict[str, float]:
     )
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    check_settings(args, output / "run.json")
+    check_settings(args, output / RUN_FILE)
     runs = load_runs(args.runs) if args.runs else run_agent(args, catalog, tasks, output / "runs.jsonl")
     measures = evaluate_runs(tasks, runs, catalog)
 
