@@ -136,7 +136,7 @@ def few_shot(model: PreTrainedModel, tokenizer, args: ForgettingArguments) -> di
     except ImportError:
         raise ImportError("--lm_eval_tasks needs lm-eval: pip install lm-eval") from None
     evaluated = simple_evaluate(
-        HFLM(pretrained=model, tokenizer=tokenizer),
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size),
         tasks=args.lm_eval_tasks,
         num_fewshot=args.num_fewshot,
         limit=args.lm_eval_limit,

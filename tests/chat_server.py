@@ -27,6 +27,8 @@ class ChatServer:
                     "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
                     "usage": {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13},
                 }
+                if status != 200:
+                    answer = {"error": {"message": f"Nothing for {sorted(body)}"}}
                 data = json.dumps(answer).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")

@@ -58,10 +58,20 @@ def test_pass_rate_of_a_chat_model(chat, tmp_path):
     assert chat.keys == {"Bearer sk-mine"}
 
 
-def test_no_token_of_the_hub_is_sent(chat, monkeypatch):
+def test_without_a_key_none_is_sent_not_the_hubs_either(chat, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     ChatEndpoint("judge", chat.url).ask("Judge.", '{"answer": "good"}')
-    assert not any("hf_" in key for key in chat.keys)
+    assert chat.keys == {None}
+
+
+def test_a_model_that_refuses_options():
+    def reply(question):
+        return 400 if "temperature" in server.requests[-1] else '{"status": "Solved"}'
+
+    with ChatServer(reply) as server:
+        endpoint = ChatEndpoint("judge", server.url)
+        assert endpoint.ask("Judge.", "{}").content == endpoint.ask("Judge.", "{}").content == {"status": "Solved"}
+        assert ["temperature" in request for request in server.requests] == [True, False, False]
 
 
 def test_runs_without_an_answer_are_unsolved_unasked(chat, tmp_path):

@@ -7,10 +7,11 @@ import os
 import time
 from typing import Any, NamedTuple
 
-from huggingface_hub import InferenceClient
+from huggingface_hub.utils import httpx
 
 
 NUM_ATTEMPTS = 5
+OPTIONS = ("temperature", "max_tokens")
 LASTING_ERRORS = (400, 401, 403, 404, 413, 422)
 """Statuses of HTTP that the same request would get again."""
 
@@ -32,11 +33,11 @@ class ChatEndpoint:
         base_url (`str`, *optional*, defaults to `"https://api.openai.com/v1"`):
             The endpoint, up to where `/chat/completions` follows.
         api_key (`str`, *optional*):
-            The key. Defaults to the environment's `OPENAI_API_KEY`. Never the Hub's token, unless given here.
+            The key. Defaults to the environment's `OPENAI_API_KEY`.
         temperature (`float`, *optional*, defaults to 0.2):
             Temperature of sampling.
         max_tokens (`int`, *optional*, defaults to 1024):
-            Most tokens of a reply.
+            Most tokens of a reply. A model that refuses this or the temperature, as some do, is asked without.
     """
 
     def __init__(
@@ -48,13 +49,13 @@ class ChatEndpoint:
         max_tokens: int = 1024,
     ):
         self.model, self.base_url = model, base_url
-        self.temperature, self.max_tokens = temperature, max_tokens
-        # Without a key of its own, the client would send the Hub's token along, to whoever answers there.
-        key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
-        self._client = InferenceClient(base_url=base_url, api_key=key, timeout=300)
+        self._options = {"temperature": temperature, "max_tokens": max_tokens}
+        key = api_key or os.environ.get("OPENAI_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx.Client(headers=headers, timeout=300)
 
     def ask(self, instructions: str, question: str, seed: int = 0) -> Reply:
-        """Ask for a JSON object; a reply that holds none is asked for twice more, with other seeds.
+        """Ask for a JSON object; where a reply holds none, ask up to twice more, with other seeds.
 
         Raises:
             `OSError`: if the endpoint refuses, or does not answer in five attempts.
@@ -62,30 +63,37 @@ class ChatEndpoint:
         messages = [{"role": "system", "content": instructions}, {"role": "user", "content": question}]
         prompt_tokens = completion_tokens = 0
         for attempt in range(3):
-            output = self._complete(messages, seed + 1_000_003 * attempt)
-            if output.usage is not None:
-                prompt_tokens += output.usage.prompt_tokens
-                completion_tokens += output.usage.completion_tokens
-            content = _find_object(output.choices[0].message.content or "")
+            text, usage = self._complete(messages, seed + 1_000_003 * attempt)
+            prompt_tokens += usage.get("prompt_tokens", 0)
+            completion_tokens += usage.get("completion_tokens", 0)
+            content = _find_object(text)
             if content is not None:
                 break
         return Reply(content, prompt_tokens, completion_tokens)
 
-    def _complete(self, messages: list[dict[str, str]], seed: int):
-        for attempt in range(1, NUM_ATTEMPTS + 1):
+    def _complete(self, messages: list[dict[str, str]], seed: int) -> tuple[str, dict[str, int]]:
+        """Return the text of a completion and its `usage`."""
+        attempt, problem = 0, None
+        while attempt < NUM_ATTEMPTS:
+            body = {"model": self.model, "messages": messages, "seed": seed % 2**31, **self._options}
             try:
-                return self._client.chat_completion(
-                    messages,
-                    model=self.model,
-                    temperature=self.temperature,
-                    max_tokens=self.max_tokens,
-                    seed=seed % 2**31,
-                )
-            except Exception as error:  # the client's, and those of the transport below it
-                status = getattr(getattr(error, "response", None), "status_code", None)
-                if attempt == NUM_ATTEMPTS or status in LASTING_ERRORS:
-                    raise OSError(f"{self.base_url} does not answer for the model {self.model!r}: {error}") from error
-                time.sleep(2 ** (attempt - 1))
+                response = self._client.post(f"{self.base_url.rstrip('/')}/chat/completions", json=body)
+                if response.is_success:
+                    output = response.json()
+                    return output["choices"][0]["message"]["content"] or "", output.get("usage") or {}
+                problem = f"{response.status_code} {response.text[:300]}"
+                refused = [name for name in OPTIONS if name in body and name in response.text]
+                if response.status_code == 400 and refused:
+                    self._options = {name: value for name, value in self._options.items() if name not in refused}
+                    continue
+                if response.status_code in LASTING_ERRORS:
+                    break
+            except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
+                problem = f"{type(error).__name__} {error}"
+            attempt += 1
+            if attempt < NUM_ATTEMPTS:
+                time.sleep(2**attempt / 2)
+        raise OSError(f"{self.base_url} does not answer for the model {self.model!r}: {problem}")
 
 
 def _find_object(text: str) -> dict[str, Any] | None:
