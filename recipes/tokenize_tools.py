@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
-from toolweaver_hf.assignment import assign_codes, check_capacity
+from toolweaver_hf.assignment import check_capacity
 from toolweaver_hf.catalog import ToolCatalog
 from toolweaver_hf.cli import run
 from toolweaver_hf.codes import ToolCodes
@@ -129,10 +129,9 @@ def main(args: TokenizationArguments, training_args: TrainingArguments) -> dict:
     if not trainer.is_world_process_zero():
         return {}
 
-    # One code for one tool
+    # The codes and their measures
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
-    latents = trainer.encode()
-    assigned = assign_codes(latents, model.codebooks())
+    assigned = trainer.codes.cpu().numpy()
     codes = ToolCodes(
         codebook_sizes,
         dict(zip(catalog.ids, assigned.tolist(), strict=True)),

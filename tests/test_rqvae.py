@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from transformers import AutoModel, TrainerCallback
 
 from toolweaver_hf import RQVAEConfig, RQVAEModel, Tool, ToolCatalog
-from toolweaver_hf.assignment import assign_codes
 from toolweaver_hf.cousage import cousage_graph, hold_out_edges
 from toolweaver_hf.modeling_rqvae import uniform_mapping
 from toolweaver_hf.recipes.tokenize_tools import RQVAETrainingArguments
@@ -22,7 +21,7 @@ from toolweaver_hf.train_rqvae import CodesEarlyStoppingCallback, RQVAETrainer, 
 
 def trainer(embeddings, folder, cousage=None, **kwargs):
     """A trainer of a small model; keyword arguments go to the configuration or to the training."""
-    sizes = {"input_dim": 32, "codebook_sizes": [8, 8], "hidden_sizes": [64], "code_dim": 16}
+    sizes = {"input_dim": 32, "codebook_sizes": [8, 64], "hidden_sizes": [64], "code_dim": 16}
     own = {name: kwargs.pop(name) for name in [*kwargs] if name in RQVAEConfig().to_dict()}
     torch.manual_seed(0)
     args = RQVAETrainingArguments(output_dir=str(folder), disable_tqdm=True, **kwargs)
@@ -65,7 +64,7 @@ def test_training_reconstructs_and_separates_clusters(embeddings, tmp_path):
     assert output.reconstruction_loss < 0.1
     first = output.codes[:, 0].view(30, 8)
     assert (first == first[0]).all() and len(set(first[0].tolist())) == 8
-    assert len(torch.unique(output.codes[:, 1])) == 8
+    assert len(torch.unique(output.codes, dim=0)) > 120
 
 
 def test_collaborative_loss_draws_co_used_tools_together(embeddings, tmp_path):
@@ -73,12 +72,14 @@ def test_collaborative_loss_draws_co_used_tools_together(embeddings, tmp_path):
     row, column = np.concatenate([pairs, pairs + 1]), np.concatenate([pairs + 1, pairs])
     graph = scipy.sparse.csr_array((np.ones(240), (row, column)), shape=(240, 240))
 
-    def distance(model):
+    def distance(**kwargs):
+        fitted = trainer(embeddings, tmp_path, graph, max_steps=100, **kwargs)
+        fitted.train()
         with torch.no_grad():
-            return model(embeddings[pairs], neighbors=embeddings[pairs + 1]).collaborative_loss.item()
+            output = fitted.model(embeddings[pairs], fitted.codes[pairs + 1], codes=fitted.codes[pairs])
+        return output.collaborative_loss.item()
 
-    without = distance(fit(embeddings, tmp_path, graph, collaborative_weight=0))
-    assert distance(fit(embeddings, tmp_path, graph)) < 0.5 * without
+    assert distance() < 0.5 * distance(collaborative_weight=0)
 
 
 def test_save_and_load(embeddings, tmp_path):
@@ -98,13 +99,13 @@ def test_save_and_load(embeddings, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "saved")], capture_output=True, text=True, env=environment
     )
-    assert done.stdout.strip() == "[8, 8]", done.stderr
+    assert done.stdout.strip() == "[8, 64]", done.stderr
 
 
 def test_gradients_reach_encoder_codebooks_and_decoder(embeddings):
     model = RQVAEModel(RQVAEConfig(input_dim=32, codebook_sizes=[8, 8]))
     assert all(0.5 < codebook.std() < 1.5 for codebook in model.codebooks())
-    model(embeddings, neighbors=embeddings.flip(0)).loss.backward()
+    model(embeddings, neighbor_codes=torch.randint(8, (240, 2))).loss.backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
 
 
@@ -210,7 +211,7 @@ def test_bf16(embeddings, tmp_path):
     assert fitted.evaluate()["eval_reconstruction_loss"] < 0.1
     assert all(parameter.dtype == torch.float32 for parameter in fitted.model.parameters())
     half = fitted.model.to(torch.bfloat16).eval()
-    assert half(embeddings.bfloat16(), neighbors=embeddings.flip(0).bfloat16()).loss.isfinite()
+    assert half(embeddings.bfloat16(), neighbor_codes=fitted.codes.flip(0)).loss.isfinite()
 
 
 def test_early_stopping_waits_for_both_measures(embeddings, tmp_path):
@@ -282,8 +283,7 @@ def test_tiny_and_identical_catalogues(tmp_path, num_tools, identical):
     graph = scipy.sparse.csr_array((num_tools, num_tools))  # no two tools are used together
     fitted = trainer(embeddings, tmp_path, graph, max_steps=20)
     fitted.train()
-    codes = assign_codes(fitted.encode(), fitted.model.codebooks())
-    assert len(np.unique(codes, axis=0)) == num_tools
+    assert len(torch.unique(fitted.codes, dim=0)) == num_tools
     assert all(parameter.isfinite().all() for parameter in fitted.model.parameters())
 
 
@@ -293,7 +293,7 @@ def test_tools_without_edges_do_not_dilute_the_others(embeddings, tmp_path):
     alone = 5 * graph.copy()
     alone.resize(480, 480)
     index = torch.arange(240)
-    draws = torch.rand(2, 2, 240, dtype=torch.float64)
+    draws = torch.rand(240, dtype=torch.float64)
     expected = trainer(embeddings, tmp_path, graph).neighbors.draw(index, draws)
     neighbors, weights = trainer(embeddings.repeat(2, 1), tmp_path, alone).neighbors.draw(index, draws)
     assert torch.equal(neighbors, expected[0])
@@ -301,14 +301,17 @@ def test_tools_without_edges_do_not_dilute_the_others(embeddings, tmp_path):
     torch.testing.assert_close(weights.mean(), torch.tensor(1.0))
 
 
-def test_walks_go_along_the_edges(embeddings, tmp_path):
-    """On a ring half of the walks end beside their tool; the others, after a second edge, two further or at home."""
-    drawer = trainer(embeddings, tmp_path, ring(240)).neighbors
+def test_neighbors_are_drawn_in_proportion_to_their_similarity(embeddings, tmp_path):
+    graph = ring(240)
+    graph[0, 1] = graph[1, 0] = 3.0
+    drawer = trainer(embeddings, tmp_path, graph).neighbors
     index = torch.arange(240).repeat(50)
-    ends, _ = drawer.draw(index, torch.rand(2, 2, len(index), dtype=torch.float64))
+    ends, weights = drawer.draw(index, torch.rand(len(index), dtype=torch.float64))
     steps = (ends - index + 120) % 240 - 120
-    share = torch.bincount(steps + 2, minlength=5) / len(index)
-    torch.testing.assert_close(share, torch.tensor([0.125, 0.25, 0.25, 0.25, 0.125]), rtol=0, atol=0.03)
+    assert set(steps.tolist()) == {-1, 1}
+    drawer_of_one = drawer.draw(torch.zeros(4000, dtype=torch.int64), torch.rand(4000, dtype=torch.float64))[0]
+    assert (drawer_of_one == 1).float().mean() == pytest.approx(0.75, abs=0.03)
+    assert weights[0] == pytest.approx(2 * weights[2].item())
 
 
 @pytest.mark.parametrize("code_dim", [4, 64])

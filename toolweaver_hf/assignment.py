@@ -6,13 +6,16 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import scipy.sparse
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from .cousage import unit_degree
 from .modeling_rqvae import uniform_mapping
 
 
 CHUNK_SIZE = 8192  # rows of a matrix of distances
+ROUNDS = 6  # in which tools look at their neighbors' codes
 LARGEST_EXACT = 1 << 26  # entries of the largest matrix of costs that is solved exactly
 
 
@@ -28,11 +31,17 @@ def check_capacity(num_tools: int, codebook_sizes: Sequence[int]) -> None:
 
 @torch.no_grad()
 def assign_codes(
-    latents: torch.Tensor, codebooks: Sequence[torch.Tensor], taken: np.ndarray | None = None
+    latents: torch.Tensor,
+    codebooks: Sequence[torch.Tensor],
+    taken: np.ndarray | None = None,
+    cousage: scipy.sparse.csr_array | None = None,
+    collaborative_weight: float = 1.0,
+    codes: np.ndarray | None = None,
 ) -> np.ndarray:
     """Give every tool a code of its own.
 
-    Every level takes the nearest codebook vector. Two things make tools move from there, and no other tool moves:
+    Every level takes the nearest codebook vector; with `cousage`, every level but the last takes the codes that
+    [`choose_codes`] finds. Two things make tools move from there, and no other tool moves:
 
     - A prefix that would hold more tools than it has codes passes the ones that lose least on to the nearest prefix
       with room.
@@ -48,6 +57,12 @@ def assign_codes(
             For each level the codebook, of shape `(codebook_size, code_dim)`.
         taken (`np.ndarray` of shape `(num_taken, num_levels)`, *optional*):
             Codes that are not to be given.
+        cousage (`scipy.sparse.csr_array` of shape `(num_tools, num_tools)`, *optional*):
+            Which tools are used together.
+        collaborative_weight (`float`, *optional*, defaults to 1.0):
+            Weight of the collaborative loss.
+        codes (`np.ndarray` of shape `(num_tools, num_levels)`, *optional*):
+            The codes that the tools have so far, from which those of their neighbors are improved.
 
     Returns:
         `np.ndarray` of shape `(num_tools, num_levels)`: the codes, no two alike.
@@ -65,10 +80,15 @@ def assign_codes(
     codebooks = [codebook.float() for codebook in codebooks]
     prefix = np.zeros(len(latents), dtype=np.int64)  # of the levels so far, as one number
     taken_prefix = np.zeros(len(taken), dtype=np.int64)
-    codes = np.empty((len(latents), len(sizes)), dtype=np.int64)
+    before, codes = codes, np.empty((len(latents), len(sizes)), dtype=np.int64)
+    pull = None if cousage is None else collaborative_weight * unit_degree(cousage)
     for level, codebook in enumerate(codebooks):
-        index, _ = _nearest(residual, codebook)
         taken_index = taken[:, level]
+        if level < len(sizes) - 1 and pull is not None and pull.nnz:
+            index = choose_codes(residual, codebook, pull, None if before is None else before[:, level])
+            pull = within(pull, index)
+        else:
+            index, _ = _nearest(residual, codebook)
         if level < len(sizes) - 1:
             room = math.prod(sizes[level + 1 :])
             _make_room(index, residual, codebook, prefix, taken_prefix, taken_index, room)
@@ -79,6 +99,59 @@ def assign_codes(
         prefix = prefix * sizes[level] + index
         taken_prefix = taken_prefix * sizes[level] + taken_index
     return codes
+
+
+@torch.no_grad()
+def choose_codes(
+    residual: torch.Tensor, codebook: torch.Tensor, pull: scipy.sparse.csr_array, index: np.ndarray | None = None
+) -> np.ndarray:
+    r"""
+    Choose a level's codes with the graph in view, so that tools that are used together have the same one.
+
+    The codes lower \\(\sum_u \|r_u - e_{c_u}\|^2 / \sigma^2 + \frac12 \sum_{uv} A_{uv} [c_u \ne c_v]\\) from where they
+    are: the share of the residuals' variance \\(\sigma^2\\) that the level leaves, and the Laplacian's form in which
+    codes that differ count as far apart as tools drawn at random (ToolWeaver, the collaborative regularization). In
+    each round half of the tools, drawn anew, take the code that is best beside their neighbors' present ones.
+
+    Args:
+        residual (`torch.Tensor` of shape `(num_tools, code_dim)`): What the levels before left of the latents.
+        codebook (`torch.Tensor` of shape `(codebook_size, code_dim)`): The level's codebook.
+        pull (`scipy.sparse.csr_array` of shape `(num_tools, num_tools)`):
+            \\(A\\), of degree 1 on average ([`~cousage.unit_degree`]), times the collaborative weight.
+        index (`np.ndarray` of shape `(num_tools,)`, *optional*): Codes to start from. Defaults to the nearest ones.
+
+    Returns:
+        `np.ndarray` of shape `(num_tools,)`: the codes.
+    """
+    nearest, _ = _nearest(residual, codebook)
+    degree = np.diff(pull.indptr)
+    index = np.where(degree > 0, nearest if index is None else index, nearest)
+    norms, variance = codebook.square().sum(1), float(residual.var(0, correction=0).sum())
+    draw = np.random.default_rng(0)
+    everyone = np.arange(len(index) + 1)
+    for _ in range(ROUNDS):
+        held = scipy.sparse.csr_array(
+            (np.ones(len(index), dtype=np.float32), index, everyone), shape=(len(index), len(codebook))
+        )
+        tools = np.flatnonzero((degree > 0) & (draw.random(len(index)) < 0.5))
+        votes = pull[tools] @ held
+        for start in range(0, len(tools), CHUNK_SIZE):
+            rows = tools[start : start + CHUNK_SIZE]
+            points = residual[torch.from_numpy(rows).to(residual.device)]
+            cost = torch.addmm(norms, points, codebook.T, alpha=-2)
+            mine = votes[start : start + CHUNK_SIZE].tocoo()
+            row, column = (torch.from_numpy(i.astype(np.int64)).to(cost.device) for i in mine.coords)
+            cost[row, column] -= variance * torch.from_numpy(mine.data).to(cost.device)
+            index[rows] = cost.argmin(1).cpu().numpy()
+    return index
+
+
+def within(graph: scipy.sparse.csr_array, index: np.ndarray) -> scipy.sparse.csr_array:
+    """Return the part of a graph whose edges join tools with the same code."""
+    graph = graph.tocoo()
+    row, column = graph.coords
+    same = index[row] == index[column]
+    return scipy.sparse.csr_array((graph.data[same], (row[same], column[same])), shape=graph.shape)
 
 
 @torch.no_grad()

@@ -48,6 +48,17 @@ def cousage_graph(catalog: ToolCatalog, uses: Iterable[Sequence[str]]) -> scipy.
     return scipy.sparse.csr_array((data / np.sqrt(count[row] * count[column]), (row, column)), shape=together.shape)
 
 
+def unit_degree(cousage: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
+    """Scale a graph so that the similarities of a tool add up to 1, on average over the tools that have any.
+
+    What a tool feels of its neighbors then changes neither with the number of edges, nor with their scale, nor with the
+    number of tools that have none.
+    """
+    with_edges = np.count_nonzero(np.diff(cousage.indptr))
+    scale = np.float32(with_edges / max(float(cousage.data.sum(dtype=np.float64)), 1e-12))
+    return scipy.sparse.csr_array(cousage.astype(np.float32) * scale)
+
+
 def hold_out_edges(
     cousage: scipy.sparse.csr_array, share: float, seed: int = 0
 ) -> tuple[scipy.sparse.csr_array, np.ndarray]:

@@ -322,17 +322,21 @@ class RQVAEModel(RQVAEPreTrainedModel):
     def forward(
         self,
         embeddings: torch.Tensor,
-        neighbors: torch.Tensor | None = None,
+        neighbor_codes: torch.LongTensor | None = None,
         neighbor_weights: torch.Tensor | None = None,
         codes: torch.LongTensor | None = None,
     ) -> RQVAEOutput:
         """Quantize and reconstruct embeddings.
 
+        The reconstruction's gradients reach the codebook vectors that are used, and the encoder straight through. Those
+        of the collaborative loss reach the codebook vectors alone: an encoder that had to give the latents of co-used
+        tools, whose documents differ, would lose both the nearest codes and the reconstruction.
+
         Args:
             embeddings (`torch.Tensor` of shape `(batch_size, input_dim)`):
                 Embeddings of tools.
-            neighbors (`torch.Tensor` of shape `(batch_size, input_dim)`, *optional*):
-                For each tool the embedding of one that is used together with it, for the collaborative loss.
+            neighbor_codes (`torch.LongTensor` of shape `(batch_size, num_levels)`, *optional*):
+                For each tool the code of one that is used together with it, for the collaborative loss.
             neighbor_weights (`torch.Tensor` of shape `(batch_size,)`, *optional*):
                 Weight of each of these pairs; 0 for a tool without a neighbor.
             codes (`torch.LongTensor` of shape `(batch_size, num_levels)`, *optional*):
@@ -342,25 +346,19 @@ class RQVAEModel(RQVAEPreTrainedModel):
         collaborative_loss = None
         with torch.autocast(latents.device.type, enabled=False):
             latents = latents.float()
-            learns = self.training and codes is None
-            codes, residuals, vectors = self.quantizer(latents, codes, uniform=learns)
+            codes, residuals, vectors = self.quantizer(latents, codes, uniform=self.training)
             codebook_loss = sum(mse_loss(v, r.detach()) for r, v in zip(residuals, vectors, strict=True))
             commitment_loss = sum(mse_loss(r, v.detach()) for r, v in zip(residuals, vectors, strict=True))
-            if learns and self.config.codebook_update == "ema":
+            if self.training and self.config.codebook_update == "ema":
                 self.quantizer.update(residuals, codes)
-            quantized = latents + (sum(vectors) - latents).detach()
-        if neighbors is not None:
-            others = self.encode(neighbors)
-            with torch.autocast(latents.device.type, enabled=False):
-                others = others.float()
+            quantized = latents - latents.detach() + sum(vectors)
+            if neighbor_codes is not None:
                 # The last level tells apart what is alike, so it is left out where there are others.
                 levels = max(1, len(vectors) - 1)
-                other_vectors = self.quantizer(others, num_levels=levels)[2]
+                others = self.quantizer(latents, neighbor_codes, num_levels=levels)[2]
                 losses = [
-                    self.collaborative_loss(
-                        latents + (vector - latents).detach(), others + (other - others).detach(), neighbor_weights
-                    )
-                    for vector, other in zip(accumulate(vectors[:levels]), accumulate(other_vectors), strict=True)
+                    self.collaborative_loss(vector, other, neighbor_weights)
+                    for vector, other in zip(accumulate(vectors[:levels]), accumulate(others), strict=True)
                 ]
                 collaborative_loss = sum(losses) / levels
         reconstruction = self.decode(quantized)

@@ -1,22 +1,28 @@
-"""Fitting an RQ-VAE: a `Trainer` that draws co-used pairs, starts codebooks by k-means and revives dead codes."""
+"""Fitting an RQ-VAE: a `Trainer` in which the tools' codes and the weights are improved in turn."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import numpy as np
 import scipy.sparse
 import torch
 from accelerate.utils import broadcast
+from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from .assignment import assign_codes, check_capacity, choose_codes, within
+from .cousage import unit_degree
 from .modeling_rqvae import RQVAEModel
 
 
 SAMPLE_SIZE = 32768  # tools that k-means and the revival of codes look at
-WALK_LENGTH, WALK_ON = 2, 0.5  # edges between a tool and the one drawn for it, at most; chance of going on
+ASSIGNMENTS = 10  # times that codes are assigned anew, in the first half of the training
+SMOOTHING = 10.0  # weight of the graph in the start of the codebooks, in units of the collaborative weight
+CODES_FILE = "codes.safetensors"  # the present codes, in a checkpoint
 CHUNK_SIZE = 8192  # tools in a forward pass over all of them
 LOSSES = ("reconstruction_loss", "codebook_loss", "commitment_loss", "collaborative_loss")
 
@@ -71,7 +77,13 @@ class RQVAETrainer(Trainer):
     """[`Trainer`] of an [`RQVAEModel`].
 
     The fit starts from the linear solution: encoder and decoder project on the embeddings' principal axes, and the
-    codebooks are set by k-means, level by level on the residuals. Codes that no tool chooses are revived on the way.
+    codebooks are set by k-means, level by level on the residuals. Then two things take turns. [`assign_codes`] gives
+    every tool of the catalogue a code of its own, with the graph in view, and codes that no tool has are revived; for
+    the steps up to the next time, encoder, codebooks and decoder learn these codes. In the second half of the training
+    the codes stay as they are: so the decoder has learnt the codes that the tools keep, and the encoder to find them.
+
+    This is the paper's uniform mapping of the last level and its collaborative regularization (section 3.1), over the
+    whole catalogue and its whole graph at a time instead of a batch.
 
     Batches and draws depend on the seed and the step alone: a training that is resumed, or that several processes
     share, takes the same steps as an unbroken one on one process with the same number of tools a step. A step never
@@ -92,8 +104,12 @@ class RQVAETrainer(Trainer):
         kwargs:
             Passed on to [`Trainer`].
 
+    Attributes:
+        codes (`torch.LongTensor` of shape `(num_tools, num_levels)`): The tools' codes, once the training has begun; no
+            two are alike.
+
     Raises:
-        `ValueError`: if an embedding is not finite, or the shapes do not fit together.
+        `ValueError`: if an embedding is not finite, there are more tools than codes, or the shapes do not fit together.
     """
 
     def __init__(
@@ -110,6 +126,7 @@ class RQVAETrainer(Trainer):
             raise ValueError(
                 f"embeddings must have the shape (num_tools, {model.config.input_dim}), not {tuple(embeddings.shape)}"
             )
+        check_capacity(num_tools, model.config.codebook_sizes)
         broken = ~torch.isfinite(embeddings.sum(1))
         if broken.any():
             raise ValueError(f"the embedding of the tool in row {int(broken.nonzero()[0])} holds NaN or infinity")
@@ -128,9 +145,10 @@ class RQVAETrainer(Trainer):
             model=model, args=args, train_dataset=tools, eval_dataset=tools, data_collator=_collate, **kwargs
         )
         self.embeddings = embeddings.to(args.device)
-        self.neighbors = None
+        self.codes: torch.LongTensor | None = None
+        self.cousage = self.neighbors = None
         if cousage is not None and cousage.nnz and model.config.collaborative_weight > 0:
-            self.neighbors = _Neighbors(cousage, args.device)
+            self.cousage, self.neighbors = cousage, _Neighbors(cousage, args.device)
         self._generator = torch.Generator(args.device)
         self._sums: dict[str, torch.Tensor] = {}
         self._steps_summed = 0
@@ -142,15 +160,15 @@ class RQVAETrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         index = inputs["index"]
-        neighbors, weights = None, None
+        neighbor_codes, weights = None, None
         if self.neighbors is not None:
             # The draws for the batch of all processes, of which this one takes its part.
             self._generator.manual_seed(_seed(self.args.seed, self.state.global_step))
-            shape = (self.args.world_size, len(index), WALK_LENGTH, 2)
+            shape = (self.args.world_size, len(index))
             draws = torch.rand(shape, dtype=torch.float64, device=index.device, generator=self._generator)
-            neighbors, weights = self.neighbors.draw(index, draws[self.args.process_index].permute(1, 2, 0))
-            neighbors = self.embeddings[neighbors]
-        output = model(self.embeddings[index], neighbors, weights)
+            neighbors, weights = self.neighbors.draw(index, draws[self.args.process_index])
+            neighbor_codes = self.codes[neighbors]
+        output = model(self.embeddings[index], neighbor_codes, weights, codes=self.codes[index])
         for name in LOSSES:
             value = getattr(output, name)
             if value is not None:
@@ -168,31 +186,58 @@ class RQVAETrainer(Trainer):
             logs = logs | means
         super().log(logs, *args, **kwargs)
 
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.codes is not None:
+            save_file({"codes": self.codes}, os.path.join(output_dir or self.args.output_dir, CODES_FILE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.codes = load_file(os.path.join(resume_from_checkpoint, CODES_FILE))["codes"].to(self.args.device)
+
     @torch.no_grad()
-    def encode(self) -> torch.Tensor:
-        """Return the latent vectors of all tools, of shape `(num_tools, code_dim)`."""
-        model = self.accelerator.unwrap_model(self.model).eval()
-        return torch.cat([model.encode(rows) for rows in self.embeddings.split(CHUNK_SIZE)])
+    def assign(self, start: bool = False) -> None:
+        """Improve the tools' codes for the present weights.
+
+        Args:
+            start (`bool`, *optional*, defaults to `False`): Whether to set weights and codes to the start of a
+                training; otherwise codes that no tool has are revived.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        generator = torch.Generator().manual_seed(_seed(self.args.seed, self.state.global_step))
+        if start:
+            codes = start_model(model, self.embeddings, generator, self.cousage).cpu().numpy()
+        else:
+            sample = torch.randperm(len(self.embeddings), generator=generator)[:SAMPLE_SIZE].to(self.args.device)
+            revive_codes(model, self.embeddings[sample], self.codes[sample], generator)
+            codes = self.codes.cpu().numpy()
+        weight = model.config.collaborative_weight
+        codes = assign_codes(_encode(model, self.embeddings), model.codebooks(), None, self.cousage, weight, codes)
+        self.codes = torch.from_numpy(codes).to(self.args.device)
+        if self.args.world_size > 1:  # all processes go on with the model and the codes of the first
+            broadcast([*model.state_dict().values(), self.codes])
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Measure the nearest codes of the whole catalogue.
 
         Returns:
-            `dict[str, float]`: `eval_reconstruction_loss`; `eval_collision_rate`, the share of tools beyond the first
-            on a code; `eval_codebook_use`, the share of its codes that the least used level uses.
+            `dict[str, float]`: `eval_reconstruction_loss`, of the codes in training where there are any;
+            `eval_collision_rate`, the share of tools beyond the first on their nearest code; `eval_codebook_use`, the
+            share of its codes that the least used level uses.
         """
         model = self.accelerator.unwrap_model(self.model)
         was_training = model.training
         model.eval()
-        losses, codes = [], []
-        for rows in self.embeddings.split(CHUNK_SIZE):
-            output = model(rows)
-            losses.append(output.reconstruction_loss * len(rows))
-            codes.append(output.codes)
+        nearest = torch.cat([model.quantize(rows) for rows in _encode(model, self.embeddings).split(CHUNK_SIZE)])
+        present = nearest if self.codes is None else self.codes
+        losses = [
+            model(rows, codes=codes).reconstruction_loss * len(rows)
+            for rows, codes in zip(self.embeddings.split(CHUNK_SIZE), present.split(CHUNK_SIZE), strict=True)
+        ]
         model.train(was_training)
         num_tools = len(self.embeddings)
-        codes = torch.cat(codes).cpu().numpy()
+        codes = nearest.cpu().numpy()
         sizes = model.config.codebook_sizes
         metrics = {
             "reconstruction_loss": float(sum(losses)) / num_tools,
@@ -208,61 +253,46 @@ class RQVAETrainer(Trainer):
 class _Neighbors:
     """Draws for each tool one that is used together with it, along edges in proportion to their similarity.
 
-    A draw is a short walk: half of the walks go on by a second edge. Tools that are used with the same third one are
-    thus drawn together as well, and pairs that were never seen together share codes more often.
-
-    The weight of a pair is the sum of its tool's similarities, scaled to 1 on average over the tools that have any. So
-    the weighted mean over a batch is the Laplacian's form up to a constant, and what a tool feels of it does not
-    change with the number of edges, nor with the number of tools that have none.
+    The weight of a pair is the degree of its tool in the graph of unit degree. So the weighted mean over a batch is the
+    Laplacian's form up to a constant.
     """
 
     def __init__(self, cousage: scipy.sparse.csr_array, device: torch.device):
-        self.indices = torch.from_numpy(cousage.indices.astype(np.int64)).to(device)
+        graph = unit_degree(cousage)
+        self.indices = torch.from_numpy(graph.indices.astype(np.int64)).to(device)
         # One cumulative sum over all edges: an edge of tool i is found between start[i] and start[i + 1].
-        cumulative = np.concatenate([[0.0], np.cumsum(cousage.data, dtype=np.float64)])
+        cumulative = np.concatenate([[0.0], np.cumsum(graph.data, dtype=np.float64)])
         self.cumulative = torch.from_numpy(cumulative[1:]).to(device)
-        self.start = torch.from_numpy(cumulative[cousage.indptr]).to(device)
-        self.mean = cumulative[-1] / np.count_nonzero(np.diff(cousage.indptr))
+        self.start = torch.from_numpy(cumulative[graph.indptr]).to(device)
 
     def draw(self, index: torch.LongTensor, draws: torch.Tensor) -> tuple[torch.LongTensor, torch.Tensor]:
-        """Return for each tool the end of a walk along the edges, and the weight of the pair.
+        """Return a neighbor of each tool, and the weight of the pair.
 
         Args:
             index (`torch.LongTensor` of shape `(batch_size,)`): The tools.
-            draws (`torch.Tensor` of shape `(walk_length, 2, batch_size)`): Uniform random numbers from 0 to 1.
+            draws (`torch.Tensor` of shape `(batch_size,)`): Uniform random numbers from 0 to 1.
         """
-        weight = (self.start[index + 1] - self.start[index]) / self.mean
-        for step, (edge_draw, stop_draw) in enumerate(draws):
-            start, end = self.start[index], self.start[index + 1]
-            edge = torch.searchsorted(self.cumulative, start + (end - start) * edge_draw, right=True)
-            reached = self.indices[edge.clamp(max=len(self.indices) - 1)]
-            index = reached if step == 0 else torch.where(stop_draw < WALK_ON, reached, index)
-        return index, weight.float()
+        start, end = self.start[index], self.start[index + 1]
+        edge = torch.searchsorted(self.cumulative, start + (end - start) * draws, right=True)
+        return self.indices[edge.clamp(max=len(self.indices) - 1)], (end - start).float()
 
 
 class _CodebookCallback(TrainerCallback):
-    """Starts the model before the first step, and revives dead codes until the last fifth of the training."""
+    """Starts the model before the first step, and assigns codes anew in the first half of the training."""
 
     def __init__(self, trainer: RQVAETrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
-            self._change(args, 0, start_model)
+            self.trainer.assign(start=True)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step <= 0.8 * state.max_steps and state.global_step % max(1, state.max_steps // 40) == 0:
-            self._change(args, state.global_step, revive_codes)
-
-    @torch.no_grad()
-    def _change(self, args, step: int, change) -> None:
-        trainer = self.trainer
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        generator = torch.Generator().manual_seed(_seed(args.seed, step))
-        sample = torch.randperm(len(trainer.embeddings), generator=generator)[:SAMPLE_SIZE]
-        change(model, trainer.embeddings[sample.to(args.device)], generator)
-        if args.world_size > 1:  # all processes go on with the model of the first
-            broadcast([*model.state_dict().values()])
+        if (
+            state.global_step <= state.max_steps / 2
+            and state.global_step % -(-state.max_steps // (2 * ASSIGNMENTS)) == 0
+        ):
+            self.trainer.assign()
 
 
 class CodesEarlyStoppingCallback(TrainerCallback, ExportableState):
@@ -300,18 +330,34 @@ class CodesEarlyStoppingCallback(TrainerCallback, ExportableState):
         }
 
 
+def _encode(model: RQVAEModel, embeddings: torch.Tensor) -> torch.Tensor:
+    return torch.cat([model.encode(rows).float() for rows in embeddings.split(CHUNK_SIZE)])
+
+
 @torch.no_grad()
-def start_model(model: RQVAEModel, embeddings: torch.Tensor, generator: torch.Generator | None = None) -> None:
+def start_model(
+    model: RQVAEModel,
+    embeddings: torch.Tensor,
+    generator: torch.Generator | None = None,
+    cousage: scipy.sparse.csr_array | None = None,
+) -> torch.LongTensor:
     """Set a model to the best linear solution: principal axes, and k-means level by level on the residuals.
 
-    The layers beside the shortcuts add nothing at first. The latents' variance is 1 on average over dimensions.
+    The layers beside the shortcuts add nothing at first. The latents' variance is 1 on average over dimensions. Every
+    level but the last starts, where there is a graph, from clusters of the residuals smoothed over it, and from the
+    codes that [`choose_codes`] finds for the means of these clusters.
 
     Args:
         model ([`RQVAEModel`]): Its encoder, decoder and codebooks are changed; its mean and scale must be set.
-        embeddings (`torch.Tensor` of shape `(num_tools, input_dim)`): A sample of the data.
+        embeddings (`torch.Tensor` of shape `(num_tools, input_dim)`): The data, of which a sample is looked at.
         generator (`torch.Generator`, *optional*): Source of randomness, on the CPU.
+        cousage (`scipy.sparse.csr_array` of shape `(num_tools, num_tools)`, *optional*): Which tools are used together.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_tools, num_levels)`: the codes.
     """
-    points = (embeddings - model.mean) / model.scale
+    sample = torch.randperm(len(embeddings), generator=generator)[:SAMPLE_SIZE].to(embeddings.device)
+    points = (embeddings[sample] - model.mean) / model.scale
     variances, axes = torch.linalg.eigh(points.T @ points / len(points))
     size = min(model.config.code_dim, model.config.input_dim)
     axes, scale = axes.flip(1)[:, :size], variances.flip(0)[:size].mean().clamp(min=1e-12).sqrt()
@@ -320,11 +366,41 @@ def start_model(model: RQVAEModel, embeddings: torch.Tensor, generator: torch.Ge
         module.shortcut.weight[: weight.shape[0], : weight.shape[1]] = weight
         module.layers[-1].weight.zero_()
         module.layers[-1].bias.zero_()
-    residual = model.encode(embeddings)
-    for codebook in model.quantizer.codebooks:
-        centers = kmeans(residual, len(codebook.weight), generator)
+
+    residual, codes = _encode(model, embeddings), []
+    graph = None if cousage is None else model.config.collaborative_weight * unit_degree(cousage)
+    for level, codebook in enumerate(model.quantizer.codebooks):
+        collaborative = graph is not None and level < len(model.quantizer.codebooks) - 1
+        smoothed = _smooth(residual, SMOOTHING * graph) if collaborative else residual
+        centers = kmeans(smoothed[sample], len(codebook.weight), generator)
+        index = _nearest(smoothed, centers)
+        if collaborative:
+            for _ in range(3):
+                centers = _means(residual, index, centers)[0]
+                index = torch.from_numpy(choose_codes(residual, centers, graph, index.cpu().numpy())).to(index.device)
+            centers, graph = _means(residual, index, centers)[0], within(graph, index.cpu().numpy())
         codebook.set_rows(slice(None), centers)
-        residual = residual - centers[_nearest(residual, centers)]
+        residual = residual - centers[index]
+        codes.append(index)
+    return torch.stack(codes, dim=1)
+
+
+def _smooth(points: torch.Tensor, graph: scipy.sparse.csr_array, rounds: int = 20) -> torch.Tensor:
+    """Minimize |z - points|^2 plus the graph Laplacian's form of z, up to what `rounds` of Jacobi's method leave."""
+    fixed = points.cpu().numpy()
+    smoothed, degree = fixed, graph.sum(1)[:, None]
+    for _ in range(rounds):
+        smoothed = (fixed + graph @ smoothed) / (1 + degree)
+    return torch.from_numpy(smoothed).to(points)
+
+
+def _means(
+    points: torch.Tensor, index: torch.LongTensor, centers: torch.Tensor
+) -> tuple[torch.Tensor, torch.LongTensor]:
+    """Return the mean of the points of each center, or the center where it has none, and their number."""
+    counts = torch.bincount(index, minlength=len(centers))
+    sums = torch.zeros_like(centers).index_add_(0, index, points)
+    return torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centers), counts
 
 
 def kmeans(
@@ -355,9 +431,7 @@ def kmeans(
         centers += 1e-2 * points.std().nan_to_num(1.0).clamp(min=1e-3) * noise
     for _ in range(iterations):
         nearest = _nearest(points, centers)
-        counts = torch.bincount(nearest, minlength=num_centers)
-        sums = torch.zeros_like(centers).index_add_(0, nearest, points)
-        centers = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centers)
+        centers, counts = _means(points, nearest, centers)
         empty = (counts == 0).nonzero().flatten()[: len(points)]
         if len(empty):
             error = (points - centers[nearest]).square().sum(1)
@@ -366,31 +440,30 @@ def kmeans(
 
 
 @torch.no_grad()
-def revive_codes(model: RQVAEModel, embeddings: torch.Tensor, generator: torch.Generator | None = None) -> list[int]:
-    """Move codes that no tool chooses to residuals that are quantized badly.
+def revive_codes(
+    model: RQVAEModel, embeddings: torch.Tensor, codes: torch.LongTensor, generator: torch.Generator | None = None
+) -> list[int]:
+    """Move codes that no tool has to residuals that are quantized badly.
 
     Args:
         model ([`RQVAEModel`]): Its codebooks are changed.
         embeddings (`torch.Tensor` of shape `(num_tools, input_dim)`): A sample of the data.
+        codes (`torch.LongTensor` of shape `(num_tools, num_levels)`): Its codes.
         generator (`torch.Generator`, *optional*): Source of randomness, on the CPU.
 
     Returns:
         `list[int]`: for each level the number of codes that were moved.
     """
-    revived, residual = [], model.encode(embeddings).float()
-    for codebook in model.quantizer.codebooks:
-        vectors = codebook.weight.float()
-        nearest = _nearest(residual, vectors)
-        dead = (torch.bincount(nearest, minlength=len(vectors)) == 0).nonzero().flatten()
-        dead = dead[: len(residual)]
-        error = (residual - vectors[nearest]).square().sum(1)
+    revived, residual = [], _encode(model, embeddings)
+    for codebook, index in zip(model.quantizer.codebooks, codes.T, strict=True):
+        left = residual - codebook.weight[index].float()
+        error = left.square().sum(1)
+        dead = (torch.bincount(index, minlength=len(codebook.weight)) == 0).nonzero().flatten()[: len(residual)]
         if len(dead) and error.sum() > 0:
             draw = torch.multinomial(error.cpu() + 1e-12, len(dead), generator=generator).to(residual.device)
             codebook.set_rows(dead, residual[draw])
-            vectors = codebook.weight.float()
-            nearest = _nearest(residual, vectors)
         revived.append(len(dead))
-        residual = residual - vectors[nearest]
+        residual = left
     return revived
 
 
