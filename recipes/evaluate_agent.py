@@ -12,6 +12,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
@@ -105,10 +106,9 @@ class AgentEvaluationArguments:
             raise ValueError("--votes must be at least 1")
 
 
-def check_settings(args: AgentEvaluationArguments, path: Path) -> None:
-    """Write how a run is made, with all that its results depend on, or refuse to go on with a run for which that was something else."""
-    free = ("votes", "prices", "max_tasks", "output_dir", "url")  # with others, the results so far still hold
-    settings = {name: value for name, value in asdict(args).items() if name not in free}
+def check_settings(args: AgentEvaluationArguments, path: Path) -> dict[str, Any]:
+    """Write down and return all that a run's results depend on, or refuse to go on where that was something else."""
+    settings = asdict(args)
     for name in ("tasks", "runs", "reference", "catalog"):
         if settings[name] is not None:
             content = Path(local_file(settings[name])).read_bytes()
@@ -117,12 +117,14 @@ def check_settings(args: AgentEvaluationArguments, path: Path) -> None:
         before = read_json(path, RUN_VERSION)["config"]
         before["reference"] = before.get("reference") or settings["reference"]  # it may come later, and stay away
         settings["reference"] = settings["reference"] or before["reference"]
-        changed = [name for name, value in settings.items() if before.get(name) != value]
+        free = ("votes", "prices", "max_tasks", "output_dir", "url")  # with others, the results so far still hold
+        changed = [name for name, value in settings.items() if name not in free and before.get(name) != value]
         if changed:
             raise ValueError(
                 f"{path.parent} holds a run with other settings ({', '.join(changed)}): choose another --output_dir"
             )
     write_json(path, describe_run(settings), RUN_VERSION)
+    return settings
 
 
 def run_agent(
@@ -158,7 +160,7 @@ def main(args: AgentEvaluationArguments) -> dict[str, float]:
     )
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    check_settings(args, output / RUN_FILE)
+    settings = check_settings(args, output / RUN_FILE)
     runs = load_runs(args.runs) if args.runs else run_agent(args, catalog, tasks, output / "runs.jsonl")
     measures = evaluate_runs(tasks, runs, catalog)
 
@@ -189,6 +191,7 @@ def main(args: AgentEvaluationArguments) -> dict[str, float]:
         print(f"\nthe judge: {', '.join(f'{name} {value:,}' for name, value in tokens.items())}")
     document = {"tasks": os.path.basename(args.tasks), "votes": votes, "measures": measures, "judge": tokens}
     write_json(output / "metrics.json", document, METRICS_VERSION)
+    write_json(output / RUN_FILE, describe_run(settings), RUN_VERSION)  # with the time of its end
     return measures
 
 
