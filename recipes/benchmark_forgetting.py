@@ -8,6 +8,7 @@ python recipes/benchmark_forgetting.py --model HuggingFaceTB/SmolLM2-135M-Instru
 Codes and one token a tool (ToolGen) go the same way: new rows that nothing has trained yet, for each initialization;
 then a short alignment, once of LoRA adapters and new rows with replay, once of all weights without. The text must be
 none that the model is trained on. With `--lm_eval_tasks` and lm-eval installed, few-shot accuracy is measured as well.
+The same command goes on with a run that was cut off.
 """
 
 import math
@@ -34,6 +35,8 @@ from toolweaver_hf.runs import describe_run
 from toolweaver_hf.tokenization_toolweaver import ToolWeaverTokenizer
 
 
+RESULTS_FILE = "benchmark_forgetting.json"
+RESULTS_VERSION = 1  # its schema_version
 INITIALIZATIONS = {
     "codes": ("codebook", "mean_description", "random"),
     "atomic tokens": ("mean_description", "random"),
@@ -186,42 +189,55 @@ def main(args: ForgettingArguments) -> dict[str, dict[str, float]]:
     atomic_codes(catalog).save_pretrained(folders["atomic tokens"])
     catalog.save_pretrained(folders["atomic tokens"])
 
+    path = output / RESULTS_FILE
+    config = asdict(args)
+    done = read_json(path, RESULTS_VERSION) if path.exists() else {}
+    resumed = done.get("config") == config
+    results: dict[str, dict[str, float]] = done["results"] if resumed else {}
+
     loading = {"dtype": torch.float32, "device_map": "auto"}
     base = AutoModelForCausalLM.from_pretrained(args.model, **loading)
     num_rows = base.get_input_embeddings().num_embeddings
     base_tokenizer = AutoTokenizer.from_pretrained(args.model)
-    results: dict[str, dict[str, float]] = {}
 
     def measure(name: str, model: PreTrainedModel, tokenizer, **others: float) -> None:
         value = perplexity(model, windows)
         ratio = value / results["base"]["perplexity"] if results else 1.0
         results[name] = {"perplexity": value, "of the base": ratio, **few_shot(model, tokenizer, args), **others}
         print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in results[name].items()), flush=True)
+        document = {**describe_run(config), "tokens": windows.numel(), "results": results}
+        write_json(path, document, RESULTS_VERSION)
 
-    measure("base", base, base_tokenizer)
+    if "base" not in results:
+        measure("base", base, base_tokenizer)
     for identifiers, folder in folders.items():
         tokenizer = ToolWeaverTokenizer.from_base(base_tokenizer, ToolCodes.from_pretrained(folder))
         codebooks = RQVAEModel.from_pretrained(folder).codebooks() if identifiers == "codes" else None
         for method in INITIALIZATIONS[identifiers]:
-            initialize_code_embeddings(base, tokenizer, codebooks, method, catalog, args.seed)
-            measure(f"{identifiers}, untrained rows ({method})", base, tokenizer)
+            name = f"{identifiers}, untrained rows ({method})"
+            if name not in results:
+                initialize_code_embeddings(base, tokenizer, codebooks, method, catalog, args.seed)
+                measure(name, base, tokenizer)
         base.resize_token_embeddings(num_rows)
-        method = INITIALIZATIONS[identifiers][0]
-        for with_care, name in ((True, "LoRA, new rows, replay"), (False, "all weights, no replay")):
-            trained = output / f"{folder.name}-{'lora' if with_care else 'full'}"
-            align(args, folder, method, with_care, trained)
+    del base
+
+    for identifiers, folder in folders.items():
+        tokenizer = ToolWeaverTokenizer.from_base(base_tokenizer, ToolCodes.from_pretrained(folder))
+        for with_care, regime in ((True, "LoRA, new rows, replay"), (False, "all weights, no replay")):
+            name = f"{identifiers}, {regime}"
+            trained = output / f"{identifiers} {'lora' if with_care else 'full'}".replace(" ", "-")
+            if name in results:
+                continue
+            if not (resumed and (trained / TRAINING_FILE).exists()):
+                align(args, folder, INITIALIZATIONS[identifiers][0], with_care, trained)
             loss = read_json(trained / TRAINING_FILE, TRAINING_VERSION)["runs"][-1]["training_loss"]
-            measure(
-                f"{identifiers}, {name}", load_aligned_model(trained, **loading), tokenizer, **{"training loss": loss}
-            )
+            measure(name, load_aligned_model(trained, **loading), tokenizer, **{"training loss": loss})
 
     columns = list(dict.fromkeys(column for row in results.values() for column in row))
     print(f"\n{windows.numel():,} tokens of {os.path.basename(args.text)}\n\n| | {' | '.join(columns)} |")
     print("|---|" + "---:|" * len(columns))
     for name, row in results.items():
         print(f"| {name} | {' | '.join(f'{row[c]:.3f}' if c in row else '' for c in columns)} |")
-    document = {**describe_run(asdict(args)), "tokens": windows.numel(), "results": results}
-    write_json(output / "benchmark_forgetting.json", document, 1)
     return results
 
 

@@ -47,6 +47,13 @@ def test_new_rows_and_training_cost_perplexity(base, tmp_path):
         assert results[name]["training loss"] > 0
     saved = json.loads((tmp_path / "out" / "benchmark_forgetting.json").read_text())
     assert saved["results"] == results and saved["tokens"] % 64 == 0
+    # Cut off before the last was measured, it is gone on with: the model is not trained again
+    path, last = tmp_path / "out" / "benchmark_forgetting.json", list(results)[-1]
+    path.write_text(json.dumps(saved | {"results": {name: results[name] for name in results if name != last}}))
+    model = tmp_path / "out" / "atomic-tokens-full" / "model.safetensors"
+    written = model.stat().st_mtime_ns
+    assert benchmark_forgetting.main(benchmark_forgetting.ForgettingArguments(**args)) == results
+    assert model.stat().st_mtime_ns == written
     with pytest.raises(ValueError, match="fewer than the 4096"):
         benchmark_forgetting.main(benchmark_forgetting.ForgettingArguments(**args | {"window": 4096}))
 
