@@ -3,12 +3,14 @@ import math
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from toolweaver_hf.assignment import assign_codes, check_capacity, uniform_codes
+from toolweaver_hf.assignment import assign_codes, check_capacity, choose_codes, uniform_codes
+from toolweaver_hf.cousage import unit_degree
 
 
 @given(st.integers(1, 16), st.integers(0, 10_000), st.booleans())
@@ -118,3 +120,55 @@ def test_the_uniform_mapping_inside_prefixes_leaves_few_collisions():
     uniform = uniform_codes(latents, codebooks, iterations=20)
     assert collisions(uniform) < 10
     assert np.array_equal(uniform[:, 0], assign_codes(latents, codebooks)[:, 0])
+
+
+def graph(num_tools, edges):
+    row, column = np.array(edges).T
+    half = scipy.sparse.coo_array((np.ones(len(row), dtype=np.float32), (row, column)), shape=(num_tools, num_tools))
+    return scipy.sparse.csr_array(half + half.T)
+
+
+def test_a_code_is_chosen_by_distance_and_by_the_codes_of_co_used_tools():
+    codebook = torch.tensor([[0.0], [10.0]])
+    residual = torch.tensor([[0.0], [4.0], [6.0], [10.0], [4.9]])
+    pull = unit_degree(graph(5, [(1, 2)]))
+    assert choose_codes(residual, codebook, 0 * pull).tolist() == [0, 0, 1, 1, 0]  # the nearest
+    first = choose_codes(residual, codebook, 3 * pull)  # the two that are used together agree, and nobody else moves
+    assert first[1] == first[2] and first[[0, 3, 4]].tolist() == [0, 1, 0]
+    assert choose_codes(residual, codebook, 1e-3 * pull).tolist() == [0, 0, 1, 1, 0]
+    far = choose_codes(torch.tensor([[0.0], [10.0]]), codebook, 0.1 * unit_degree(graph(2, [(0, 1)])))
+    assert far.tolist() == [0, 1]  # what they share does not outweigh the distance
+
+
+@given(st.integers(0, 10_000), st.sampled_from([0.3, 1.0, 3.0]))
+@settings(max_examples=30, deadline=None)
+def test_choosing_with_neighbors_lowers_the_objective(seed, weight):
+    generator = torch.Generator().manual_seed(seed)
+    residual, codebook = torch.randn(60, 4, generator=generator), torch.randn(6, 4, generator=generator)
+    pull = weight * unit_degree(graph(60, torch.randint(60, (90, 2), generator=generator).tolist()))
+
+    def objective(index):
+        left = (residual - codebook[torch.from_numpy(index)]).square().sum() / residual.var(0, correction=0).sum()
+        row, column = pull.nonzero()
+        return left + 0.5 * pull.data[index[row] != index[column]].sum()
+
+    nearest = choose_codes(residual, codebook, 0 * pull)
+    chosen = choose_codes(residual, codebook, pull)
+    assert objective(chosen) <= objective(nearest)
+    assert np.array_equal(chosen, choose_codes(residual, codebook, pull))
+
+
+def test_codes_of_co_used_tools_are_unique_at_any_number_of_levels():
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(100, 4, generator=generator)
+    edges = graph(100, [(i, (i + 37) % 100) for i in range(100)])
+    row, column = edges.nonzero()
+    for sizes in ([128], [16, 16], [8, 8, 8]):
+        codebooks = [torch.randn(size, 4, generator=generator) for size in sizes]
+        codes = assign_codes(latents, codebooks, cousage=edges)
+        assert len(np.unique(codes, axis=0)) == 100
+        same = np.mean((codes[row] == codes[column])[:, : max(1, len(sizes) - 1)].all(1))
+        apart = assign_codes(latents, codebooks, cousage=edges, collaborative_weight=0)
+        assert np.array_equal(apart, assign_codes(latents, codebooks))
+        before = np.mean((apart[row] == apart[column])[:, : max(1, len(sizes) - 1)].all(1))
+        assert same > 3 * before if len(sizes) > 1 else same == before
