@@ -7,21 +7,26 @@ import torch
 from conftest import small_llama
 from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from toolweaver_hf import ToolCodes, ToolRetriever, ToolWeaverTokenizer
+from toolweaver_hf import CodeTrie, ToolCodeLogitsProcessor, ToolCodes, ToolRetriever, ToolWeaverTokenizer
 
 
 QUERIES = ["Will it rain?", "How many dollars is a euro today, and was it more in the spring?"]
 
 
 def score(model, tokenizer, query, tool_id):
-    """The log-probability of a tool's code after a query, in one plain forward pass."""
+    """The log-probability of a tool's code after a query, in one plain forward pass, each token among its siblings."""
     prompt = tokenizer.encode_conversation([{"role": "user", "content": query}], add_generation_prompt=True)[
         "input_ids"
     ]
     code = tokenizer.encode_tool(tool_id)
+    codes = [tokenizer.encode_tool(other) for other in tokenizer.tool_ids]
     with torch.no_grad():
-        logits = model(torch.tensor([prompt + code])).logits[0].log_softmax(-1)
-    return sum(logits[len(prompt) - 1 + i, token].item() for i, token in enumerate(code))
+        logits = model(torch.tensor([prompt + code])).logits[0, len(prompt) - 1 :]
+    total = 0.0
+    for i, token in enumerate(code):
+        siblings = sorted({other[i] for other in codes if other[:i] == code[:i]})
+        total += logits[i, siblings].log_softmax(-1)[siblings.index(token)].item()
+    return total
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -95,8 +100,35 @@ def test_exhaustive_scores_are_the_teacher_forced_ones(base_tokenizer):
         assert [tool.tool_id for tool in found] == sorted(expected, key=expected.get, reverse=True)
         for tool in found:
             assert math.isclose(tool.score, expected[tool.tool_id], abs_tol=1e-3)
+        assert math.isclose(sum(math.exp(tool.score) for tool in found), 1, abs_tol=1e-3)
         (searched,) = retriever(query, num_beams=60, top_k=60)
         assert [tool.tool_id for tool in searched] == [tool.tool_id for tool in found]
+
+
+def test_beams_of_generate_rank_alike(base_tokenizer):
+    tokenizer = many_tools(base_tokenizer)
+    model = small_llama(len(tokenizer))
+    (found,) = ToolRetriever(model, tokenizer)(QUERIES[0], top_k=10, num_beams=60)
+    prompt = torch.tensor([tokenizer.encode_query(QUERIES[0])])
+    processor = ToolCodeLogitsProcessor(
+        CodeTrie(tokenizer.tool_code_ids), prompt_length=prompt.shape[1], eos_token_id=tokenizer.eos_token_id
+    )
+    output = model.generate(
+        prompt,
+        max_new_tokens=3,
+        num_beams=60,
+        num_return_sequences=10,
+        length_penalty=0.0,
+        renormalize_logits=True,
+        return_dict_in_generate=True,
+        output_scores=True,
+        logits_processor=[processor],
+    )
+    codes = output.sequences[:, prompt.shape[1] :].tolist()
+    assert codes == [tokenizer.encode_tool(tool.tool_id) for tool in found]
+    torch.testing.assert_close(
+        output.sequences_scores, torch.tensor([tool.score for tool in found]), atol=1e-4, rtol=0
+    )
 
 
 def test_a_batch_and_its_padding_change_nothing(base_tokenizer):

@@ -16,6 +16,8 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
 
     It keeps no state: where a row stands in the trie is read from its `input_ids`, so that beams may be reordered,
     repeated and dropped freely. What a step costs depends on the batch and the vocabulary, not on the number of tools.
+    The scores that stay are as they were; with beams, `renormalize_logits=True` makes `generate` rank by their
+    probabilities among each other, which is what the models are trained for.
 
     Args:
         trie ([`CodeTrie`]):

@@ -28,8 +28,9 @@ class ToolRetriever:
     Ranks the tools of a catalogue for a query with an aligned language model.
 
     The model reads the query as a user's message and is asked for the code that answers it. A beam search over the
-    trie of the codes finds the most probable ones; the score of a tool is the log-probability of its code given the
-    query, summed over the levels, with the probabilities of the model's whole vocabulary.
+    trie of the codes finds the most probable ones. The score of a tool is the log-probability of its code given the
+    query: the sum over the levels, each among the tokens that go on to a tool of the catalogue, as in training. So the
+    probabilities of all tools add up to 1, and an allow list leaves the scores of its tools as they are.
 
     Args:
         model ([`PreTrainedModel`]):
@@ -37,10 +38,9 @@ class ToolRetriever:
         tokenizer ([`ToolWeaverTokenizer`]):
             Its tokenizer.
         full_head (`bool`, *optional*, defaults to `True`):
-            Whether to apply the model's whole output embeddings to every beam. With `False` each beam is scored on
-            the rows of the level's codebook alone; the whole vocabulary, which normalizes a score, is looked at for
-            the beams only that can still come out best. Ranking and scores are the same, for models whose logits are
-            their output embeddings applied to the last hidden state.
+            Whether to apply the model's whole output embeddings to every beam. With `False` these are the rows of the
+            level's codebook alone, with the same scores, for models whose logits are their output embeddings applied
+            to the last hidden state.
 
     Raises:
         `ValueError`: with `full_head=False`, for a model whose logits are something else.
@@ -203,34 +203,26 @@ class ToolRetriever:
     ) -> tuple[torch.LongTensor, torch.FloatTensor]:
         device, batch = self.model.device, len(input_ids)
         input_ids, mask, nodes = input_ids.to(device), mask.to(device), roots[:, None]
+        every = torch.zeros_like(nodes)  # where the same prefixes are in the trie of all tools, which scores them
         scores = torch.zeros((batch, 1), device=device)
         cache = DynamicCache(config=self.model.config)
         for level in range(trie.num_levels):
             position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-            forward = self.model if self.full_head else self.model.base_model
-            output = forward(
-                input_ids=input_ids,
-                attention_mask=mask,
-                position_ids=position_ids,
-                cache=cache,
-                use_cache=True,
-                **({"logits_to_keep": 1} if self.full_head else {}),
-            )
+            inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
+            logits, first = self._logits(inputs, cache, level)
+            tokens, present = self.trie.children(every.flatten(), self.trie.max_children[level])
+            of_all = logits.gather(1, torch.where(present, tokens - first, 0)).masked_fill(~present, -torch.inf)
             width = trie.max_children[level]
             tokens, present = trie.children(nodes.flatten(), width)
+            candidates = scores.view(-1, 1) + logits.gather(1, torch.where(present, tokens - first, 0))
+            candidates = (candidates - of_all.logsumexp(1, keepdim=True)).masked_fill(~present, -torch.inf)
             keep = min(num_beams if level + 1 < trie.num_levels else top_k, nodes.shape[1] * width)
-            if self.full_head:
-                logits = output.logits[:, -1].float()
-                logits = logits.gather(1, tokens) - logits.logsumexp(1, keepdim=True)
-                candidates = scores.view(-1, 1) + logits.masked_fill(~present, -torch.inf)
-                scores, best = candidates.view(batch, -1).topk(keep)
-            else:
-                hidden = output.last_hidden_state[:, -1]
-                scores, best = self._best_of_level(level, hidden, scores, tokens, present, keep)
+            scores, best = candidates.view(batch, -1).topk(keep)
             beam = best // width  # the beam that each candidate goes on from
             tokens = tokens.view(batch, -1).gather(1, best)
             nodes = trie.step(nodes.gather(1, beam).flatten(), tokens.flatten()).view(batch, -1)
             nodes = torch.where(scores > -torch.inf, nodes, -1)
+            every = self.trie.step(every.gather(1, beam).flatten(), tokens.flatten()).view(batch, -1)
             if level + 1 < trie.num_levels:
                 rows = (torch.arange(batch, device=device)[:, None] * (len(mask) // batch) + beam).flatten()
                 cache.batch_select_indices(rows)
@@ -238,29 +230,14 @@ class ToolRetriever:
                 input_ids = tokens.view(-1, 1)
         return trie.tool_of(nodes), scores
 
-    def _best_of_level(self, level, hidden, scores, tokens, present, keep):
-        """Find the best candidates of a level, exactly, without the whole vocabulary for every beam.
-
-        Normalized over the level's codebook alone, a candidate's score is never below its true one. So the whole
-        vocabulary is needed only for beams that have a candidate among the best: the others come after these anyway.
-        """
-        head = self.model.get_output_embeddings()
-        first = self.tokenizer.level_offsets[level]
+    def _logits(self, inputs: dict[str, torch.Tensor], cache: DynamicCache, level: int) -> tuple[torch.Tensor, int]:
+        """Return the logits of the next token, and the token that they begin with."""
+        if self.full_head:
+            return self.model(**inputs, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float(), 0
+        hidden = self.model.base_model(**inputs, cache=cache, use_cache=True).last_hidden_state[:, -1]
+        head, first = self.model.get_output_embeddings(), self.tokenizer.level_offsets[level]
         rows = slice(first, first + self.tokenizer.codebook_sizes[level])
-        logits = linear(hidden, head.weight[rows], None if head.bias is None else head.bias[rows]).float()
-        normalizer = logits.logsumexp(1)
-        places = torch.where(present, tokens - first, 0)
-        unnormalized = scores.view(-1, 1) + logits.gather(1, places).masked_fill(~present, -torch.inf)
-        exact = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
-        while True:
-            candidates = (unnormalized - normalizer[:, None]).view(len(scores), -1)
-            values, best = candidates.topk(keep)
-            beams = best // tokens.shape[1] + torch.arange(len(scores), device=best.device)[:, None] * scores.shape[1]
-            needed = torch.zeros_like(exact).index_fill_(0, beams[values > -torch.inf], True) & ~exact
-            if not needed.any():
-                return values, best
-            normalizer[needed] = head(hidden[needed]).float().logsumexp(1)
-            exact |= needed
+        return linear(hidden, head.weight[rows], None if head.bias is None else head.bias[rows]).float(), first
 
     @torch.inference_mode()
     def _check_head(self) -> None:
