@@ -220,12 +220,14 @@ def load_rows(
             rows = trajectory_rows(load_trajectories(args.trajectories), tokenizer)
         else:
             rows = load_trajectories(args.replay)
-        dataset, too_long = tokenize_rows(rows, tokenizer, max_length)
+        # A sequence of codes has to say where it ends; the answer that is one code does not.
+        codes_alone = stage == "memorization" or (stage == "retrieval" and not args.tools_as_sequence)
+        dataset, too_long = tokenize_rows(rows, tokenizer, max_length, codes_alone)
         if too_long:
             logger.warning(f"{stage}: {too_long} of {len(rows)} rows have more than {max_length} tokens: left out")
         if stage in ("memorization", "retrieval") and args.augmentations:
             noisy = [leave_out_words(row, generator) for _ in range(args.augmentations) for row in rows]
-            noisy, _ = tokenize_rows(noisy, tokenizer, max_length, split_share=0.22, seed=seed)
+            noisy, _ = tokenize_rows(noisy, tokenizer, max_length, codes_alone, split_share=0.22, seed=seed)
             dataset = concatenate_datasets([dataset, noisy])
         if stage == "retrieval" and shared_prompts:
             dataset = share_prompts(dataset)
@@ -257,7 +259,9 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
         args, catalog, tokenizer, training_args.max_length, training_args.seed, shared_prompts=shared_prompts
     )
     eval_queries = load_eval_queries(args, training_args.seed)
-    eval_dataset = tokenize_rows(retrieval_rows(eval_queries, tokenizer), tokenizer)[0] if eval_queries else None
+    eval_dataset = None
+    if eval_queries:
+        eval_dataset, _ = tokenize_rows(retrieval_rows(eval_queries, tokenizer), tokenizer, codes_alone=True)
     if not training_args.packing:
         training_args.max_length = None  # no row is longer, so none is to be cut
 

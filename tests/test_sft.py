@@ -17,10 +17,11 @@ from accelerate.utils import FullyShardedDataParallelPlugin, is_deepspeed_availa
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from bases import build
 from conftest import small_llama
+from datasets import concatenate_datasets
 from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, TrainerState
-from trl import ModelConfig, SFTTrainer, TrlParser
+from trl import ModelConfig, TrlParser
 
 from toolweaver_hf import Tool, ToolCatalog, ToolCodes, ToolRetriever, ToolWeaverTokenizer
 from toolweaver_hf.data import load_queries, retrieval_rows, tokenize_rows
@@ -87,11 +88,18 @@ def run(world, output, model="tied", model_args=None, **kwargs):
     return output
 
 
+CALL = 'I look.\n<a_0><b_0>{"city": "Oslo", "code": "<a_1>"}'
+
+
 def trainer_of(world, model_name, tmp_path, lora=False, **kwargs):
     tokenizer = ToolWeaverTokenizer.from_base(build("smollm2"), ToolCodes.from_pretrained(world / "codes"))
     model = AutoModelForCausalLM.from_pretrained(world / model_name)
     initialize_code_embeddings(model, tokenizer, method="random")
-    dataset, _ = tokenize_rows(retrieval_rows(load_queries(world / "queries.jsonl"), tokenizer), tokenizer)
+    rows = retrieval_rows(load_queries(world / "queries.jsonl"), tokenizer)
+    rows.append({"id": "call", "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": CALL}]})
+    dataset = concatenate_datasets(
+        [tokenize_rows(rows[:-1], tokenizer, codes_alone=True)[0], tokenize_rows(rows[-1:], tokenizer)[0]]
+    )
     settings = {"activation_checkpointing": False, "report_to": "none", "max_length": None} | kwargs
     peft_config = sft.get_peft_config(ModelConfig(use_peft=True, lora_r=4)) if lora else None
     if lora:
@@ -105,27 +113,43 @@ def trainer_of(world, model_name, tmp_path, lora=False, **kwargs):
     )
 
 
-def loss_and_gradients(cls, trainer, batch):
-    torch.manual_seed(0)
-    trainer.model.train()
-    trainer.model.zero_grad()
-    loss = cls.compute_loss(trainer, trainer.model, dict(batch))
-    loss.backward()
-    gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
-    return loss, gradients
+def loss_token_by_token(model, tokenizer, batch):
+    """The mean over the labels of the cross-entropy among what decoding leaves, by looking at every code."""
+    labels = batch["labels"]
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    codes = [tokenizer.encode_tool(tool_id) for tool_id in tokenizer.tool_ids]
+    losses = []
+    for row, learnt in enumerate(labels.tolist()):
+        only_code = [label for label in learnt if label != -100] in codes
+        for i, label in enumerate(learnt):
+            if label == -100:
+                continue
+            allowed = range(logits.shape[-1])
+            for code in codes:
+                for depth in range(0 if only_code else 1, len(code)):
+                    if learnt[i - depth : i + 1] == code[: depth + 1]:
+                        allowed = sorted({other[depth] for other in codes if other[:depth] == code[:depth]})
+            scores = logits[row, i - 1, list(allowed)]
+            losses.append(scores.logsumexp(0) - scores[list(allowed).index(label)])
+    return torch.stack(losses).mean()
 
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("model", ["tied", "untied"])
-def test_the_loss_on_a_cpu_is_that_of_trl(world, tmp_path, model, lora):
+def test_the_loss_is_among_what_decoding_leaves(world, tmp_path, model, lora):
+    """Codes alone from their first token on, a call from its second; all else in the whole vocabulary."""
     trainer = trainer_of(world, model, tmp_path, lora)
-    batch = next(iter(trainer.get_train_dataloader()))
-    loss, gradients = loss_and_gradients(AlignmentTrainer, trainer, batch)
-    expected, expected_gradients = loss_and_gradients(SFTTrainer, trainer, batch)
+    rows = [trainer.train_dataset[i] for i in (0, 1, 2, -1)]
+    batch = trainer.data_collator([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
+    trainer.model.eval()  # no dropout
+    parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    names = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    expected = loss_token_by_token(trainer.model, trainer.processing_class, batch)
     torch.testing.assert_close(loss, expected)
-    assert gradients.keys() == expected_gradients.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-5, rtol=1e-4)
+    gradients = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+    for name, gradient in zip(names, torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4)
     if lora:  # the rows of the code tokens learn in every embedding matrix, and no other row does
         rows = [gradient for name, gradient in gradients.items() if "trainable_tokens" in name]
         assert len(rows) == (1 if model == "tied" else 2)
@@ -136,7 +160,6 @@ def test_the_loss_on_a_cpu_is_that_of_trl(world, tmp_path, model, lora):
     "kwargs",
     [
         {"padding_free": True},
-        {"packing": True, "max_length": 256},
         {"activation_checkpointing": True},
         {"bf16": True},
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
@@ -144,15 +167,23 @@ def test_the_loss_on_a_cpu_is_that_of_trl(world, tmp_path, model, lora):
     ids=lambda kwargs: next(iter(kwargs)),
 )
 def test_ways_to_save_memory_learn_the_same(world, tmp_path, kwargs):
-    """Without packing, which takes other batches, the losses are those of plain training."""
-    losses = []
-    for name, settings in (("plain", {}), ("other", kwargs)):
-        run(world, tmp_path / name, save_strategy="steps", save_steps=4, **settings)
-        state = TrainerState.load_from_json(tmp_path / name / "checkpoint-4" / "trainer_state.json")
-        losses.append([entry["loss"] for entry in state.log_history if "loss" in entry])
-    assert losses[1][-1] < losses[1][0]
-    if "packing" not in kwargs:
-        assert losses[1] == pytest.approx(losses[0], rel=2e-2 if "bf16" in kwargs else 1e-3)
+    losses = [
+        losses_of(run(world, tmp_path / name, save_strategy="steps", save_steps=4, **settings))
+        for name, settings in (("plain", {}), ("other", kwargs))
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2 if "bf16" in kwargs else 1e-3)
+
+
+def test_packed_rows_are_learnt(world, tmp_path):
+    settings = {"packing": True, "max_length": 256, "save_strategy": "steps", "save_steps": 30, "max_steps": 30}
+    losses = losses_of(run(world, tmp_path, **settings))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def losses_of(output):
+    (checkpoint,) = output.glob("checkpoint-*")
+    state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
+    return [entry["loss"] for entry in state.log_history if "loss" in entry]
 
 
 def test_wrapped_packing_is_refused(tmp_path):

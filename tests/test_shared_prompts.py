@@ -54,23 +54,22 @@ def test_loss_and_gradient_are_those_of_separate_rows(shapes):
 
 def test_a_query_is_read_once(tokenizer):
     queries = [Query("both", "Shall I take a coat?", ("rain", "wind")), Query("one", "Euros in dollars?", ("fx",))]
-    dataset, _ = tokenize_rows(retrieval_rows(queries, tokenizer), tokenizer)
+    dataset, _ = tokenize_rows(retrieval_rows(queries, tokenizer), tokenizer, codes_alone=True)
     shared = share_prompts(dataset)
     assert shared["id"] == ["both", "one"]
     learnt = [[label for label in row if label != -100] for row in shared["labels"]]
-    eos = tokenizer.eos_token_id
-    assert learnt[0] == [*tokenizer.encode_tool("rain"), eos, *tokenizer.encode_tool("wind"), eos]
-    assert learnt[1] == [*tokenizer.encode_tool("fx"), eos]
-    assert shared[1]["input_ids"] == dataset[2]["input_ids"][: len(shared[1]["input_ids"])]
+    assert learnt == [tokenizer.encode_tool("rain") + tokenizer.encode_tool("wind"), tokenizer.encode_tool("fx")]
+    assert shared[1]["input_ids"] == dataset[2]["input_ids"]
 
 
-def test_the_trainer_learns_them_by_either_loss_and_counts_their_tokens(tokenizer, tmp_path):
+def test_the_trainer_learns_them_and_counts_their_tokens(tokenizer, tmp_path):
     queries = [
         Query("both", "Shall I take a coat?", ("rain", "wind")),
         Query("one", "Euros in dollars?", ("fx",)),
         Query("three", "Is there mail about the storm that comes up tonight?", ("mail", "wind", "rain")),
     ]
-    dataset = share_prompts(tokenize_rows(retrieval_rows(queries, tokenizer), tokenizer)[0])
+    apart = tokenize_rows(retrieval_rows(queries, tokenizer), tokenizer, codes_alone=True)[0]
+    dataset = share_prompts(apart)
     args = AlignmentTrainingArguments(
         str(tmp_path), per_device_train_batch_size=3, max_length=None, activation_checkpointing=False, report_to="none"
     )
@@ -81,9 +80,9 @@ def test_the_trainer_learns_them_by_either_loss_and_counts_their_tokens(tokenize
     assert batch["attention_mask"].ndim == 4
     model = trainer.model.train()
     loss = trainer.compute_loss(model, dict(batch))
-    of_trl, _ = trainer.compute_loss(model, dict(batch), return_outputs=True)
-    torch.testing.assert_close(loss, of_trl)
-    assert trainer._metrics["train"]["num_tokens"] == [sum(map(len, dataset["input_ids"]))]
+    counted = trainer._metrics["train"]["num_tokens"]
+    torch.testing.assert_close(loss, trainer.compute_loss(model, COLLATOR([dict(row) for row in apart])))
+    assert counted == [sum(map(len, dataset["input_ids"]))]
 
 
 @pytest.mark.parametrize(

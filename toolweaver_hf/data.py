@@ -371,6 +371,7 @@ def tokenize_rows(
     rows: Iterable[dict[str, Any]],
     tokenizer: ToolWeaverTokenizer,
     max_length: int | None = None,
+    codes_alone: bool = False,
     split_share: float = 0.0,
     seed: int = 0,
 ) -> tuple[Dataset, int]:
@@ -386,6 +387,9 @@ def tokenize_rows(
             The tokenizer with the tools' codes.
         max_length (`int`, *optional*):
             Rows of more tokens are left out whole: a cut row would lose the answer that it teaches.
+        codes_alone (`bool`, *optional*, defaults to `False`):
+            Whether to learn of an answer its codes alone, and end the row with them, since retrieval decodes a code
+            and nothing else.
         split_share (`float`, *optional*, defaults to 0):
             How many of the tokens that are not learnt to write as shorter ones, at random.
         seed (`int`, *optional*, defaults to 0):
@@ -398,13 +402,17 @@ def tokenize_rows(
     columns: dict[str, list] = {"id": [], "input_ids": [], "labels": []}
     too_long = 0
     generator = random.Random(seed)
+    codes = set(tokenizer.code_token_ids)
     for row in tqdm(rows, desc="Tokenizing", leave=False):
         for messages in _learnable(row["messages"], tokenizer):
             encoded = tokenizer.encode_conversation(messages)
+            ids, mask = encoded["input_ids"], encoded["assistant_mask"]
+            if codes_alone:
+                mask = [int(learn and token_id in codes) for token_id, learn in zip(ids, mask, strict=True)]
+                length = max((i + 1 for i, learn in enumerate(mask) if learn), default=0)
+                ids, mask = ids[:length], mask[:length]
             input_ids, labels = [], []
-            for learn, part in groupby(
-                zip(encoded["input_ids"], encoded["assistant_mask"], strict=True), itemgetter(1)
-            ):
+            for learn, part in groupby(zip(ids, mask, strict=True), itemgetter(1)):
                 ids = [token_id for token_id, _ in part]
                 if split_share and not learn:
                     ids = tokenizer.split_tokens(ids, split_share, generator)

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from peft.utils import TrainableTokensWrapper
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
@@ -24,6 +24,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from .data import Query
 from .evaluation import evaluate_rankings
 from .retrieval import ToolRetriever
+from .trie import CodeTrie
 
 
 EVALUATION_MEASURES = ("nDCG@1", "nDCG@5")
@@ -95,8 +96,13 @@ class AlignmentTrainer(SFTTrainer):
     """
     [`SFTTrainer`] for rows of `id`, `input_ids` and `labels`, as [`~data.tokenize_rows`] makes them.
 
-    It measures retrieval while it trains, is quick on a CPU, stops at a loss that is not finite with the ids of the
-    rows that gave it, and saves of a LoRA model the adapter alone.
+    The loss of a token is the cross-entropy among those that constrained decoding leaves to choose from: inside a code
+    the ones that go on to a tool, and all of the vocabulary in free text. An answer that is one code and nothing else,
+    as retrieval gives it, is one from its first token on. So nothing is spent on telling codes from text or tools
+    from codes that none has, which decoding knows, and rows of the vocabulary that cannot be chosen do not move.
+
+    It measures retrieval while it trains, stops at a loss that is not finite with the ids of the rows that gave it,
+    and saves of a LoRA model the adapter alone.
 
     Args:
         eval_queries (`Sequence[Query]`, *optional*):
@@ -109,6 +115,7 @@ class AlignmentTrainer(SFTTrainer):
     def __init__(self, *args, eval_queries: Sequence[Query] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.eval_queries = list(eval_queries or ())
+        self.trie = CodeTrie(self.processing_class.tool_code_ids).to(self.args.device)
         if not self.padding_free:
             self.data_collator = SharedPromptCollator(**vars(self.data_collator))
         if isinstance(self.model, PeftModel):
@@ -120,18 +127,15 @@ class AlignmentTrainer(SFTTrainer):
                 head.__dict__["bias"] = head.token_adapter.get_base_layer().bias
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        plain = self.args.loss_type == "nll" and not (self.args.label_smoothing_factor or self.aux_loss_enabled)
-        if inputs["input_ids"].device.type == "cpu" and plain and not return_outputs:
-            loss = outputs = self._labelled_loss(model, inputs, num_items_in_batch)
-        else:
-            tokens = self._total_train_tokens
-            outputs = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        tokens = self._total_train_tokens
+        if self.args.loss_type != "nll" or self.args.label_smoothing_factor or self.aux_loss_enabled or return_outputs:
+            outputs = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # TRL's own losses
             loss = outputs[0] if return_outputs else outputs
-            if model.training and "attention_mask" in inputs and inputs["attention_mask"].ndim == 4:
-                # TRL took every entry of the mask for a token; on its diagonal stand those that are no padding
-                own = inputs["attention_mask"].diagonal(dim1=2, dim2=3).sum()
-                self._total_train_tokens = tokens + self.accelerator.gather_for_metrics(own).sum().item()
-                self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        else:
+            loss = outputs = self._constrained_loss(model, inputs, num_items_in_batch)
+        if model.training:
+            self._total_train_tokens = tokens + self._count_tokens(inputs)
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         if not torch.isfinite(loss):
             raise ValueError(
                 f"the loss became {loss.item()} in step {self.state.global_step + 1}, on the rows "
@@ -139,10 +143,11 @@ class AlignmentTrainer(SFTTrainer):
             )
         return outputs
 
-    def _labelled_loss(self, model, inputs: dict[str, Any], num_items_in_batch) -> torch.Tensor:
-        """The loss by way of the output embeddings of the tokens with a label alone: on a CPU, they take most time."""
-        labels = inputs["labels"][:, 1:]
-        keep = labels != -100
+    def _constrained_loss(self, model, inputs: dict[str, Any], num_items_in_batch) -> torch.Tensor:
+        """The loss among what decoding leaves, by way of the output embeddings of the tokens with a label alone."""
+        labels = inputs["labels"]
+        keep = labels[:, 1:] != -100
+        nodes, labels = self._decoding_nodes(labels)[:, 1:][keep], labels[:, 1:][keep]
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda module, args: (args[0][:, :-1][keep],))
         try:
@@ -150,12 +155,42 @@ class AlignmentTrainer(SFTTrainer):
             logits = model(**others, use_cache=False).logits
         finally:
             hook.remove()
-        loss = cross_entropy(logits.float(), labels[keep], reduction="sum")
+        free, bound = nodes < 0, nodes >= 0
+        tokens, present = self.trie.children(nodes[bound], max(self.trie.max_children))
+        children = logits[bound].gather(1, tokens).float().masked_fill(~present, -torch.inf)
+        place = ((tokens == labels[bound, None]) & present).int().argmax(1)
+        loss = cross_entropy(children, place, reduction="sum")
+        loss = loss + cross_entropy(logits[free].float(), labels[free], reduction="sum")
         if num_items_in_batch is None:
             return loss / keep.sum().clamp(min=1)
         if self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # the processes' gradients are averaged
         return loss / num_items_in_batch
+
+    def _decoding_nodes(self, labels: torch.LongTensor) -> torch.LongTensor:
+        """Find where in the trie decoding stands before each label; -1 where any token may follow."""
+        trie, levels, length = self.trie, self.trie.num_levels, labels.shape[1]
+        nodes = torch.full_like(labels, -1)
+        reached = trie.step(torch.zeros_like(labels), labels)
+        for _ in range(levels - 1):
+            before = pad(reached, (1, 0), value=-1)[:, :-1]
+            reached = trie.step(before, labels)
+            nodes = torch.where(reached >= 0, before, nodes)
+        # One code and nothing else: a whole code ends there, with no label on either side of it
+        around = pad(labels, (1, levels), value=-100) == -100
+        ends = pad(reached, (0, levels), value=-1)[:, levels - 1 : levels - 1 + length] >= 0
+        nodes[around[:, :length] & ends & around[:, levels + 1 :]] = 0
+        return nodes
+
+    def _count_tokens(self, inputs: dict[str, Any]) -> int:
+        """Count the tokens of a batch on all processes. TRL takes every entry of a mask for one."""
+        if "attention_mask" not in inputs:
+            count = torch.tensor(inputs["input_ids"].shape[1], device=self.args.device)  # padding-free
+        elif inputs["attention_mask"].ndim == 4:
+            count = inputs["attention_mask"].diagonal(dim1=2, dim2=3).sum()
+        else:
+            count = inputs["attention_mask"].sum()
+        return self.accelerator.gather_for_metrics(count).sum().item()
 
     def _row_ids(self, inputs: dict[str, Any]) -> list[str]:
         """Find the ids of the rows that a batch was made of."""
