@@ -33,11 +33,13 @@ def initialize_code_embeddings(
         codebooks (`Sequence[torch.Tensor]`, *optional*):
             For each level the codebook, of shape `(codebook_size, code_dim)`, for `"codebook"`.
         method (`str`, *optional*, defaults to `"codebook"`):
-            `"codebook"`: a projection of the codebook vectors that keeps their distances, brought to the mean and
-            scale of the embeddings that are there (ToolWeaver, section 3.2). `"mean_description"`: the mean embedding
-            of the documents of the tools under the code. `"random"`: random directions of the same mean and scale.
+            `"codebook"`: a projection of the codebook vectors, brought to the mean and scale of the embeddings that
+            are there (ToolWeaver, section 3.2): with a catalogue the linear one that comes nearest to the mean
+            embeddings of the documents under each code, without one a random one that keeps distances.
+            `"mean_description"`: these mean embeddings themselves. `"random"`: random directions of the same mean and
+            scale.
         catalog ([`ToolCatalog`], *optional*):
-            The tools' documents, for `"mean_description"`.
+            The tools' documents. `"mean_description"` needs them.
         seed (`int`, *optional*, defaults to 0):
             Seed of the projection and of random directions.
 
@@ -81,18 +83,31 @@ def _code_rows(
     seed: int,
 ) -> torch.Tensor:
     """Return the rows of the code tokens, of shape `(num_code_tokens, dim)`, for a matrix whose other rows are `base`."""
+    sums, counts = (None, None) if catalog is None else _description_sums(base, tokenizer, catalog)
     if method == "mean_description":
-        return _mean_descriptions(base, tokenizer, catalog)
+        return torch.where(counts > 0, sums / counts.clamp(min=1), base.mean(0))
     generator = torch.Generator().manual_seed(seed)
     if method == "random":
         rows = _unit_scale(torch.randn((len(tokenizer.code_token_ids), base.shape[1]), generator=generator))
     else:
-        rows = torch.cat([_project(codebook, base.shape[1], generator) for codebook in codebooks])
-    center = base.mean(0)
+        levels = []
+        for i, codebook in zip(tokenizer.level_offsets, codebooks, strict=True):
+            codes = slice(i - tokenizer.level_offsets[0], i - tokenizer.level_offsets[0] + len(codebook))
+            vectors = codebook.float().cpu()
+            vectors = vectors - vectors.mean(0)
+            if catalog is None:
+                projection = torch.randn((vectors.shape[1], base.shape[1]), generator=generator)
+            else:
+                projection = _fit(vectors, sums[codes].cpu(), counts[codes].cpu())
+            levels.append(_unit_scale(vectors @ projection))
+        rows = torch.cat(levels)
+    length = (base - base.mean(0)).norm(dim=1).median()
+    if method == "codebook" and catalog is not None:
+        # As far apart as mean embeddings of documents are: what the codes mean is there, and little to unlearn
+        return sums.sum(0) / counts.sum() + 0.1 * length * rows.to(base.device)
     # Half the length of a row: at full length a direction that was never trained scores so high by chance that the
     # base model's predictions on plain text suffer.
-    length = (base - center).norm(dim=1).median()
-    return center + 0.5 * length * rows.to(base.device)
+    return base.mean(0) + 0.5 * length * rows.to(base.device)
 
 
 def trainable_code_rows(model: PreTrainedModel, tokenizer: ToolWeaverTokenizer) -> dict[str, list[int]]:
@@ -102,11 +117,12 @@ def trainable_code_rows(model: PreTrainedModel, tokenizer: ToolWeaverTokenizer) 
     return {names[id(module)].split(".")[-1]: tokenizer.code_token_ids for module in _embedding_modules(model)}
 
 
-def _project(codebook: torch.Tensor, dim: int, generator: torch.Generator) -> torch.Tensor:
-    """Return a random projection of a codebook, of shape `(codebook_size, dim)`, that keeps its distances' ratios."""
-    vectors = codebook.float().cpu()
-    projection = torch.randn((vectors.shape[1], dim), generator=generator)
-    return _unit_scale((vectors - vectors.mean(0)) @ projection)
+def _fit(vectors: torch.Tensor, sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Return the projection, of shape `(code_dim, dim)`, that takes codebook vectors nearest to what the tools under a
+    code have apart from all tools: least squares over the tools."""
+    offsets = sums - counts * sums.sum(0) / counts.sum()
+    weights = counts.clamp(min=1).sqrt()
+    return torch.linalg.pinv(counts.sqrt() * vectors) @ (offsets / weights)
 
 
 def _unit_scale(vectors: torch.Tensor) -> torch.Tensor:
@@ -114,14 +130,15 @@ def _unit_scale(vectors: torch.Tensor) -> torch.Tensor:
     return vectors / vectors.square().sum(1).mean().sqrt().clamp(min=1e-12)
 
 
-def _mean_descriptions(base: torch.Tensor, tokenizer: ToolWeaverTokenizer, catalog: ToolCatalog) -> torch.Tensor:
-    """Return for each code token the mean embedding of its tools' documents; the mean of all where it has none."""
+def _description_sums(
+    base: torch.Tensor, tokenizer: ToolWeaverTokenizer, catalog: ToolCatalog
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return for each code token the sum over its tools of their documents' mean embeddings, and the number of tools."""
     first = tokenizer.level_offsets[0]
     sums = base.new_zeros((len(tokenizer.code_token_ids), base.shape[1]))
-    counts = base.new_zeros(len(sums))
+    counts = base.new_zeros((len(sums), 1))
     documents = tokenizer([catalog[tool_id].document for tool_id in tokenizer.tool_ids], add_special_tokens=False)
     for ids, code in zip(documents["input_ids"], tokenizer.tool_code_ids - first, strict=True):
         sums[code] += base[ids].mean(0)
         counts[code] += 1
-    rows = sums / counts.clamp(min=1)[:, None]
-    return torch.where(counts[:, None] > 0, rows, base.mean(0))
+    return sums, counts
