@@ -101,13 +101,11 @@ def _code_rows(
                 projection = _fit(vectors, sums[codes].cpu(), counts[codes].cpu())
             levels.append(_unit_scale(vectors @ projection))
         rows = torch.cat(levels)
-    length = (base - base.mean(0)).norm(dim=1).median()
-    if method == "codebook" and catalog is not None:
-        # As far apart as mean embeddings of documents are: what the codes mean is there, and little to unlearn
-        return sums.sum(0) / counts.sum() + 0.1 * length * rows.to(base.device)
+    center = base.mean(0)
     # Half the length of a row: at full length a direction that was never trained scores so high by chance that the
     # base model's predictions on plain text suffer.
-    return base.mean(0) + 0.5 * length * rows.to(base.device)
+    length = (base - center).norm(dim=1).median()
+    return center + 0.5 * length * rows.to(base.device)
 
 
 def trainable_code_rows(model: PreTrainedModel, tokenizer: ToolWeaverTokenizer) -> dict[str, list[int]]:
