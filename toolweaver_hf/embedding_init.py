@@ -60,11 +60,15 @@ def initialize_code_embeddings(
 
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # a padded matrix may have room already
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    documents = None
+    if method != "random" and catalog is not None:
+        texts = [catalog[tool_id].document for tool_id in tokenizer.tool_ids]
+        documents = tokenizer(texts, add_special_tokens=False)["input_ids"]
     for module in _embedding_modules(model):
         with gather_params_ctx(module.weight):  # where DeepSpeed's ZeRO-3 loaded the model in parts
             if module.weight.numel():
                 base = module.weight[: tokenizer.level_offsets[0]].float()
-                rows = _code_rows(base, tokenizer, codebooks, method, catalog, seed)
+                rows = _code_rows(base, tokenizer, codebooks, method, documents, seed)
                 module.weight[tokenizer.code_token_ids] = rows.to(module.weight)
 
 
@@ -79,11 +83,11 @@ def _code_rows(
     tokenizer: ToolWeaverTokenizer,
     codebooks: Sequence[torch.Tensor] | None,
     method: str,
-    catalog: ToolCatalog | None,
+    documents: list[list[int]] | None,
     seed: int,
 ) -> torch.Tensor:
     """Return the rows of the code tokens, of shape `(num_code_tokens, dim)`, for a matrix whose other rows are `base`."""
-    sums, counts = (None, None) if catalog is None else _description_sums(base, tokenizer, catalog)
+    sums, counts = (None, None) if documents is None else _description_sums(base, tokenizer, documents)
     if method == "mean_description":
         return torch.where(counts > 0, sums / counts.clamp(min=1), base.mean(0))
     generator = torch.Generator().manual_seed(seed)
@@ -95,7 +99,7 @@ def _code_rows(
             codes = slice(i - tokenizer.level_offsets[0], i - tokenizer.level_offsets[0] + len(codebook))
             vectors = codebook.float().cpu()
             vectors = vectors - vectors.mean(0)
-            if catalog is None:
+            if documents is None:
                 projection = torch.randn((vectors.shape[1], base.shape[1]), generator=generator)
             else:
                 projection = _fit(vectors, sums[codes].cpu(), counts[codes].cpu())
@@ -129,14 +133,13 @@ def _unit_scale(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def _description_sums(
-    base: torch.Tensor, tokenizer: ToolWeaverTokenizer, catalog: ToolCatalog
+    base: torch.Tensor, tokenizer: ToolWeaverTokenizer, documents: list[list[int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return for each code token the sum over its tools of their documents' mean embeddings, and the number of tools."""
     first = tokenizer.level_offsets[0]
     sums = base.new_zeros((len(tokenizer.code_token_ids), base.shape[1]))
     counts = base.new_zeros((len(sums), 1))
-    documents = tokenizer([catalog[tool_id].document for tool_id in tokenizer.tool_ids], add_special_tokens=False)
-    for ids, code in zip(documents["input_ids"], tokenizer.tool_code_ids - first, strict=True):
+    for ids, code in zip(documents, tokenizer.tool_code_ids - first, strict=True):
         sums[code] += base[ids].mean(0)
         counts[code] += 1
     return sums, counts
