@@ -71,10 +71,7 @@ def evaluate_rankings(
     """Score the tools that were retrieved for each query, and average over each group of queries.
 
     Args:
-        queries (`Sequence[Query]`):
-            The queries with their ground-truth tools.
-        rankings (`Sequence[Sequence[RetrievedTool]]`):
-            For each query the tools retrieved, best first; at least 10 for every measure to be meaningful.
+        queries, rankings: As for [`measure_queries`].
 
     Returns:
         `dict[str, dict[str, float]]`: for each group of [`query_groups`] the means of `MEASURES`, each between 0 and
@@ -111,7 +108,7 @@ def compare_rankings(
     compared: dict[str, Any] = {key: {name: {} for name in rankings} for key in ("results", "intervals", "p_values")}
     for group, members in query_groups(queries).items():
         scores = values[members]  # (num_queries, num_systems, num_measures)
-        intervals = _bootstrap_intervals(scores, seed)
+        intervals = bootstrap_intervals(scores, seed)
         p_values = _paired_p_values(scores)
         for i, name in enumerate(rankings):
             compared["results"][name][group] = {"queries": len(members), **_named(scores[:, i].mean(0))}
@@ -125,7 +122,7 @@ def _named(values: np.ndarray) -> dict[str, Any]:
     return dict(zip(MEASURES, values.tolist(), strict=True))
 
 
-def _bootstrap_intervals(scores: np.ndarray, seed: int) -> np.ndarray:
+def bootstrap_intervals(scores: np.ndarray, seed: int = 0) -> np.ndarray:
     """Return both ends of the 95 % intervals of the means over the first axis, of shape `(2, *scores.shape[1:])`."""
     num_queries = len(scores)
     # How often each query is drawn into a sample; all systems see the same samples.

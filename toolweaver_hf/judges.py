@@ -19,6 +19,7 @@ from .agent import AgentRun
 from .agent_evaluation import AgentTask, call_counts, calls_of, observations_of
 from .chat_endpoint import ChatEndpoint
 from .data import read_rows
+from .evaluation import bootstrap_intervals
 from .json_files import cut_off_unfinished_line
 
 
@@ -316,8 +317,7 @@ def pass_rate(verdicts: Sequence[dict[str, Any]]) -> dict[str, float]:
         by_vote.setdefault(row["vote"], []).append(SCORES[row["value"]])
     means = [mean(scores) for scores in by_vote.values()]
     scores = np.array(list(_task_scores(verdicts).values()))
-    samples = np.random.default_rng(0).choice(scores, (1000, len(scores))).mean(1)
-    low, high = np.percentile(samples, [2.5, 97.5])
+    low, high = bootstrap_intervals(scores)
     return {"SoPR": mean(means), "SoPR_std": pstdev(means), "SoPR_low": float(low), "SoPR_high": float(high)}
 
 
