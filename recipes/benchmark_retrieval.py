@@ -42,6 +42,7 @@ from toolweaver_hf.cli import run
 from toolweaver_hf.codes import ToolCodes
 from toolweaver_hf.data import Query, load_queries
 from toolweaver_hf.embeddings import EMBEDDINGS_FILE, default_encoder, embed_catalog
+from toolweaver_hf.evaluation import check_ground_truth
 from toolweaver_hf.json_files import write_text
 from toolweaver_hf.loading import load_aligned_model
 from toolweaver_hf.modeling_rqvae import RQVAEModel
@@ -144,10 +145,10 @@ def load_split(
     catalog = ToolCatalog.from_file(args.catalog)
     train = load_queries(args.train_queries, args.train_qrels)
     test = load_queries(args.test_queries, args.test_qrels)
-    for path, queries in ((args.train_queries, train), (args.test_queries, test)):
-        unknown = sorted({tool for query in queries for tool in query.tools if tool not in catalog})
-        if unknown:
-            raise ValueError(f"{path} names tools that {args.catalog} lacks: {', '.join(unknown[:5])}")
+    check_ground_truth(test, catalog.ids, args.catalog)
+    unknown = sorted({tool for query in train for tool in query.tools if tool not in catalog})
+    if unknown:
+        raise ValueError(f"{args.train_queries} names tools that {args.catalog} lacks: {', '.join(unknown[:5])}")
     held_out = set(random.Random(seed).sample(catalog.ids, round(args.held_out_tools * len(catalog))))
     if not held_out:
         return catalog, None, train, test

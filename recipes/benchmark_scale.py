@@ -29,7 +29,7 @@ from toolweaver_hf.cli import run
 from toolweaver_hf.codes import ToolCodes
 from toolweaver_hf.configuration_rqvae import RQVAEConfig
 from toolweaver_hf.embedding_init import initialize_code_embeddings
-from toolweaver_hf.json_files import write_json
+from toolweaver_hf.json_files import write_json, written_whole
 from toolweaver_hf.modeling_rqvae import RQVAEModel
 from toolweaver_hf.recipes.tokenize_tools import default_codebook_sizes
 from toolweaver_hf.retrieval import ToolRetriever
@@ -125,7 +125,6 @@ def measure(model_name: str, num_tools: int, method: str, repeats: int) -> dict[
         retriever(QUERY, top_k=5)
         times.append(1000 * (time.perf_counter() - start))
     return {
-        "new_tokens": sum(codes.codebook_sizes),
         "new_parameters": model.num_parameters() - before,
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "query_ms": min(times[2:]),
@@ -133,11 +132,18 @@ def measure(model_name: str, num_tools: int, method: str, repeats: int) -> dict[
     }
 
 
-def missing_memory(config, num_tools: int) -> float:
-    """GiB that one token a tool needs more than there is; the new rows stand beside the old ones while they grow."""
-    dim = config.get_text_config().hidden_size
-    matrices = 1 if config.get_text_config().tie_word_embeddings else 2
-    needed = 3 * matrices * dim * 4 * num_tools + 6 * 2**30  # and the tokenizer with its added tokens
+def new_rows(config, num_tools: int, method: str) -> dict[str, float]:
+    """Count what a method adds to a model."""
+    config = config.get_text_config()
+    tokens = num_tools if method == "atomic tokens" else sum(default_codebook_sizes(num_tools))
+    parameters = tokens * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    # A weight in fp32 with its gradient and Adam's two moments
+    return {"new_tokens": tokens, "new_parameters": parameters, "training_mib": 16 * parameters / 2**20}
+
+
+def missing_memory(row: dict[str, float], num_tools: int) -> float:
+    """GiB that is needed more than there is; the new rows stand beside the old ones while they grow."""
+    needed = 12 * row["new_parameters"] + 4096 * num_tools + 2 * 2**30  # and 4 KiB a tool for all else
     return (needed - psutil.virtual_memory().available) / 2**30
 
 
@@ -149,13 +155,15 @@ def draw(results: dict[str, dict[str, dict]], path: str) -> None:
     figure, panels = plt.subplots(2, 2, figsize=(9, 6.4), layout="constrained")
     for axes, (name, label) in zip(panels.flat, PANELS.items(), strict=True):
         for method in METHODS:
-            points = [(int(size), row[method][name]) for size, row in results.items() if name in row.get(method, {})]
-            axes.loglog(*zip(*points, strict=True), marker="o", label=method)
+            points = [(int(size), row[method][name]) for size, row in results.items() if name in row[method]]
+            if points:
+                axes.loglog(*zip(*points, strict=True), marker="o", label=method)
         axes.set(xlabel="tools", title=label)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0, 0].legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=120)
     plt.close(figure)
 
 
@@ -170,24 +178,19 @@ def main(args: ScaleArguments) -> dict[str, dict[str, dict]]:
     for num_tools in args.num_tools:
         results[str(num_tools)] = {}
         for method in METHODS:
-            missing = missing_memory(config, num_tools) if method == "atomic tokens" else 0
+            row = results[str(num_tools)][method] = new_rows(config, num_tools, method)
+            added = f"{row['new_tokens']:,} | {row['new_parameters']:,} | {row['training_mib']:,.0f}"
+            missing = missing_memory(row, num_tools)
             if missing > 0:
-                print(f"| {num_tools:,} | {method} | skipped: {missing:.1f} GiB of memory are missing |")
-                continue
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                try:
-                    row = pool.submit(measure, args.model, num_tools, method, args.repeats).result()
-                except BrokenProcessPool:
-                    print(f"| {num_tools:,} | {method} | skipped: its process was killed, for want of memory |")
-                    continue
-            # A weight in fp32 with its gradient and Adam's two moments
-            row["training_mib"] = 16 * row["new_parameters"] / 2**20
-            results[str(num_tools)][method] = row
-            print(
-                f"| {num_tools:,} | {method} | {row['new_tokens']:,} | {row['new_parameters']:,} | "
-                f"{row['training_mib']:,.0f} | {row['peak_gib']:.2f} | {row['query_ms']:.0f} | {row['index_s']:.1f} |",
-                flush=True,
-            )
+                measured = f"not run: {missing:.1f} GiB of memory are missing"
+            else:
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                    try:
+                        row |= pool.submit(measure, args.model, num_tools, method, args.repeats).result()
+                        measured = f"{row['peak_gib']:.2f} | {row['query_ms']:.0f} | {row['index_s']:.1f}"
+                    except BrokenProcessPool:
+                        measured = "its process was killed, for want of memory"
+            print(f"| {num_tools:,} | {method} | {added} | {measured} |", flush=True)
     if args.output_dir:
         os.makedirs(args.output_dir, exist_ok=True)
         document = {**describe_run(asdict(args)), "results": results}

@@ -22,7 +22,7 @@ from toolweaver_hf.catalog import ToolCatalog
 from toolweaver_hf.cli import run
 from toolweaver_hf.data import Query, load_queries
 from toolweaver_hf.embeddings import default_encoder
-from toolweaver_hf.evaluation import compare_rankings
+from toolweaver_hf.evaluation import check_ground_truth, compare_rankings
 from toolweaver_hf.retrieval import ToolRetriever
 from toolweaver_hf.runs import save_run, tables
 
@@ -93,14 +93,10 @@ def load_candidates(args: EvaluationArguments, queries: Sequence[Query]) -> Tool
     unknown = sorted(allowed.difference(catalog.ids))
     if unknown:
         raise ValueError(f"{args.corpus} has tools that the catalogue of {args.model} lacks: {', '.join(unknown[:5])}")
-    needed = {tool for query in queries for tool in query.tools}
-    unknown = sorted(needed.difference(allowed))
-    if unknown:
-        raise ValueError(
-            f"{', '.join(args.queries)}: {len(unknown)} of {len(needed)} tools that are needed are not in "
-            f"{args.corpus or f'the catalogue of {args.model}'}: {', '.join(unknown[:5])}"
-        )
-    return ToolCatalog(tool for tool in catalog if tool.id in (needed if args.in_domain else allowed))
+    check_ground_truth(queries, allowed, args.corpus or f"the catalogue of {args.model}")
+    if args.in_domain:
+        allowed &= {tool for query in queries for tool in query.tools}
+    return ToolCatalog(tool for tool in catalog if tool.id in allowed)
 
 
 def main(args: EvaluationArguments) -> dict[str, Any]:

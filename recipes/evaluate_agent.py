@@ -20,7 +20,7 @@ from transformers import HfArgumentParser
 from toolweaver_hf.agent import AgentRun, ToolAgent
 from toolweaver_hf.agent_evaluation import AgentTask, evaluate_runs, load_runs, load_tasks
 from toolweaver_hf.catalog import ToolCatalog
-from toolweaver_hf.chat_endpoint import ChatEndpoint
+from toolweaver_hf.chat_endpoint import DEFAULT_URL, ChatEndpoint
 from toolweaver_hf.cli import run
 from toolweaver_hf.data import load_trajectories
 from toolweaver_hf.demo import demo_functions
@@ -57,8 +57,8 @@ class AgentEvaluationArguments:
         judge_model (`str`, *optional*):
             Chat model that judges. Without one, runs are checked against the ground truth, or, where it is no more than
             the tools of a query, not judged.
-        url (`str`, *optional*, defaults to `"https://api.openai.com/v1"`):
-            OpenAI-compatible endpoint of these models; its key is the environment's `OPENAI_API_KEY`.
+        url (`str`, *optional*):
+            OpenAI-compatible endpoint of these models, OpenAI's by default; its key is the environment's `OPENAI_API_KEY`.
         votes (`int`, *optional*, defaults to 3):
             How often the judge is asked about each run.
         prices (`list[float]`, *optional*):
@@ -81,7 +81,7 @@ class AgentEvaluationArguments:
     recordings: str | None = field(default=None, metadata={"help": "Recorded answers of tools (JSONL)."})
     simulator_model: str | None = field(default=None, metadata={"help": "Chat model that makes up other answers."})
     judge_model: str | None = field(default=None, metadata={"help": "Chat model that judges."})
-    url: str = field(default="https://api.openai.com/v1", metadata={"help": "OpenAI-compatible endpoint of both."})
+    url: str = field(default=DEFAULT_URL, metadata={"help": "OpenAI-compatible endpoint of both."})
     votes: int = field(default=3, metadata={"help": "How often the judge is asked about each run."})
     prices: list[float] | None = field(
         default=None, metadata={"help": "Cost of a million prompt and a million completion tokens of the judge."}

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import small_llama
+from transformers import AutoConfig
 
 from toolweaver_hf import RQVAEConfig, RQVAEModel, Tool, ToolCatalog, ToolCodes
 from toolweaver_hf.demo import DEMO_FOLDER
@@ -58,16 +59,20 @@ def test_new_rows_and_training_cost_perplexity(base, tmp_path):
         benchmark_forgetting.main(benchmark_forgetting.ForgettingArguments(**args | {"window": 4096}))
 
 
-def test_scale(base, tmp_path):
-    results = {
-        str(size): {method: benchmark_scale.measure(base, size, method, 1) for method in benchmark_scale.METHODS}
-        for size in (20, 600)
-    }
-    for size, row in results.items():
-        assert row["codes"]["new_tokens"] == 2 * {"20": 32, "600": 128}[size]
-        assert row["atomic tokens"]["new_tokens"] == int(size)
-        for measured in row.values():
-            assert measured["new_parameters"] == 2 * 32 * measured["new_tokens"]  # an untied head has its own rows
-            assert min(measured.values()) > 0
-    benchmark_scale.draw(results, str(tmp_path / "scale.png"))
+def test_scale(base, tmp_path, capsys):
+    config = AutoConfig.from_pretrained(base)
+    results = {}
+    for size, code_tokens in ((20, 2 * 32), (600, 2 * 128)):
+        results[str(size)] = {}
+        for method, tokens in (("codes", code_tokens), ("atomic tokens", size)):
+            row = benchmark_scale.new_rows(config, size, method)
+            assert row["new_tokens"] == tokens
+            assert row["new_parameters"] == 2 * 32 * tokens  # an untied head has its own rows
+            measured = benchmark_scale.measure(base, size, method, 1)
+            assert measured["new_parameters"] == row["new_parameters"] and min(measured.values()) > 0
+            results[str(size)][method] = row | measured
+    # More than any machine holds: counted, but not run
+    too_many = benchmark_scale.main(benchmark_scale.ScaleArguments(base, [10**9], output_dir=str(tmp_path)))
+    assert "| 64,000,000,000 | 976,562 | not run" in capsys.readouterr().out
+    benchmark_scale.draw(results | too_many, str(tmp_path / "scale.png"))
     assert (tmp_path / "scale.png").stat().st_size > 10_000

@@ -33,7 +33,17 @@ def test_beir_queries(tmp_path):
     assert [(query.id, query.tools) for query in load_queries(queries, qrels)] == [("1", ("rain",))]
 
 
-TOOLBENCH = {"query_id": 7, "query": "rain?", "api_list": [], "relevant APIs": [["Weather", "rain"], ["Sky", "wind"]]}
+TOOLBENCH = {"query_id": 7, "query": "rain?", "relevant APIs": [["Weather", "rain"], ["Sky", "wind"]]}
+TOOLBENCH_API = {
+    "category_name": "Weather",
+    "tool_name": "Weather",
+    "api_name": "rain",
+    "api_description": "",
+    "required_parameters": [{"name": "place", "type": "STRING", "description": "", "default": "Oslo"}],
+    "optional_parameters": [{"name": "hours", "type": "NUMBER", "description": "", "default": 3}],
+    "method": "GET",
+    "template_response": '{"rain": "bool", "places": [{"na',  # cut off, as long ones are
+}
 SEALTOOLS = {"id": "easy-0", "query": "rain?", "calling": [{"api": "rain", "parameters": {}}, {"api": "rain"}]}
 TOOLRET = {"id": "q_5", "query": "rain?", "labels": '[{"id": "rain", "relevance": 1}, {"id": "fx", "relevance": 0}]'}
 
@@ -42,9 +52,11 @@ TOOLRET = {"id": "q_5", "query": "rain?", "labels": '[{"id": "rain", "relevance"
     ("row", "query"),
     [
         (TOOLBENCH, Query("7", "rain?", ("<<Weather&&rain>>", "<<Sky&&wind>>"))),
+        (TOOLBENCH | {"api_list": [TOOLBENCH_API]}, Query("7", "rain?", ("<<Weather&&rain>>",))),
         (SEALTOOLS, Query("easy-0", "rain?", ("rain",))),
         (TOOLRET, Query("q_5", "rain?", ("rain",))),
         (TOOLRET | {"labels": [{"id": "rain", "doc": {}, "relevance": 1}]}, Query("q_5", "rain?", ("rain",))),
+        (TOOLRET | {"labels": '[{"id": 12, "relevance": "1"}]'}, Query("q_5", "rain?", ("12",))),
         (TOOLBENCH | {"group": "I2"}, Query("7", "rain?", ("<<Weather&&rain>>", "<<Sky&&wind>>"), "I2")),
         ({"id": "1", "text": "x", "tools": ["a"], "split": "I3"}, Query("1", "x", ("a",), "I3")),
     ],
@@ -53,6 +65,20 @@ def test_queries_of_other_benchmarks(tmp_path, row, query):
     assert load_queries(write(tmp_path / "q.jsonl", [row])) == [query]
     (tmp_path / "q.json").write_text(json.dumps([row]))
     assert load_queries(tmp_path / "q.json") == [query]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        TOOLBENCH | {"relevant APIs": []},
+        TOOLBENCH | {"relevant APIs": [["Sky", "wind"]], "api_list": [TOOLBENCH_API]},
+        SEALTOOLS | {"calling": []},
+        TOOLRET | {"labels": "[]"},
+    ],
+)
+def test_rows_of_benchmarks_without_a_tool_are_left_out(tmp_path, row):
+    rows = [row, {"id": "1", "text": "x", "tools": ["a"]}]
+    assert load_queries(write(tmp_path / "q.jsonl", rows)) == [Query("1", "x", ("a",))]
 
 
 @pytest.mark.parametrize(

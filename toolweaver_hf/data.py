@@ -94,8 +94,8 @@ def load_queries(path: str | os.PathLike, qrels: str | os.PathLike | None = None
             JSONL file with rows `{"id", "text", "tools"}`, or a BEIR queries file with rows `{"_id", "text"}`, or
             ToolGen's rows for memorization and retrieval: `conversations` of a user's text and the tool's token
             `<<tool&&api>>`. Also, as JSONL or as a JSON list: ToolBench's instructions with their `relevant APIs`,
-            Seal-Tools' rows with their `calling`, ToolRet's with their `labels`. A row may name its `group` (or
-            `split`).
+            Seal-Tools' rows with their `calling`, ToolRet's with their `labels`; of these benchmarks, rows without a
+            relevant tool are left out. A row may name its `group` (or `split`).
         qrels (`str`, *optional*):
             For a BEIR queries file, the tab-separated file of `query-id`, `corpus-id` and `score` (a header line,
             scores above 0 are relevant). Queries without a relevant tool are left out.
@@ -118,7 +118,7 @@ def load_queries(path: str | os.PathLike, qrels: str | os.PathLike | None = None
         if tools:
             group = row.get("group", row.get("split"))
             queries[query_id] = Query(query_id, text, tuple(dict.fromkeys(tools)), group and str(group))
-        elif relevant is None:
+        elif relevant is None and "query" not in row:
             raise ValueError(f"{place}: query {query_id!r} has no ground-truth tool")
     if not queries:
         raise ValueError(f"{path} holds no query with a ground-truth tool")
@@ -130,13 +130,14 @@ def _query_row(place: str, row: dict[str, Any]) -> dict[str, Any]:
     if "conversations" in row:
         return _query_of_conversation(place, row)
     try:
-        if "relevant APIs" in row:  # ToolBench
-            tools = [f"<<{tool}&&{api}>>" for tool, api in row["relevant APIs"]]
+        if "relevant APIs" in row:  # ToolBench, whose own ground truth is what `api_list` has of them
+            listed = [[api["tool_name"], api["api_name"]] for api in row.get("api_list") or ()] or row["relevant APIs"]
+            tools = [f"<<{tool}&&{api}>>" for tool, api in row["relevant APIs"] if [tool, api] in listed]
         elif "calling" in row:  # Seal-Tools
             tools = [call["api"] for call in row["calling"]]
         elif "labels" in row:  # ToolRet, whose labels may be JSON in a string
             labels = json.loads(row["labels"]) if isinstance(row["labels"], str) else row["labels"]
-            tools = [label["id"] for label in labels if label["relevance"] > 0]
+            tools = [str(label["id"]) for label in labels if int(label["relevance"]) > 0]
         else:
             return row
     except (ValueError, TypeError, KeyError) as error:

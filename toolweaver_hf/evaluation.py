@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ir_measures
 import numpy as np
 from ir_measures import RR, R, nDCG
 from scipy.stats import ttest_rel
+from transformers.utils import logging
 
 from .data import Query
 from .retrieval import RetrievedTool
 
+
+logger = logging.get_logger(__name__)
 
 METRICS_FILE = "metrics.json"
 METRICS_VERSION = 1  # its schema_version
@@ -52,6 +55,30 @@ def measure_queries(queries: Sequence[Query], rankings: Sequence[Sequence[Retrie
     for cutoff in (3, 5):
         values[:, MEASURES.index(f"COMP@{cutoff}")] = values[:, MEASURES.index(f"R@{cutoff}")] == 1
     return values
+
+
+def check_ground_truth(queries: Sequence[Query], tool_ids: Iterable[str], source: str) -> None:
+    """Warn of ground-truth tools that will not be ranked, so that no system can find them.
+
+    They stay in the ground truth and count as missed, as ToolBench's queries name some that its catalogues lack.
+
+    Args:
+        queries (`Sequence[Query]`): The queries.
+        tool_ids (`Iterable[str]`): The tools that will be ranked.
+        source (`str`): Where these come from, for the message.
+
+    Raises:
+        `ValueError`: if none of the ground-truth tools will be ranked: then the ids are of another catalogue.
+    """
+    needed = {tool for query in queries for tool in query.tools}
+    missing = sorted(needed.difference(tool_ids))
+    found = (
+        f"{len(missing)} of {len(needed)} tools that the queries need are not in {source}: {', '.join(missing[:5])}"
+    )
+    if len(missing) == len(needed):
+        raise ValueError(found)
+    if missing:
+        logger.warning(f"{found}. They count as missed.")
 
 
 def query_groups(queries: Sequence[Query]) -> dict[str, np.ndarray]:

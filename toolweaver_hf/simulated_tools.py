@@ -21,7 +21,7 @@ from .agent import AgentRun
 from .agent_evaluation import calls_of, observations_of
 from .arguments import find_error
 from .catalog import Tool, ToolCatalog
-from .chat_endpoint import ChatEndpoint
+from .chat_endpoint import DEFAULT_URL, ChatEndpoint
 from .data import load_trajectories, read_rows
 from .json_files import cut_off_unfinished_line
 
@@ -239,8 +239,8 @@ class ServeToolsArguments:
             Trajectories whose observations are recorded answers, too.
         model (`str`, *optional*):
             Chat model that makes up what is not recorded. Without one, the answers' schemas do.
-        url (`str`, *optional*, defaults to `"https://api.openai.com/v1"`):
-            OpenAI-compatible endpoint of the model; its key is the environment's `OPENAI_API_KEY`.
+        url (`str`, *optional*):
+            OpenAI-compatible endpoint of the model, OpenAI's by default; its key is the environment's `OPENAI_API_KEY`.
         seed (`int`, *optional*, defaults to 0):
             Seed of what is made up.
         host (`str`, *optional*, defaults to `"127.0.0.1"`):
@@ -253,9 +253,7 @@ class ServeToolsArguments:
     recordings: str | None = field(default=None, metadata={"help": "Recorded answers (JSONL)."})
     trajectories: str | None = field(default=None, metadata={"help": "Trajectories whose observations are recorded."})
     model: str | None = field(default=None, metadata={"help": "Chat model that makes up other answers."})
-    url: str = field(
-        default="https://api.openai.com/v1", metadata={"help": "OpenAI-compatible endpoint of the model."}
-    )
+    url: str = field(default=DEFAULT_URL, metadata={"help": "OpenAI-compatible endpoint of the model."})
     seed: int = field(default=0, metadata={"help": "Seed of what is made up."})
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on."})
     port: int = field(default=8765, metadata={"help": "Port to listen on."})
