@@ -2,13 +2,17 @@
 
 ```bash
 python recipes/benchmark_tokenization.py --num_tools 5000 47000 200000 --output_dir out/benchmark
+python recipes/benchmark_tokenization.py --catalog tools.jsonl --queries queries.jsonl --steps 300 --output_dir out/real
 ```
 
 The rival holds the similarity of all tools as a dense matrix, compares all pairs of a batch at every level, starts its
 codebooks by k-means on the first batch, and mends collisions group by group: by Sinkhorn-Knopp inside each, and by one
-token more where that is not enough. Model, embeddings, edges, batches and optimizer are the same. Each run has a
-process of its own, whose peak memory is reported. Steps are timed after the first two. The time of the recipe's 2,000
-steps follows from theirs and from the assignment's, of which the recipe has eleven in a fit and the rival one.
+token more where that is not enough. Model, embeddings, edges and batches are the same; its learning rate is the usual
+1e-3. Each run has a process of its own, whose peak memory is reported.
+
+Without a catalogue the tools are synthetic, and steps are timed after the first two. The time of the recipe's whole fit
+follows from theirs and from the assignment's, of which the recipe has eleven in a fit and the rival one. With one, both
+ways are fitted by the given steps to the end, and their codes are measured: a fifth of the co-used pairs is held out.
 """
 
 import json
@@ -16,7 +20,9 @@ import os
 import resource
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import get_context
 
 import numpy as np
@@ -25,10 +31,15 @@ import torch
 from torch.nn.functional import mse_loss
 from transformers import HfArgumentParser, TrainerCallback, set_seed
 
+from toolweaver_hf.catalog import ToolCatalog
 from toolweaver_hf.cli import run
 from toolweaver_hf.configuration_rqvae import RQVAEConfig
+from toolweaver_hf.cousage import cousage_graph, hold_out_edges
+from toolweaver_hf.data import load_queries
+from toolweaver_hf.embeddings import embed_catalog
 from toolweaver_hf.modeling_rqvae import RQVAEModel, uniform_mapping
 from toolweaver_hf.recipes.tokenize_tools import RQVAETrainingArguments
+from toolweaver_hf.report import measure_codes
 from toolweaver_hf.train_rqvae import ASSIGNMENTS, RQVAETrainer, start_model
 
 
@@ -36,15 +47,19 @@ from toolweaver_hf.train_rqvae import ASSIGNMENTS, RQVAETrainer, start_model
 class BenchmarkArguments:
     """What to measure."""
 
-    num_tools: list[int] = field(default_factory=lambda: [5000, 47000, 200000], metadata={"help": "Catalogue sizes."})
+    num_tools: list[int] = field(default_factory=lambda: [5000, 47000, 200000], metadata={"help": "Synthetic sizes."})
     edges_per_tool: int = field(default=6, metadata={"help": "Co-used tools drawn for each tool."})
     codebook_size: int = field(default=1024, metadata={"help": "Codes on each of two levels."})
-    steps: int = field(default=10, metadata={"help": "Timed steps of the fit."})
+    catalog: str | None = field(default=None, metadata={"help": "A catalogue in place of synthetic tools."})
+    queries: str | None = field(default=None, metadata={"help": "Queries with its tools."})
+    qrels: str | None = field(default=None, metadata={"help": "Relevance file (TSV) of BEIR queries."})
+    encoder: str | None = field(default=None, metadata={"help": "sentence-transformers model."})
+    steps: int = field(default=10, metadata={"help": "Timed steps of the fit; with a catalogue all its steps."})
     threads: int = field(default=2, metadata={"help": "CPU threads."})
     output_dir: str | None = field(default=None, metadata={"help": "Folder for benchmark_tokenization.json."})
 
 
-def synthetic_tools(num_tools: int, edges_per_tool: int) -> tuple[torch.Tensor, scipy.sparse.csr_array]:
+def synthetic_tools(num_tools: int, edges_per_tool: int) -> tuple[torch.Tensor, scipy.sparse.csr_array, None]:
     """Embeddings around one centre for some twenty tools, and edges half inside these groups, half anywhere."""
     generator = np.random.default_rng(0)
     groups = generator.integers(0, max(1, num_tools // 20), num_tools)
@@ -60,7 +75,15 @@ def synthetic_tools(num_tools: int, edges_per_tool: int) -> tuple[torch.Tensor, 
     kept = tool != other
     edges = (np.ones(kept.sum(), dtype=np.float32), (tool[kept], other[kept]))
     graph = scipy.sparse.csr_array(scipy.sparse.coo_array(edges, shape=(num_tools, num_tools)))
-    return torch.from_numpy(embeddings), scipy.sparse.csr_array(graph.maximum(graph.T))
+    return torch.from_numpy(embeddings), scipy.sparse.csr_array(graph.maximum(graph.T)), None
+
+
+def real_tools(args: BenchmarkArguments, folder: str) -> tuple[torch.Tensor, scipy.sparse.csr_array, np.ndarray]:
+    """Embeddings of a catalogue, its co-used pairs without a fifth of them, and that fifth."""
+    catalog = ToolCatalog.from_file(args.catalog)
+    uses = [] if args.queries is None else [query.tools for query in load_queries(args.queries, args.qrels)]
+    graph, held_out = hold_out_edges(cousage_graph(catalog, uses), 0.2)
+    return torch.from_numpy(embed_catalog(catalog, args.encoder, cache_dir=folder)), graph, held_out
 
 
 class _Clock(TrainerCallback):
@@ -74,35 +97,39 @@ class _Clock(TrainerCallback):
         control.should_training_stop = len(self.times) == self.steps
 
 
-def fit_sparse(model: RQVAEModel, embeddings: torch.Tensor, graph: scipy.sparse.csr_array, steps: int) -> dict:
+def fit_sparse(
+    model: RQVAEModel, embeddings: torch.Tensor, graph: scipy.sparse.csr_array, steps: int, whole: bool
+) -> tuple[dict, np.ndarray]:
     """The recipe's way: `RQVAETrainer`."""
-    clock = _Clock(steps + 2)
+    clock = _Clock(steps if whole else steps + 2)
     with tempfile.TemporaryDirectory() as folder:
         args = RQVAETrainingArguments(output_dir=folder, logging_strategy="no", disable_tqdm=True, use_cpu=True)
+        args.max_steps = steps if whole else args.max_steps
         trainer = RQVAETrainer(model, args, embeddings, graph, callbacks=[clock])
+        start = time.perf_counter()
         trainer.train()
+        fit = time.perf_counter() - start
+        codes = trainer.codes.numpy()
         start = time.perf_counter()
         trainer.assign()
         assignment = time.perf_counter() - start
-    step = (clock.times[-1] - clock.times[1]) / steps
-    return {
-        "step": step,
-        "assignment": assignment,
-        "fit": args.max_steps * step + (ASSIGNMENTS + 1) * assignment,
-        "tokens_more": 0,
-        "unique": len(torch.unique(trainer.codes, dim=0)) == len(embeddings),
-    }
+    step = float(np.median(np.diff(clock.times[1:])))
+    fit = fit if whole else args.max_steps * step + (ASSIGNMENTS + 1) * assignment
+    return {"step": step, "assignment": assignment, "fit": fit}, codes
 
 
-def fit_dense(model: RQVAEModel, embeddings: torch.Tensor, graph: scipy.sparse.csr_array, steps: int) -> dict:
+def fit_dense(
+    model: RQVAEModel, embeddings: torch.Tensor, graph: scipy.sparse.csr_array, steps: int, whole: bool
+) -> tuple[dict, np.ndarray]:
     """The plain way: a dense similarity matrix, all pairs of a batch at every level, collisions mended one by one."""
+    began = time.perf_counter()
     similarity = torch.from_numpy(graph.todense())
     model.mean.copy_(embeddings.mean(0))
     model.scale.copy_((embeddings - model.mean).square().mean().sqrt())
     start_model(model, embeddings[:1024])  # of the first batch
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     times = []
-    for _ in range(steps + 2):
+    for _ in range(steps if whole else steps + 2):
         batch = torch.randperm(len(embeddings))[:1024]
         latents = model.encode(embeddings[batch])
         _, residuals, vectors = model.quantizer(latents, uniform=True)
@@ -112,8 +139,9 @@ def fit_dense(model: RQVAEModel, embeddings: torch.Tensor, graph: scipy.sparse.c
             loss = loss + mse_loss(vector, residual.detach()) + 0.25 * mse_loss(residual, vector.detach())
             quantized = quantized + residual + (vector - residual).detach()
             apart = (quantized[:, None] - quantized[None]).square().sum(-1)
-            loss = loss + (similarity[batch][:, batch] * apart).mean()
-        loss = loss + mse_loss(model.decode(latents + (sum(vectors) - latents).detach()), embeddings[batch])
+            loss = loss + (similarity[batch][:, batch] * apart).sum() / len(batch)
+        reconstruction = model.decode(latents + (sum(vectors) - latents).detach())
+        loss = loss + mse_loss(reconstruction, embeddings[batch]) / model.scale.square()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -134,57 +162,82 @@ def fit_dense(model: RQVAEModel, embeddings: torch.Tensor, graph: scipy.sparse.c
                 codes[tools, 1] = uniform_mapping(model.quantizer.codebooks[1].distances(residual)).argmax(1)
             if not crowded:
                 break
-    step, assignment = (times[-1] - times[1]) / steps, time.perf_counter() - start
-    return {
-        "step": step,
-        "assignment": assignment,
-        "fit": RQVAETrainingArguments.max_steps * step + assignment,
-        "tokens_more": max(len(tools) for tools in groups.values()),
-        "unique": False,
-    }
+    step, assignment = float(np.median(np.diff(times[1:]))), time.perf_counter() - start
+    fit = time.perf_counter() - began if whole else RQVAETrainingArguments.max_steps * step + assignment
+    return {"step": step, "assignment": assignment, "fit": fit}, codes
 
 
-def measure(way: str, num_tools: int, args: BenchmarkArguments) -> dict:
-    """Fit and assign in this process; return seconds, and the peak memory in GiB."""
+def measure(way: str, load: Callable[[], tuple], args: BenchmarkArguments) -> dict:
+    """Fit and assign in this process; return seconds, the peak memory in GiB, and with a catalogue the codes' measures."""
     torch.set_num_threads(args.threads)
     set_seed(0)
-    embeddings, graph = synthetic_tools(num_tools, args.edges_per_tool)
-    model = RQVAEModel(RQVAEConfig(codebook_sizes=[args.codebook_size] * 2))
-    result = (fit_sparse if way == "sparse" else fit_dense)(model, embeddings, graph, args.steps)
-    return result | {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)}
+    embeddings, graph, held_out = load()
+    model = RQVAEModel(RQVAEConfig(input_dim=embeddings.shape[1], codebook_sizes=[args.codebook_size] * 2))
+    fit = fit_sparse if way == "sparse" else fit_dense
+    result, codes = fit(model, embeddings, graph, args.steps, args.catalog is not None)
+    result["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
+    result["unique"] = len(np.unique(codes, axis=0)) == len(codes)
+    return result if args.catalog is None else result | measure_codes(model.eval(), embeddings, codes, graph, held_out)
 
 
 def main(args: BenchmarkArguments) -> dict[str, dict]:
-    """Measure both ways for every size, print a table and return the measures by size and way."""
+    """Measure both ways for every size or for the catalogue, print tables and return the measures by size and way."""
     results = {}
     context = get_context("spawn")
-    print(
-        "| tools | way | ms a step | times | assignment, s | times | 2,000 steps, min | times | memory, GiB | times |"
-    )
-    print("|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|")
-    for num_tools in args.num_tools:
-        ours = None
-        for way in ("sparse", "dense"):
-            needed = 4 * num_tools**2 / (1 << 30)
-            available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / (1 << 30)
-            if way == "dense" and needed > 0.7 * available:
-                print(
-                    f"| {num_tools} | dense | | | | | | | {needed:.0f} for the matrix alone: not run | |", flush=True
-                )
-                continue
-            with context.Pool(1) as pool:
-                result = results[f"{num_tools}, {way}"] = pool.apply(measure, (way, num_tools, args))
-            ours = ours or result
-            cells = [f"{num_tools}", way, f"{1000 * result['step']:.0f}", f"{result['step'] / ours['step']:.1f}"]
-            cells += [f"{result['assignment']:.1f}", f"{result['assignment'] / ours['assignment']:.1f}"]
-            cells += [f"{result['fit'] / 60:.1f}", f"{result['fit'] / ours['fit']:.1f}"]
-            cells += [f"{result['memory']:.2f}", f"{result['memory'] / ours['memory']:.1f}"]
-            print(f"| {' | '.join(cells)} |", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.catalog is None:
+            loads = {size: partial(synthetic_tools, size, args.edges_per_tool) for size in args.num_tools}
+        else:
+            load = partial(real_tools, args, args.output_dir or folder)
+            loads = {len(load()[0]): load}  # the embeddings are then in the folder, for the processes to come
+        steps = RQVAETrainingArguments.max_steps if args.catalog is None else args.steps
+        print(
+            f"| tools | way | ms a step | times | assignment, s | times | {steps:,} steps, min | times | GiB | times |"
+        )
+        print("|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+        for num_tools, load in loads.items():
+            ours = None
+            for way in ("sparse", "dense"):
+                needed = 4 * num_tools**2 / (1 << 30)
+                available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / (1 << 30)
+                if way == "dense" and needed > 0.7 * available:
+                    print(
+                        f"| {num_tools} | dense | | | | | | | {needed:.0f} for the matrix alone: not run | |",
+                        flush=True,
+                    )
+                    continue
+                with context.Pool(1) as pool:
+                    result = results[f"{num_tools}, {way}"] = pool.apply(measure, (way, load, args))
+                ours = ours or result
+                cells = [f"{num_tools}", way, f"{1000 * result['step']:.0f}", f"{result['step'] / ours['step']:.1f}"]
+                cells += [f"{result['assignment']:.1f}", f"{result['assignment'] / ours['assignment']:.1f}"]
+                cells += [f"{result['fit'] / 60:.1f}", f"{result['fit'] / ours['fit']:.1f}"]
+                cells += [f"{result['memory']:.2f}", f"{result['memory'] / ours['memory']:.1f}"]
+                print(f"| {' | '.join(cells)} |", flush=True)
+    if args.catalog is not None:
+        print_codes(results)
     if args.output_dir:
         os.makedirs(args.output_dir, exist_ok=True)
         with open(os.path.join(args.output_dir, "benchmark_tokenization.json"), "w", encoding="utf-8") as file:
             json.dump(results, file, indent=2)
     return results
+
+
+def print_codes(results: dict[str, dict]) -> None:
+    """Print a table of what the codes of a catalogue are like."""
+    print()
+    print(
+        "| tools, way | reconstruction loss | codes used | collisions, nearest codes | in the end | held-out pairs with the "
+        "same first code | by chance |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for name, result in results.items():
+        cells = [name, f"{result['reconstruction_loss']:.3f}"]
+        cells += [f"{min(level['used'] / level['codes'] for level in result['levels']):.0%}"]
+        cells += [f"{result[when] / result['tools']:.1%}" for when in ("collisions_before", "collisions")]
+        held_out = result["held_out"]
+        cells += [f"{held_out[share]:.1%}" if held_out else "" for share in ("same_first_code", "chance")]
+        print(f"| {' | '.join(cells)} |")
 
 
 def cli(argv: list[str] | None = None) -> None:

@@ -161,14 +161,14 @@ def test_choosing_with_neighbors_lowers_the_objective(seed, weight):
 def test_codes_of_co_used_tools_are_unique_at_any_number_of_levels():
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(100, 4, generator=generator)
-    edges = graph(100, [(i, (i + 37) % 100) for i in range(100)])
+    edges = unit_degree(graph(100, [(i, (i + 37) % 100) for i in range(100)]))
     row, column = edges.nonzero()
     for sizes in ([128], [16, 16], [8, 8, 8]):
         codebooks = [torch.randn(size, 4, generator=generator) for size in sizes]
-        codes = assign_codes(latents, codebooks, cousage=edges)
+        codes = assign_codes(latents, codebooks, pull=edges)
         assert len(np.unique(codes, axis=0)) == 100
         same = np.mean((codes[row] == codes[column])[:, : max(1, len(sizes) - 1)].all(1))
-        apart = assign_codes(latents, codebooks, cousage=edges, collaborative_weight=0)
+        apart = assign_codes(latents, codebooks, pull=0 * edges)
         assert np.array_equal(apart, assign_codes(latents, codebooks))
         before = np.mean((apart[row] == apart[column])[:, : max(1, len(sizes) - 1)].all(1))
         assert same > 3 * before if len(sizes) > 1 else same == before

@@ -3,14 +3,16 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import small_llama
+from safetensors.numpy import save_file
 from transformers import AutoConfig
 
 from toolweaver_hf import RQVAEConfig, RQVAEModel, Tool, ToolCatalog, ToolCodes
 from toolweaver_hf.demo import DEMO_FOLDER
-from toolweaver_hf.recipes import benchmark_forgetting, benchmark_scale
+from toolweaver_hf.recipes import benchmark_forgetting, benchmark_scale, benchmark_tokenization
 
 
 @pytest.fixture
@@ -76,3 +78,33 @@ def test_scale(base, tmp_path, capsys):
     assert "| 64,000,000,000 | 976,562 | not run" in capsys.readouterr().out
     benchmark_scale.draw(results | too_many, str(tmp_path / "scale.png"))
     assert (tmp_path / "scale.png").stat().st_size > 10_000
+
+
+def test_tokenization_of_synthetic_tools_and_of_a_catalogue(tmp_path, capsys):
+    options = {"codebook_size": 16, "threads": 1, "output_dir": str(tmp_path)}
+    results = benchmark_tokenization.main(
+        benchmark_tokenization.BenchmarkArguments(num_tools=[100], steps=2, **options)
+    )
+    assert list(results) == ["100, sparse", "100, dense"] and results["100, sparse"]["unique"]
+    assert all(result[name] > 0 for result in results.values() for name in ("step", "assignment", "fit", "memory"))
+
+    catalog = ToolCatalog([Tool(f"tool {i}", f"Does the thing number {i}.") for i in range(60)])
+    catalog.to_jsonl(tmp_path / "catalog.jsonl")
+    queries = [{"id": str(i), "text": "?", "tools": [f"tool {i}", f"tool {i // 2}"]} for i in range(60)]
+    (tmp_path / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
+    embeddings = np.random.default_rng(0).standard_normal((60, 8), dtype=np.float32)
+    key = {"encoder": "none", "catalog": catalog.checksum}
+    save_file({"embeddings": embeddings}, tmp_path / "embeddings.safetensors", metadata=key)
+    options |= {
+        "catalog": str(tmp_path / "catalog.jsonl"),
+        "queries": str(tmp_path / "queries.jsonl"),
+        "encoder": "none",
+    }
+    capsys.readouterr()
+    results = benchmark_tokenization.main(benchmark_tokenization.BenchmarkArguments(steps=20, **options))
+    assert results == json.loads((tmp_path / "benchmark_tokenization.json").read_text())
+    assert results["60, sparse"]["collisions"] == 0
+    for result in results.values():
+        assert result["held_out"]["pairs"] + result["cousage"]["pairs"] == 59
+        assert 0 < result["reconstruction_loss"] < 1.5
+    assert capsys.readouterr().out.count("\n| 60, ") == 2

@@ -10,7 +10,6 @@ import scipy.sparse
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from .cousage import unit_degree
 from .modeling_rqvae import uniform_mapping
 
 
@@ -34,13 +33,12 @@ def assign_codes(
     latents: torch.Tensor,
     codebooks: Sequence[torch.Tensor],
     taken: np.ndarray | None = None,
-    cousage: scipy.sparse.csr_array | None = None,
-    collaborative_weight: float = 1.0,
+    pull: scipy.sparse.csr_array | None = None,
     codes: np.ndarray | None = None,
 ) -> np.ndarray:
     """Give every tool a code of its own.
 
-    Every level takes the nearest codebook vector; with `cousage`, every level but the last takes the codes that
+    Every level takes the nearest codebook vector; with `pull`, every level but the last takes the codes that
     [`choose_codes`] finds. Two things make tools move from there, and no other tool moves:
 
     - A prefix that would hold more tools than it has codes passes the ones that lose least on to the nearest prefix
@@ -57,10 +55,8 @@ def assign_codes(
             For each level the codebook, of shape `(codebook_size, code_dim)`.
         taken (`np.ndarray` of shape `(num_taken, num_levels)`, *optional*):
             Codes that are not to be given.
-        cousage (`scipy.sparse.csr_array` of shape `(num_tools, num_tools)`, *optional*):
-            Which tools are used together.
-        collaborative_weight (`float`, *optional*, defaults to 1.0):
-            Weight of the collaborative loss.
+        pull (`scipy.sparse.csr_array` of shape `(num_tools, num_tools)`, *optional*):
+            Which tools are used together, as in [`choose_codes`].
         codes (`np.ndarray` of shape `(num_tools, num_levels)`, *optional*):
             The codes that the tools have so far, from which those of their neighbors are improved.
 
@@ -81,14 +77,13 @@ def assign_codes(
     prefix = np.zeros(len(latents), dtype=np.int64)  # of the levels so far, as one number
     taken_prefix = np.zeros(len(taken), dtype=np.int64)
     before, codes = codes, np.empty((len(latents), len(sizes)), dtype=np.int64)
-    pull = None if cousage is None else collaborative_weight * unit_degree(cousage)
     for level, codebook in enumerate(codebooks):
         taken_index = taken[:, level]
         if level < len(sizes) - 1 and pull is not None and pull.nnz:
             index = choose_codes(residual, codebook, pull, None if before is None else before[:, level])
             pull = within(pull, index)
         else:
-            index, _ = _nearest(residual, codebook)
+            index = nearest(residual, codebook)[0].cpu().numpy()
         if level < len(sizes) - 1:
             room = math.prod(sizes[level + 1 :])
             _make_room(index, residual, codebook, prefix, taken_prefix, taken_index, room)
@@ -99,6 +94,13 @@ def assign_codes(
         prefix = prefix * sizes[level] + index
         taken_prefix = taken_prefix * sizes[level] + taken_index
     return codes
+
+
+def nearest(points: torch.Tensor, centers: torch.Tensor) -> tuple[torch.LongTensor, torch.Tensor]:
+    """Return for each point the nearest center, and the squared distance less the squared norm of the point."""
+    norms = centers.square().sum(1)
+    distances = [torch.addmm(norms, rows, centers.T, alpha=-2).min(1) for rows in points.split(CHUNK_SIZE)]
+    return torch.cat([part.indices for part in distances]), torch.cat([part.values for part in distances])
 
 
 @torch.no_grad()
@@ -123,9 +125,9 @@ def choose_codes(
     Returns:
         `np.ndarray` of shape `(num_tools,)`: the codes.
     """
-    nearest, _ = _nearest(residual, codebook)
+    alone = nearest(residual, codebook)[0].cpu().numpy()
     degree = np.diff(pull.indptr)
-    index = np.where(degree > 0, nearest if index is None else index, nearest)
+    index = np.where(degree > 0, alone if index is None else index, alone)
     norms, variance = codebook.square().sum(1), float(residual.var(0, correction=0).sum())
     draw = np.random.default_rng(0)
     everyone = np.arange(len(index) + 1)
@@ -176,9 +178,10 @@ def uniform_codes(
     codes = np.zeros((len(latents), len(codebooks)), dtype=np.int64)
     prefix = np.zeros(len(latents), dtype=np.int64)
     for level, codebook in enumerate(upper):
-        codes[:, level], _ = _nearest(residual, codebook)
+        index, _ = nearest(residual, codebook)
+        codes[:, level] = index.cpu().numpy()
         prefix = prefix * len(codebook) + codes[:, level]
-        residual = residual - codebook[torch.from_numpy(codes[:, level]).to(codebook.device)]
+        residual = residual - codebook[index]
 
     order = np.argsort(prefix, kind="stable")
     _, starts, sizes = np.unique(prefix[order], return_index=True, return_counts=True)
@@ -189,16 +192,6 @@ def uniform_codes(
             distances = last.square().sum(1) - 2 * points @ last.T
             codes[rows, -1] = uniform_mapping(distances, epsilon, iterations).argmax(-1).cpu().numpy()
     return codes
-
-
-def _nearest(points: torch.Tensor, centers: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each point the nearest center, and the squared distance less the squared norm of the point."""
-    norms = centers.square().sum(1)
-    nearest = [torch.addmm(norms, rows, centers.T, alpha=-2).min(1) for rows in points.split(CHUNK_SIZE)]
-    if not nearest:
-        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
-    distance, index = (torch.cat(parts).cpu().numpy() for parts in zip(*nearest, strict=True))
-    return index, distance
 
 
 def _members(prefix: np.ndarray, wanted: np.ndarray) -> list[np.ndarray]:
@@ -252,13 +245,13 @@ def _spill(points: torch.Tensor, centers: torch.Tensor, choice: np.ndarray, room
         moving = points[torch.from_numpy(rows).to(points.device)]
         other = centers[torch.from_numpy(elsewhere).to(centers.device)]
         own = torch.from_numpy(choice[rows]).to(centers.device)
-        best, distance = _nearest(moving, other)
-        loss = distance - (norms[own] - 2 * (moving * centers[own]).sum(1)).cpu().numpy()
+        best, distance = nearest(moving, other)
+        loss = (distance - norms[own] + 2 * (moving * centers[own]).sum(1)).cpu().numpy()
         order = np.lexsort((-loss, choice[rows]))
         crowded = choice[rows[order]]
         rank = np.arange(len(order)) - np.searchsorted(crowded, crowded)
         leaving = order[rank >= room[crowded]]
-        choice[rows[leaving]] = elsewhere[best[leaving]]
+        choice[rows[leaving]] = elsewhere[best.cpu().numpy()[leaving]]
 
 
 def _separate(

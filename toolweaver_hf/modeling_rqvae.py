@@ -32,7 +32,7 @@ class RQVAEOutput(ModelOutput):
         codebook_loss (`torch.FloatTensor` of shape `()`):
             Squared distance of the chosen codebook vectors to the residuals, which are held fixed; summed over levels.
         commitment_loss (`torch.FloatTensor` of shape `()`):
-            The same with the codebook vectors held fixed.
+            Squared distance of the latent vectors to the sum of the chosen codebook vectors, which are held fixed.
         collaborative_loss (`torch.FloatTensor` of shape `()`, *optional*):
             Squared distance of the quantized vectors of co-used tools, as a share of that of tools drawn at random;
             the mean over all levels but the last of the sums of vectors up to each.
@@ -328,8 +328,11 @@ class RQVAEModel(RQVAEPreTrainedModel):
     ) -> RQVAEOutput:
         """Quantize and reconstruct embeddings.
 
-        The reconstruction's gradients reach the codebook vectors that are used, and the encoder straight through. Those
-        of the collaborative loss reach the codebook vectors alone: an encoder that had to give the latents of co-used
+        The reconstruction's gradients reach the codebook vectors that are used, and the encoder straight through, unless
+        `codes` are given: the encoder cannot change these, and learns to find them by the commitment loss alone. That is
+        of the whole code. (To commit the latents to the sum of each level and those before it as well would draw them
+        towards the first level's vectors, and leave little for the levels after it to tell apart.) The gradients of the
+        collaborative loss reach the codebook vectors alone: an encoder that had to give the latents of co-used
         tools, whose documents differ, would lose both the nearest codes and the reconstruction.
 
         Args:
@@ -343,15 +346,15 @@ class RQVAEModel(RQVAEPreTrainedModel):
                 Codes to use instead of the nearest ones.
         """
         latents = self.encode(embeddings)
-        collaborative_loss = None
+        given, collaborative_loss = codes is not None, None
         with torch.autocast(latents.device.type, enabled=False):
             latents = latents.float()
             codes, residuals, vectors = self.quantizer(latents, codes, uniform=self.training)
             codebook_loss = sum(mse_loss(v, r.detach()) for r, v in zip(residuals, vectors, strict=True))
-            commitment_loss = sum(mse_loss(r, v.detach()) for r, v in zip(residuals, vectors, strict=True))
+            commitment_loss = mse_loss(residuals[-1], vectors[-1].detach())
             if self.training and self.config.codebook_update == "ema":
                 self.quantizer.update(residuals, codes)
-            quantized = latents - latents.detach() + sum(vectors)
+            quantized = sum(vectors) if given else latents - latents.detach() + sum(vectors)
             if neighbor_codes is not None:
                 # The last level tells apart what is alike, so it is left out where there are others.
                 levels = max(1, len(vectors) - 1)

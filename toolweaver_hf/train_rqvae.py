@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .assignment import assign_codes, check_capacity, choose_codes, within
+from .assignment import assign_codes, check_capacity, choose_codes, nearest, within
 from .cousage import unit_degree
 from .modeling_rqvae import RQVAEModel
 
@@ -146,9 +146,10 @@ class RQVAETrainer(Trainer):
         )
         self.embeddings = embeddings.to(args.device)
         self.codes: torch.LongTensor | None = None
-        self.cousage = self.neighbors = None
+        self.pull = self.neighbors = None
         if cousage is not None and cousage.nnz and model.config.collaborative_weight > 0:
-            self.cousage, self.neighbors = cousage, _Neighbors(cousage, args.device)
+            graph = unit_degree(cousage)
+            self.pull, self.neighbors = model.config.collaborative_weight * graph, _Neighbors(graph, args.device)
         self._generator = torch.Generator(args.device)
         self._sums: dict[str, torch.Tensor] = {}
         self._steps_summed = 0
@@ -206,13 +207,12 @@ class RQVAETrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         generator = torch.Generator().manual_seed(_seed(self.args.seed, self.state.global_step))
         if start:
-            codes = start_model(model, self.embeddings, generator, self.cousage).cpu().numpy()
+            codes = start_model(model, self.embeddings, generator, self.pull).cpu().numpy()
         else:
             sample = torch.randperm(len(self.embeddings), generator=generator)[:SAMPLE_SIZE].to(self.args.device)
             revive_codes(model, self.embeddings[sample], self.codes[sample], generator)
             codes = self.codes.cpu().numpy()
-        weight = model.config.collaborative_weight
-        codes = assign_codes(_encode(model, self.embeddings), model.codebooks(), None, self.cousage, weight, codes)
+        codes = assign_codes(_encode(model, self.embeddings), model.codebooks(), None, self.pull, codes)
         self.codes = torch.from_numpy(codes).to(self.args.device)
         if self.args.world_size > 1:  # all processes go on with the model and the codes of the first
             broadcast([*model.state_dict().values(), self.codes])
@@ -229,15 +229,15 @@ class RQVAETrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         was_training = model.training
         model.eval()
-        nearest = torch.cat([model.quantize(rows) for rows in _encode(model, self.embeddings).split(CHUNK_SIZE)])
-        present = nearest if self.codes is None else self.codes
+        found = torch.cat([model.quantize(rows) for rows in _encode(model, self.embeddings).split(CHUNK_SIZE)])
+        present = found if self.codes is None else self.codes
         losses = [
             model(rows, codes=codes).reconstruction_loss * len(rows)
             for rows, codes in zip(self.embeddings.split(CHUNK_SIZE), present.split(CHUNK_SIZE), strict=True)
         ]
         model.train(was_training)
         num_tools = len(self.embeddings)
-        codes = nearest.cpu().numpy()
+        codes = found.cpu().numpy()
         sizes = model.config.codebook_sizes
         metrics = {
             "reconstruction_loss": float(sum(losses)) / num_tools,
@@ -253,12 +253,11 @@ class RQVAETrainer(Trainer):
 class _Neighbors:
     """Draws for each tool one that is used together with it, along edges in proportion to their similarity.
 
-    The weight of a pair is the degree of its tool in the graph of unit degree. So the weighted mean over a batch is the
-    Laplacian's form up to a constant.
+    The weight of a pair is the degree of its tool in the graph, which is 1 on average ([`~cousage.unit_degree`]). So the
+    weighted mean over a batch is the Laplacian's form up to a constant.
     """
 
-    def __init__(self, cousage: scipy.sparse.csr_array, device: torch.device):
-        graph = unit_degree(cousage)
+    def __init__(self, graph: scipy.sparse.csr_array, device: torch.device):
         self.indices = torch.from_numpy(graph.indices.astype(np.int64)).to(device)
         # One cumulative sum over all edges: an edge of tool i is found between start[i] and start[i + 1].
         cumulative = np.concatenate([[0.0], np.cumsum(graph.data, dtype=np.float64)])
@@ -339,7 +338,7 @@ def start_model(
     model: RQVAEModel,
     embeddings: torch.Tensor,
     generator: torch.Generator | None = None,
-    cousage: scipy.sparse.csr_array | None = None,
+    pull: scipy.sparse.csr_array | None = None,
 ) -> torch.LongTensor:
     """Set a model to the best linear solution: principal axes, and k-means level by level on the residuals.
 
@@ -351,7 +350,7 @@ def start_model(
         model ([`RQVAEModel`]): Its encoder, decoder and codebooks are changed; its mean and scale must be set.
         embeddings (`torch.Tensor` of shape `(num_tools, input_dim)`): The data, of which a sample is looked at.
         generator (`torch.Generator`, *optional*): Source of randomness, on the CPU.
-        cousage (`scipy.sparse.csr_array` of shape `(num_tools, num_tools)`, *optional*): Which tools are used together.
+        pull (`scipy.sparse.csr_array` of shape `(num_tools, num_tools)`, *optional*): As in [`choose_codes`].
 
     Returns:
         `torch.LongTensor` of shape `(num_tools, num_levels)`: the codes.
@@ -368,17 +367,16 @@ def start_model(
         module.layers[-1].bias.zero_()
 
     residual, codes = _encode(model, embeddings), []
-    graph = None if cousage is None else model.config.collaborative_weight * unit_degree(cousage)
     for level, codebook in enumerate(model.quantizer.codebooks):
-        collaborative = graph is not None and level < len(model.quantizer.codebooks) - 1
-        smoothed = _smooth(residual, SMOOTHING * graph) if collaborative else residual
+        collaborative = pull is not None and level < len(model.quantizer.codebooks) - 1
+        smoothed = _smooth(residual, SMOOTHING * pull) if collaborative else residual
         centers = kmeans(smoothed[sample], len(codebook.weight), generator)
-        index = _nearest(smoothed, centers)
+        index, _ = nearest(smoothed, centers)
         if collaborative:
             for _ in range(3):
                 centers = _means(residual, index, centers)[0]
-                index = torch.from_numpy(choose_codes(residual, centers, graph, index.cpu().numpy())).to(index.device)
-            centers, graph = _means(residual, index, centers)[0], within(graph, index.cpu().numpy())
+                index = torch.from_numpy(choose_codes(residual, centers, pull, index.cpu().numpy())).to(index.device)
+            centers, pull = _means(residual, index, centers)[0], within(pull, index.cpu().numpy())
         codebook.set_rows(slice(None), centers)
         residual = residual - centers[index]
         codes.append(index)
@@ -430,11 +428,11 @@ def kmeans(
         noise = torch.randn(centers.shape, generator=generator).to(centers)
         centers += 1e-2 * points.std().nan_to_num(1.0).clamp(min=1e-3) * noise
     for _ in range(iterations):
-        nearest = _nearest(points, centers)
-        centers, counts = _means(points, nearest, centers)
+        index, _ = nearest(points, centers)
+        centers, counts = _means(points, index, centers)
         empty = (counts == 0).nonzero().flatten()[: len(points)]
         if len(empty):
-            error = (points - centers[nearest]).square().sum(1)
+            error = (points - centers[index]).square().sum(1)
             centers[empty] = points[error.topk(len(empty)).indices]
     return centers
 
@@ -465,8 +463,3 @@ def revive_codes(
         revived.append(len(dead))
         residual = left
     return revived
-
-
-def _nearest(points: torch.Tensor, centers: torch.Tensor) -> torch.LongTensor:
-    norms = centers.square().sum(1)
-    return torch.cat([torch.addmm(norms, rows, centers.T, alpha=-2).argmin(1) for rows in points.split(CHUNK_SIZE)])
