@@ -300,11 +300,11 @@ class CodesEarlyStoppingCallback(TrainerCallback, ExportableState):
     Args:
         patience (`int`, *optional*, defaults to 5):
             Number of evaluations in a row without improvement of either after which the training stops.
-        threshold (`float`, *optional*, defaults to 0.01):
-            Share by which a measure must fall below its best so far to count as improved.
+        threshold (`float`, *optional*, defaults to 0.001):
+            How far a measure, a share of the tools or of the variance, must fall below its best so far to have improved.
     """
 
-    def __init__(self, patience: int = 5, threshold: float = 0.01):
+    def __init__(self, patience: int = 5, threshold: float = 0.001):
         if patience < 1:
             raise ValueError(f"patience must be at least 1, not {patience}")
         self.patience, self.threshold = patience, threshold
@@ -315,7 +315,7 @@ class CodesEarlyStoppingCallback(TrainerCallback, ExportableState):
         improved = False
         for name in ("eval_collision_rate", "eval_reconstruction_loss"):
             best = self.best.get(name)
-            if best is None or metrics[name] < (1 - self.threshold) * best:
+            if best is None or metrics[name] < best - self.threshold:
                 self.best[name] = metrics[name]
                 improved = True
         self.waited = 0 if improved else self.waited + 1
