@@ -82,11 +82,10 @@ def test_scale(base, tmp_path, capsys):
 
 def test_tokenization_of_synthetic_tools_and_of_a_catalogue(tmp_path, capsys):
     options = {"codebook_size": 16, "threads": 1, "output_dir": str(tmp_path)}
-    results = benchmark_tokenization.main(
-        benchmark_tokenization.BenchmarkArguments(num_tools=[100], steps=2, **options)
-    )
-    assert list(results) == ["100, sparse", "100, dense"] and results["100, sparse"]["unique"]
-    assert all(result[name] > 0 for result in results.values() for name in ("step", "assignment", "fit", "memory"))
+    args = benchmark_tokenization.BenchmarkArguments(steps=2, **options)
+    for way in ("sparse", "dense"):
+        result = benchmark_tokenization.measure(way, lambda: benchmark_tokenization.synthetic_tools(100, 6), args)
+        assert all(result[name] > 0 for name in ("step", "assignment", "fit", "memory"))
 
     catalog = ToolCatalog([Tool(f"tool {i}", f"Does the thing number {i}.") for i in range(60)])
     catalog.to_jsonl(tmp_path / "catalog.jsonl")
