@@ -129,9 +129,7 @@ def inspect_codes(folder: str | os.PathLike, catalog: str | os.PathLike | None =
     for name in ("reconstruction_loss", "codebook_loss", "commitment_loss", "collaborative_loss"):
         points = [(entry["step"], entry[name]) for entry in metrics["history"] if name in entry]
         if points:
-            # The codebook and the commitment loss have the same value, and another gradient.
-            style = "--" if name == "commitment_loss" else "-"
-            axes.plot(*zip(*points, strict=True), style, label=name.removesuffix("_loss"))
+            axes.plot(*zip(*points, strict=True), label=name.removesuffix("_loss"))
     axes.set(title="Losses", xlabel="step", yscale="log")
     axes.legend(frameon=False)
 
