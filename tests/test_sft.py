@@ -156,6 +156,22 @@ def test_the_loss_is_among_what_decoding_leaves(world, tmp_path, model, lora):
         assert all(gradient.shape == (16, 32) and gradient.abs().sum() > 0 for gradient in rows)
 
 
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("model", ["tied", "untied"])
+def test_embeddings_have_a_learning_rate_of_their_own(world, tmp_path, model, lora):
+    """Each of the two alone moves what is its own, and nothing else."""
+    for own, other in ((1e-2, 0.0), (0.0, 1e-2)):
+        trainer = trainer_of(
+            world, model, tmp_path, lora, max_steps=2, learning_rate=other, embedding_learning_rate=own, warmup_steps=0
+        )
+        before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
+        trainer.train()
+        moved = {name for name, weight in trainer.model.named_parameters() if not torch.equal(weight, before[name])}
+        assert moved
+        embeddings = ("embed_tokens", "lm_head")
+        assert all(any(part in name for part in embeddings) == (own > 0) for name in moved), moved
+
+
 @pytest.mark.parametrize(
     "kwargs",
     [

@@ -33,8 +33,17 @@ EVALUATION_MEASURES = ("nDCG@1", "nDCG@5")
 @dataclass
 class AlignmentTrainingArguments(SFTConfig):
     """[`SFTConfig`] that leaves out on a machine without a GPU what only a GPU can do, and picks the best checkpoint
-    by retrieval."""
+    by retrieval.
 
+    Args:
+        embedding_learning_rate (`float`, *optional*):
+            The peak learning rate of the embeddings and the output head, or of LoRA's rows of the code tokens.
+            Defaults to `learning_rate`.
+    """
+
+    embedding_learning_rate: float | None = field(
+        default=None, metadata={"help": "The peak learning rate of the embeddings, where it is one of their own."}
+    )
     activation_checkpointing: bool | None = field(
         default=True, metadata={"help": "Whether to compute activations again to save memory."}
     )
@@ -125,6 +134,21 @@ class AlignmentTrainer(SFTTrainer):
             head = self.model.get_output_embeddings()
             if isinstance(head, TrainableTokensWrapper):
                 head.__dict__["bias"] = head.token_adapter.get_base_layer().bias
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        learning_rate = self.args.embedding_learning_rate
+        if learning_rate is not None:
+            whole = self.accelerator.unwrap_model(self.model if model is None else model)
+            modules = (whole.get_input_embeddings(), whole.get_output_embeddings())
+            embeddings = {id(weight) for module in modules for weight in module.parameters()}
+            for group in list(optimizer.param_groups):
+                moved = [weight for weight in group["params"] if id(weight) in embeddings]
+                if moved:
+                    group["params"] = [weight for weight in group["params"] if id(weight) not in embeddings]
+                    optimizer.add_param_group({**group, "params": moved, "lr": learning_rate})
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         tokens = self._total_train_tokens
