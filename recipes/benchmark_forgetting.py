@@ -80,6 +80,8 @@ class ForgettingArguments:
             Examples before each of their questions.
         lm_eval_limit (`int`, *optional*):
             Only the first so many questions of a task.
+        bf16 (`bool`, *optional*, defaults to `False`):
+            Whether to train in bf16; perplexity is measured in fp32.
         seed (`int`, *optional*, defaults to 0):
             Seed of the training.
     """
@@ -100,6 +102,7 @@ class ForgettingArguments:
     lm_eval_tasks: list[str] | None = field(default=None, metadata={"help": "Tasks of lm-eval."})
     num_fewshot: int = field(default=5, metadata={"help": "Examples before each of their questions."})
     lm_eval_limit: int | None = field(default=None, metadata={"help": "Only the first so many questions of a task."})
+    bf16: bool = field(default=False, metadata={"help": "Whether to train in bf16."})
     seed: int = field(default=0, metadata={"help": "Seed of the training."})
 
 
@@ -174,6 +177,7 @@ def align(args: ForgettingArguments, codes_dir: Path, embedding_init: str, with_
             logging_steps=10,
             save_strategy="no",
             report_to="none",
+            bf16=args.bf16,
             seed=args.seed,
         ),
         ModelConfig(model_name_or_path=args.model, use_peft=with_care, lora_r=32, lora_alpha=64),
