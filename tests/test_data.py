@@ -279,14 +279,36 @@ def test_calls_of_one_message_become_turns(atomic):
     assert [message.get("loss") for message in rendered] == [None, None, False, None, False, None]
 
 
+def test_calls_without_observations_are_all_rendered(tokenizer):
+    calls = [call("rain", {"day": i}) for i in range(3)]
+    messages = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": "0"},
+    ]
+    written = [f'<a_0><b_0>{{"day": {i}}}' for i in range(3)]
+    rendered = render_calls(messages, tokenizer)
+    assert [message["content"] for message in rendered[2:]] == [written[0], "0", *written[1:]]
+    rendered = render_calls([*messages, {"role": "user", "content": "?"}], tokenizer)
+    assert [message["content"] for message in rendered[2:]] == [written[0], "0", *written[1:], "?"]
+
+
 def test_rows_of_sealtools(tmp_path):
-    calling = [{"api": "getScore", "parameters": {"team": "Hawks"}, "responses": ["API_call_0"]}]
+    calling = [
+        {"api": "getTeam", "parameters": {"name": "Hawks"}, "responses": ["API_call_0"]},
+        {"api": "getScore", "parameters": {"team": "API_call_0"}},
+    ]
     path = tmp_path / "dev.jsonl"
     path.write_text(json.dumps({"id": "easy-0", "query": "Score of the Hawks?", "calling": calling}))
     (row,) = load_trajectories(path)
-    assert row["id"] == "easy-0" and row["messages"][0]["content"] == "Score of the Hawks?"
-    (call,) = row["messages"][1]["tool_calls"]
-    assert call["function"] == {"name": "getScore", "arguments": {"team": "Hawks"}}
+    user, *turns, answer = row["messages"]
+    assert row["id"] == "easy-0" and user == {"role": "user", "content": "Score of the Hawks?"}
+    assert [turn["tool_calls"][0]["function"] for turn in turns[::2]] == [
+        {"name": "getTeam", "arguments": {"name": "Hawks"}},
+        {"name": "getScore", "arguments": {"team": "API_call_0"}},
+    ]
+    assert [turn["content"] for turn in turns[1::2]] == ['["API_call_0"]', "[]"]
+    assert answer == {"role": "assistant", "content": ""}
     path.write_text(json.dumps({"id": "easy-0", "query": "Score?", "calling": [{"api": "getScore"}]}))
     with pytest.raises(ValueError, match="line 1: the arguments of the call to 'getScore'"):
         load_trajectories(path)

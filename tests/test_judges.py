@@ -1,6 +1,7 @@
 """Pass rate and win rate, by ground truth and by a chat model behind a real endpoint on loopback."""
 
 import json
+from collections import Counter
 
 import pytest
 from chat_server import ChatServer
@@ -106,8 +107,9 @@ def test_win_rate_of_a_chat_model(chat, tmp_path):
     assert [row["value"] for row in preferences] == ["candidate"] * 4 + ["tie"] * 2 + ["reference"] * 2
     assert win_rate(preferences) == {"SoWR": 0.5, "ties": 0.25, "losses": 0.25}
     assert len(chat.requests) == 4
-    first, second = (json.loads(request["messages"][-1]["content"]) for request in chat.requests[:2])
-    assert {first["0"], first["1"]} == {second["0"], second["1"]}
+    shown = [json.loads(request["messages"][-1]["content"]) for request in chat.requests]
+    asked = Counter((pair["query"], frozenset((pair["0"], pair["1"]))) for pair in shown)
+    assert [*asked.values()] == [2, 2] and len({(pair["query"], pair["0"]) for pair in shown}) == 4
 
 
 def test_missing_runs_lose(tmp_path):

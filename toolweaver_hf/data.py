@@ -182,8 +182,8 @@ def load_trajectories(path: str | os.PathLike) -> list[dict[str, Any]]:
     ShareGPT has them, of `from` and `value` or `role` and `content`. A tool call stands in an assistant message's
     `tool_calls` as `{"type": "function", "function": {"name": TOOL_ID, "arguments": {...}}}`, with the thought as its
     `content`, or in its text as ToolGen's token `<<tool&&api>>`; the observation follows as a message of the role
-    `tool`. A message may say by `loss`, true or false, whether it is to be learnt. A row of Seal-Tools has a `query` and
-    its `calling`, which are the calls of one turn without observations.
+    `tool`. A message may say by `loss`, true or false, whether it is to be learnt. A row of Seal-Tools becomes the query,
+    a turn for each call of its `calling`, observed by the call's `responses`, and an empty answer, which ends the run.
 
     Returns:
         `list[dict]`: rows of an `id` and `messages`. Their `tools` are left out: the model knows the tools by their
@@ -204,10 +204,12 @@ def load_trajectories(path: str | os.PathLike) -> list[dict[str, Any]]:
 def _read_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
     """Check a row's conversation and return it with `role` and `content`, and with arguments that are objects."""
     if "calling" in row:  # Seal-Tools
-        calls = [
-            {"function": {"name": call.get("api"), "arguments": call.get("parameters")}} for call in row["calling"]
-        ]
-        row = {"messages": [{"role": "user", "content": row.get("query")}, {"role": "assistant", "tool_calls": calls}]}
+        turns: list[dict[str, Any]] = [{"role": "user", "content": row.get("query")}]
+        for call in row["calling"]:
+            function = {"name": call.get("api"), "arguments": call.get("parameters")}
+            turns.append({"role": "assistant", "tool_calls": [{"function": function}]})
+            turns.append({"role": "tool", "content": json.dumps(call.get("responses", []))})
+        row = {"messages": [*turns, {"role": "assistant"}]}
     messages = row.get("messages", row.get("conversations"))
     if not isinstance(messages, list) or not messages:
         raise ValueError("a trajectory needs 'messages' or 'conversations', a non-empty list")
@@ -323,8 +325,8 @@ def render_calls(messages: Sequence[dict[str, Any]], tokenizer: ToolWeaverTokeni
 
     Every message comes out with a plain `content`: a call becomes the thought, a line break, the tool's code and its
     arguments as one JSON object; ToolGen's tokens in the assistant's text become codes. Several calls of one
-    assistant message become turns of their own, each followed by its observation. A conversation without a system
-    message gets `TRAJECTORY_PROMPT`.
+    assistant message become turns of their own, each followed by its observation if there is one. A conversation
+    without a system message gets `TRAJECTORY_PROMPT`.
 
     Raises:
         `ValueError`: if a call names a tool that has no code.
@@ -336,6 +338,9 @@ def render_calls(messages: Sequence[dict[str, Any]], tokenizer: ToolWeaverTokeni
         flags = {"loss": message["loss"]} if "loss" in message else {}
         if message["role"] == "tool" and waiting and rendered[-1]["role"] == "tool":
             rendered.append(waiting.pop(0))
+        elif message["role"] != "tool":  # calls that nothing was observed of
+            rendered += waiting
+            waiting = []
         if message["role"] == "assistant":
             content = ATOMIC_TOKEN.sub(lambda match: _atomic_to_code(match[0], tokenizer), content)
         calls = [
@@ -347,7 +352,7 @@ def render_calls(messages: Sequence[dict[str, Any]], tokenizer: ToolWeaverTokeni
             content = f"{content}\n{calls[0]}" if content else calls[0]
             waiting = [{"role": "assistant", "content": call, **flags} for call in calls[1:]]
         rendered.append({"role": message["role"], "content": content, **flags})
-    return rendered
+    return rendered + waiting
 
 
 def leave_out_words(row: dict[str, Any], generator: random.Random) -> dict[str, Any]:

@@ -82,7 +82,7 @@ class AnswerChecker:
                 f"the task {task.id!r} has no ground-truth calls to check a run against: give a judge's endpoint"
             )
         same_calls = call_counts(task.calls) == call_counts([*calls_of(run)])
-        if task.answer is None:
+        if not task.answer:
             return Judgement("solved" if same_calls else "unsolved", "by the calls alone")
         if not run.answer:
             return Judgement("unsolved", "no final answer")
