@@ -156,6 +156,14 @@ def test_the_loss_is_among_what_decoding_leaves(world, tmp_path, model, lora):
         assert all(gradient.shape == (16, 32) and gradient.abs().sum() > 0 for gradient in rows)
 
 
+def test_the_loss_over_the_whole_vocabulary_is_that_of_transformers(world, tmp_path):
+    trainer = trainer_of(world, "tied", tmp_path, lora=False, constrained_loss=False)
+    rows = [trainer.train_dataset[i] for i in (0, 1, 2, -1)]
+    batch = trainer.data_collator([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
+    trainer.model.eval()
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, dict(batch)), trainer.model(**batch).loss)
+
+
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("model", ["tied", "untied"])
 def test_embeddings_have_a_learning_rate_of_their_own(world, tmp_path, model, lora):

@@ -39,10 +39,16 @@ class AlignmentTrainingArguments(SFTConfig):
         embedding_learning_rate (`float`, *optional*):
             The peak learning rate of the embeddings and the output head, or of LoRA's rows of the code tokens.
             Defaults to `learning_rate`.
+        constrained_loss (`bool`, *optional*, defaults to `True`):
+            Whether the loss of a code's tokens is the cross-entropy among those that constrained decoding leaves. With
+            `False` it is that over the whole vocabulary, as ToolGen and the paper train.
     """
 
     embedding_learning_rate: float | None = field(
         default=None, metadata={"help": "The peak learning rate of the embeddings, where it is one of their own."}
+    )
+    constrained_loss: bool = field(
+        default=True, metadata={"help": "Whether a code's tokens compete with those alone that go on to a tool."}
     )
     activation_checkpointing: bool | None = field(
         default=True, metadata={"help": "Whether to compute activations again to save memory."}
@@ -109,6 +115,7 @@ class AlignmentTrainer(SFTTrainer):
     the ones that go on to a tool, and all of the vocabulary in free text. An answer that is one code and nothing else,
     as retrieval gives it, is one from its first token on. So nothing is spent on telling codes from text or tools
     from codes that none has, which decoding knows, and rows of the vocabulary that cannot be chosen do not move.
+    (With `constrained_loss=False` it is the cross-entropy over the whole vocabulary everywhere.)
 
     It measures retrieval while it trains, stops at a loss that is not finite with the ids of the rows that gave it,
     and saves of a LoRA model the adapter alone.
@@ -171,7 +178,8 @@ class AlignmentTrainer(SFTTrainer):
         """The loss among what decoding leaves, by way of the output embeddings of the tokens with a label alone."""
         labels = inputs["labels"]
         keep = labels[:, 1:] != -100
-        nodes, labels = self._decoding_nodes(labels)[:, 1:][keep], labels[:, 1:][keep]
+        nodes = self._decoding_nodes(labels) if self.args.constrained_loss else torch.full_like(labels, -1)
+        nodes, labels = nodes[:, 1:][keep], labels[:, 1:][keep]
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda module, args: (args[0][:, :-1][keep],))
         try:
