@@ -39,11 +39,11 @@ from toolweaver_hf.train_rqvae import start_model
 
 
 METHODS = ("codes", "atomic tokens")
-PANELS = {
-    "new_parameters": "new parameters",
-    "peak_gib": "peak memory, GiB",
-    "query_ms": "a query, ms",
-    "index_s": "index, s",
+PANELS = {  # label and scale
+    "new_parameters": ("new parameters", "log"),
+    "peak_gib": ("peak memory, GiB", "linear"),
+    "query_ms": ("a query, ms", "linear"),
+    "index_s": ("index, s", "log"),
 }
 QUERY = "Is it a good day for the park, or will it rain before the evening?"
 EMBEDDING_DIM = 384
@@ -153,12 +153,14 @@ def draw(results: dict[str, dict[str, dict]], path: str) -> None:
     from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(2, 2, figsize=(9, 6.4), layout="constrained")
-    for axes, (name, label) in zip(panels.flat, PANELS.items(), strict=True):
+    for axes, (name, (label, scale)) in zip(panels.flat, PANELS.items(), strict=True):
         for method in METHODS:
             points = [(int(size), row[method][name]) for size, row in results.items() if name in row[method]]
             if points:
-                axes.loglog(*zip(*points, strict=True), marker="o", label=method)
-        axes.set(xlabel="tools", title=label)
+                axes.plot(*zip(*points, strict=True), marker="o", label=method)
+        axes.set(xscale="log", yscale=scale, xlabel="tools", title=label)
+        if scale == "linear":
+            axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0, 0].legend(frameon=False)
