@@ -17,6 +17,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from .hub import PushToHubMixin, local_file
+from .json_files import written_whole
 from .openapi import join_texts, openapi_tools
 
 
@@ -292,11 +293,8 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
 
     def to_jsonl(self, path: str | os.PathLike) -> None:
         """Write the catalogue, one tool a line, as [`ToolCatalog.from_file`] reads it back."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        with open(partial, "w", encoding="utf-8") as file:
+        with written_whole(path) as partial, open(partial, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(tool.to_dict(), ensure_ascii=False) + "\n" for tool in self)
-        os.replace(partial, path)
 
 
 def _json_lines(text: str, path: Path) -> Iterator[tuple[str, Any]]:

@@ -7,6 +7,8 @@ import os
 import shutil
 from pathlib import Path
 
+from .json_files import write_text
+
 
 PIPELINE = {
     "tool-retrieval": {
@@ -39,6 +41,4 @@ def save_inference_code(folder: str | os.PathLike) -> None:
     for name in GENERATE_FILES:
         shutil.copyfile(source / name, folder / "custom_generate" / name)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    partial = folder / "config.json.partial"
-    partial.write_text(json.dumps(config | {"custom_pipelines": PIPELINE}, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, folder / "config.json")
+    write_text(folder / "config.json", json.dumps(config | {"custom_pipelines": PIPELINE}, indent=2) + "\n")
