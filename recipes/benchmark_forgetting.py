@@ -225,9 +225,8 @@ def main(args: ForgettingArguments) -> dict[str, dict[str, float]]:
         base.resize_token_embeddings(num_rows)
     del base
 
-    for identifiers, folder in folders.items():
-        tokenizer = ToolWeaverTokenizer.from_base(base_tokenizer, ToolCodes.from_pretrained(folder))
-        for with_care, regime in ((True, "LoRA, new rows, replay"), (False, "all weights, no replay")):
+    for with_care, regime in ((True, "LoRA, new rows, replay"), (False, "all weights, no replay")):
+        for identifiers, folder in folders.items():
             name = f"{identifiers}, {regime}"
             trained = output / f"{identifiers} {'lora' if with_care else 'full'}".replace(" ", "-")
             if name in results:
@@ -235,6 +234,7 @@ def main(args: ForgettingArguments) -> dict[str, dict[str, float]]:
             if not (resumed and (trained / TRAINING_FILE).exists()):
                 align(args, folder, INITIALIZATIONS[identifiers][0], with_care, trained)
             loss = read_json(trained / TRAINING_FILE, TRAINING_VERSION)["runs"][-1]["training_loss"]
+            tokenizer = ToolWeaverTokenizer.from_pretrained(trained)
             measure(name, load_aligned_model(trained, **loading), tokenizer, **{"training loss": loss})
 
     columns = list(dict.fromkeys(column for row in results.values() for column in row))

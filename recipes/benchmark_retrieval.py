@@ -11,11 +11,10 @@ puts the methods of several calls together.
 
 With `--held_out_tools 0.1` a tenth of the tools, their documents and their queries are kept from all training, and get
 codes afterwards. Their recall is the group `new`, for which a query's other tools do not count as relevant; the group
-`known` are the queries that need none of them. A model is measured as it is, and once more after it has learnt the new
-tools' documents.
+`known` are the queries that need none of them. A model is measured as it is, after it has learnt the new tools'
+documents alone, and after as many steps of these mixed half and half with training queries of the known tools.
 """
 
-import copy
 import json
 import random
 from collections.abc import Sequence
@@ -101,7 +100,7 @@ class BenchmarkArguments:
         held_out_tools (`float`, *optional*, defaults to 0):
             Share of the tools that are added after the training.
         document_epochs (`float`, *optional*, defaults to 10):
-            Passes over the documents of these tools.
+            Passes over the documents of these tools; half of them where known queries are mixed in.
     """
 
     catalog: str = field(metadata={"help": "The catalogue of tools."})
@@ -195,7 +194,7 @@ class Benchmark:
             build_small_llama(self.catalog.documents + [query.text for query in self.train], Path(self.base))
 
     def rankings(self, method: str) -> dict[str, list[list[RetrievedTool]]]:
-        """Train a method and rank all tools for the test queries; a model that takes in new tools has two rankings."""
+        """Train a method and rank all tools for the test queries; a model that takes in new tools has three rankings."""
         name, texts = NAMES[method], [query.text for query in self.test]
         if method == "bm25":
             return {name: BM25Retriever(self.everything)(texts, top_k=TOP_K)}
@@ -211,17 +210,22 @@ class Benchmark:
         if self.new is None:
             return {name: ToolRetriever.from_pretrained(model_dir)(texts, top_k=TOP_K)}
 
-        # New tools: codes of tokens that the model knows; then their documents
+        # New tools: codes of tokens that the model knows; then their documents, alone and with queries of known tools
         codes = self.add_tools(codes_dir)
         tokenizer = ToolWeaverTokenizer.from_pretrained(model_dir, tool_codes=codes.to_dict())
         rankings = {name: ToolRetriever(load_aligned_model(model_dir), tokenizer)(texts, top_k=TOP_K)}
-        documents = self.folder / method / "documents.jsonl"
-        write_queries(documents, [Query(tool.id, tool.document, (tool.id,)) for tool in self.new])
-        learnt_dir = self.folder / method / "documents"
-        budget = copy.deepcopy(self.training_args)
-        budget.num_train_epochs, budget.max_steps = self.args.document_epochs, -1
-        self.align(str(model_dir), codes_dir, documents, ["retrieval"], budget, learnt_dir)
-        rankings[f"{name}, documents learnt"] = ToolRetriever.from_pretrained(learnt_dir)(texts, top_k=TOP_K)
+        documents = [Query(f"document of {tool.id}", tool.document, (tool.id,)) for tool in self.new]
+        replayed = random.Random(self.seed).sample(self.train, min(len(documents), len(self.train)))
+        learnt = {
+            "documents": (f"{name}, documents learnt", documents, self.args.document_epochs),
+            "replay": (f"{name}, documents and known queries", documents + replayed, self.args.document_epochs / 2),
+        }
+        for folder, (title, rows, num_epochs) in learnt.items():
+            queries, learnt_dir = self.folder / method / f"{folder}.jsonl", self.folder / method / folder
+            write_queries(queries, rows)
+            budget = replace(self.training_args, num_train_epochs=num_epochs, max_steps=-1)
+            self.align(str(model_dir), codes_dir, queries, ["retrieval"], budget, learnt_dir)
+            rankings[title] = ToolRetriever.from_pretrained(learnt_dir)(texts, top_k=TOP_K)
         return rankings
 
     def make_codes(self, method: str, codes_dir: Path) -> None:
@@ -280,8 +284,8 @@ class Benchmark:
     ) -> None:
         """Align a model with codes."""
         learnt = (codes_dir / "config.json").exists()
-        training_args = copy.deepcopy(budget)
-        training_args.output_dir = str(output_dir)
+        # Made anew, these settle the precision, which the tokenization has in its own way
+        training_args = replace(budget, output_dir=str(output_dir))
         sft.main(
             sft.AlignmentArguments(
                 codes_dir=str(codes_dir),
