@@ -12,7 +12,7 @@ puts the methods of several calls together.
 With `--held_out_tools 0.1` a tenth of the tools, their documents and their queries are kept from all training, and get
 codes afterwards. Their recall is the group `new`, for which a query's other tools do not count as relevant; the group
 `known` are the queries that need none of them. A model is measured as it is, after it has learnt the new tools'
-documents alone, and after as many steps of these mixed half and half with training queries of the known tools.
+documents alone, and after as many rows of which half are training queries of the known tools.
 """
 
 import json
