@@ -16,7 +16,7 @@ from toolweaver_hf import RQVAEConfig, RQVAEModel, Tool, ToolCatalog
 from toolweaver_hf.cousage import cousage_graph, hold_out_edges
 from toolweaver_hf.modeling_rqvae import uniform_mapping
 from toolweaver_hf.recipes.tokenize_tools import RQVAETrainingArguments
-from toolweaver_hf.train_rqvae import CodesEarlyStoppingCallback, RQVAETrainer, kmeans, start_model
+from toolweaver_hf.train_rqvae import LOSSES, CodesEarlyStoppingCallback, RQVAETrainer, kmeans, start_model
 
 
 def trainer(embeddings, folder, cousage=None, **kwargs):
@@ -260,6 +260,7 @@ def test_losses_are_logged_one_by_one(embeddings, tmp_path):
         last["reconstruction_loss"]
         + last["codebook_loss"]
         + weights.commitment_weight * last["commitment_loss"]
+        + weights.assignment_weight * last["assignment_loss"]
         + weights.collaborative_weight * last["collaborative_loss"],
         rel=1e-3,
     )
@@ -294,7 +295,7 @@ def test_two_processes_have_the_losses_of_one(tmp_path):
         assert done.returncode == 0, done.stderr
         histories.append(json.loads(Path(out + ".json").read_text()))
     for one, two in zip(*histories, strict=True):
-        for name in ("loss", "reconstruction_loss", "codebook_loss", "commitment_loss", "collaborative_loss"):
+        for name in ("loss", *LOSSES):
             if name in one:
                 assert two[name] == pytest.approx(one[name], rel=0.01), (name, one["step"])
 

@@ -22,6 +22,8 @@ class RQVAEConfig(PreTrainedConfig):
             Number of codes of each level, 1 to 8 levels.
         commitment_weight (`float`, *optional*, defaults to 0.25):
             Weight of the commitment loss beside the codebook loss.
+        assignment_weight (`float`, *optional*, defaults to 0.05):
+            Weight of the assignment loss, by which the encoder learns codes that are given to be the nearest ones.
         collaborative_weight (`float`, *optional*, defaults to 1.0):
             Weight of the collaborative loss, which draws tools that are used together to common codes.
         codebook_update (`str`, *optional*, defaults to `"gradient"`):
@@ -48,6 +50,7 @@ class RQVAEConfig(PreTrainedConfig):
         code_dim: int = 64,
         codebook_sizes: Sequence[int] = (256, 256),
         commitment_weight: float = 0.25,
+        assignment_weight: float = 0.05,
         collaborative_weight: float = 1.0,
         codebook_update: Literal["gradient", "ema"] = "gradient",
         ema_decay: float = 0.99,
@@ -70,6 +73,7 @@ class RQVAEConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be whole numbers from 1 to {1 << 20}, not {sizes}")
         for name, value in (
             ("commitment_weight", commitment_weight),
+            ("assignment_weight", assignment_weight),
             ("collaborative_weight", collaborative_weight),
             ("sinkhorn_epsilon", sinkhorn_epsilon),
             ("sinkhorn_iterations", sinkhorn_iterations),
@@ -85,6 +89,7 @@ class RQVAEConfig(PreTrainedConfig):
         self.code_dim = code_dim
         self.codebook_sizes = list(codebook_sizes)
         self.commitment_weight = commitment_weight
+        self.assignment_weight = assignment_weight
         self.collaborative_weight = collaborative_weight
         self.codebook_update = codebook_update
         self.ema_decay = ema_decay

@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import distributed, nn
-from torch.nn.functional import mse_loss, silu
+from torch.nn.functional import cross_entropy, mse_loss, silu
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file
 
@@ -25,14 +25,17 @@ class RQVAEOutput(ModelOutput):
 
     Args:
         loss (`torch.FloatTensor` of shape `()`):
-            reconstruction + codebook + commitment_weight * commitment + collaborative_weight * collaborative loss;
-            without the codebook loss where the codebooks are moving averages.
+            reconstruction + codebook + commitment_weight * commitment + assignment_weight * assignment +
+            collaborative_weight * collaborative loss; without the codebook loss where the codebooks are moving averages.
         reconstruction_loss (`torch.FloatTensor` of shape `()`):
             Squared error of the reconstruction, as a share of the embeddings' variance.
         codebook_loss (`torch.FloatTensor` of shape `()`):
             Squared distance of the chosen codebook vectors to the residuals, which are held fixed; summed over levels.
         commitment_loss (`torch.FloatTensor` of shape `()`):
             Squared distance of the latent vectors to the sum of the chosen codebook vectors, which are held fixed.
+        assignment_loss (`torch.FloatTensor` of shape `()`, *optional*):
+            Cross-entropy of the codes, where they are given, among all codes of their level by squared distance; the mean
+            over levels.
         collaborative_loss (`torch.FloatTensor` of shape `()`, *optional*):
             Squared distance of the quantized vectors of co-used tools, as a share of that of tools drawn at random;
             the mean over all levels but the last of the sums of vectors up to each.
@@ -46,6 +49,7 @@ class RQVAEOutput(ModelOutput):
     reconstruction_loss: torch.FloatTensor | None = None
     codebook_loss: torch.FloatTensor | None = None
     commitment_loss: torch.FloatTensor | None = None
+    assignment_loss: torch.FloatTensor | None = None
     collaborative_loss: torch.FloatTensor | None = None
     codes: torch.LongTensor | None = None
     reconstruction: torch.FloatTensor | None = None
@@ -206,6 +210,19 @@ class RQVAEQuantizer(nn.Module):
             residual = residual - vector.detach()
         return torch.stack(chosen, dim=1), residuals, vectors
 
+    def assignment_loss(self, residuals: list[torch.Tensor], codes: torch.LongTensor) -> torch.Tensor:
+        """Return the cross-entropy of given codes among all of their level, averaged over the batch and the levels.
+
+        A code's logit is the squared distance of the residual to its vector, which is held fixed, in units of twice the
+        variance of the codebook's vectors in a dimension.
+        """
+        losses = []
+        for level, codebook in enumerate(self.codebooks):
+            variance = codebook.weight.detach().float().var(0, correction=0).mean().clamp(min=1e-8)
+            logits = codebook.distances(residuals[level]) / (-2 * variance)
+            losses.append(cross_entropy(logits, codes[:, level]))
+        return sum(losses) / len(losses)
+
     def update(self, residuals: list[torch.Tensor], codes: torch.LongTensor) -> None:
         """Take a step of the codebooks' moving averages."""
         for level, codebook in enumerate(self.codebooks):
@@ -329,11 +346,13 @@ class RQVAEModel(RQVAEPreTrainedModel):
         """Quantize and reconstruct embeddings.
 
         The reconstruction's gradients reach the codebook vectors that are used, and the encoder straight through, unless
-        `codes` are given: the encoder cannot change these, and learns to find them by the commitment loss alone. That is
-        of the whole code. (To commit the latents to the sum of each level and those before it as well would draw them
-        towards the first level's vectors, and leave little for the levels after it to tell apart.) The gradients of the
-        collaborative loss reach the codebook vectors alone: an encoder that had to give the latents of co-used
-        tools, whose documents differ, would lose both the nearest codes and the reconstruction.
+        `codes` are given: the encoder cannot change these, and learns to find them by the commitment and the assignment
+        loss. The commitment is to the whole code. (To commit the latents to the sum of each level and those before it as
+        well would draw them towards the first level's vectors, and leave little for the levels after it to tell apart.)
+        A squared distance leaves many a latent nearer to the code of another tool, above all where documents are much
+        alike; the assignment loss acts on those. The gradients of the collaborative loss reach the codebook vectors
+        alone: an encoder that had to give the latents of co-used tools, whose documents differ, would lose both the
+        nearest codes and the reconstruction.
 
         Args:
             embeddings (`torch.Tensor` of shape `(batch_size, input_dim)`):
@@ -346,7 +365,7 @@ class RQVAEModel(RQVAEPreTrainedModel):
                 Codes to use instead of the nearest ones.
         """
         latents = self.encode(embeddings)
-        given, collaborative_loss = codes is not None, None
+        given, collaborative_loss, assignment_loss = codes is not None, None, None
         with torch.autocast(latents.device.type, enabled=False):
             latents = latents.float()
             codes, residuals, vectors = self.quantizer(latents, codes, uniform=self.training)
@@ -354,6 +373,8 @@ class RQVAEModel(RQVAEPreTrainedModel):
             commitment_loss = mse_loss(residuals[-1], vectors[-1].detach())
             if self.training and self.config.codebook_update == "ema":
                 self.quantizer.update(residuals, codes)
+            if given:
+                assignment_loss = self.quantizer.assignment_loss(residuals, codes)
             quantized = sum(vectors) if given else latents - latents.detach() + sum(vectors)
             if neighbor_codes is not None:
                 # The last level tells apart what is alike, so it is left out where there are others.
@@ -370,6 +391,8 @@ class RQVAEModel(RQVAEPreTrainedModel):
         loss = reconstruction_loss + self.config.commitment_weight * commitment_loss
         if self.config.codebook_update == "gradient":
             loss = loss + codebook_loss
+        if assignment_loss is not None:
+            loss = loss + self.config.assignment_weight * assignment_loss
         if collaborative_loss is not None:
             loss = loss + self.config.collaborative_weight * collaborative_loss
         return RQVAEOutput(
@@ -377,6 +400,7 @@ class RQVAEModel(RQVAEPreTrainedModel):
             reconstruction_loss=reconstruction_loss,
             codebook_loss=codebook_loss,
             commitment_loss=commitment_loss,
+            assignment_loss=assignment_loss,
             collaborative_loss=collaborative_loss,
             codes=codes,
             reconstruction=reconstruction,

@@ -126,7 +126,7 @@ def inspect_codes(folder: str | os.PathLike, catalog: str | os.PathLike | None =
     figure.suptitle(f"{len(codes):,} tools, codebooks {' x '.join(map(str, codes.codebook_sizes))}", fontsize=15)
 
     axes = figure.add_subplot(grid[0, 0])
-    for name in ("reconstruction_loss", "codebook_loss", "commitment_loss", "collaborative_loss"):
+    for name in ("reconstruction_loss", "codebook_loss", "commitment_loss", "assignment_loss", "collaborative_loss"):
         points = [(entry["step"], entry[name]) for entry in metrics["history"] if name in entry]
         if points:
             axes.plot(*zip(*points, strict=True), label=name.removesuffix("_loss"))

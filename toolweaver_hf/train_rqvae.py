@@ -24,7 +24,7 @@ ASSIGNMENTS = 10  # times that codes are assigned anew, in the first half of the
 SMOOTHING = 10.0  # weight of the graph in the start of the codebooks, in units of the collaborative weight
 CODES_FILE = "codes.safetensors"  # the present codes, in a checkpoint
 CHUNK_SIZE = 8192  # tools in a forward pass over all of them
-LOSSES = ("reconstruction_loss", "codebook_loss", "commitment_loss", "collaborative_loss")
+LOSSES = ("reconstruction_loss", "codebook_loss", "commitment_loss", "assignment_loss", "collaborative_loss")
 
 
 class _ToolIndices(Dataset):
