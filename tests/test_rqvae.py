@@ -100,6 +100,19 @@ def test_pairs_kept_from_training_share_their_first_code(tmp_path):
     assert np.mean(shared[1.0]) > 3 * np.mean(shared[0.0]), shared
 
 
+def test_codes_of_tools_that_are_much_alike_become_the_nearest(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(60, 32, generator=generator).repeat(4, 1)
+    embeddings += 0.1 * torch.randn(embeddings.shape, generator=generator)
+
+    def collisions(**kwargs):
+        fitted = trainer(embeddings, tmp_path, max_steps=200, **kwargs)
+        fitted.train()
+        return fitted.evaluate()["eval_collision_rate"]
+
+    assert collisions() < 0.5 * collisions(assignment_weight=0)
+
+
 def test_save_and_load(embeddings, tmp_path):
     model = fit(embeddings, tmp_path / "fit", steps=20)
     model.save_pretrained(tmp_path / "saved")
