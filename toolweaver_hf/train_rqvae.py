@@ -21,7 +21,7 @@ from .modeling_rqvae import RQVAEModel
 
 SAMPLE_SIZE = 32768  # tools that k-means and the revival of codes look at
 ASSIGNMENTS = 10  # times that codes are assigned anew, in the first half of the training
-SMOOTHING = 100.0  # weight of the graph in the start of the codebooks, in units of the collaborative weight
+SMOOTHING = 10.0  # weight of the graph in the start of the codebooks, in units of the collaborative weight
 CODES_FILE = "codes.safetensors"  # the present codes, in a checkpoint
 CHUNK_SIZE = 8192  # tools in a forward pass over all of them
 LOSSES = ("reconstruction_loss", "codebook_loss", "commitment_loss", "assignment_loss", "collaborative_loss")
