@@ -17,6 +17,7 @@ from .configuration_rqvae import RQVAEConfig
 
 
 HUB_KWARGS = ("revision", "token", "cache_dir", "subfolder", "force_download", "local_files_only")
+LOSSES = ("reconstruction_loss", "codebook_loss", "commitment_loss", "assignment_loss", "collaborative_loss")
 
 
 @dataclass

@@ -15,7 +15,7 @@ from .assignment import uniform_codes
 from .catalog import ToolCatalog
 from .codes import ToolCodes
 from .json_files import read_json, write_json
-from .modeling_rqvae import RQVAEModel
+from .modeling_rqvae import LOSSES, RQVAEModel
 
 
 METRICS_FILE = "metrics.json"
@@ -126,7 +126,7 @@ def inspect_codes(folder: str | os.PathLike, catalog: str | os.PathLike | None =
     figure.suptitle(f"{len(codes):,} tools, codebooks {' x '.join(map(str, codes.codebook_sizes))}", fontsize=15)
 
     axes = figure.add_subplot(grid[0, 0])
-    for name in ("reconstruction_loss", "codebook_loss", "commitment_loss", "assignment_loss", "collaborative_loss"):
+    for name in LOSSES:
         points = [(entry["step"], entry[name]) for entry in metrics["history"] if name in entry]
         if points:
             axes.plot(*zip(*points, strict=True), label=name.removesuffix("_loss"))

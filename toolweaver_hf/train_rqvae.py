@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState
 
 from .assignment import assign_codes, check_capacity, choose_codes, nearest, within
 from .cousage import unit_degree
-from .modeling_rqvae import RQVAEModel
+from .modeling_rqvae import LOSSES, RQVAEModel
 
 
 SAMPLE_SIZE = 32768  # tools that k-means and the revival of codes look at
@@ -24,7 +24,6 @@ ASSIGNMENTS = 10  # times that codes are assigned anew, in the first half of the
 SMOOTHING = 10.0  # weight of the graph in the start of the codebooks, in units of the collaborative weight
 CODES_FILE = "codes.safetensors"  # the present codes, in a checkpoint
 CHUNK_SIZE = 8192  # tools in a forward pass over all of them
-LOSSES = ("reconstruction_loss", "codebook_loss", "commitment_loss", "assignment_loss", "collaborative_loss")
 
 
 class _ToolIndices(Dataset):
