@@ -82,7 +82,7 @@ class RQVAETrainingArguments(TrainingArguments):
     )
     learning_rate: float = field(default=1e-2, metadata={"help": "The peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate's schedule."})
-    max_steps: int = field(default=2000, metadata={"help": "Number of training steps."})
+    max_steps: int = field(default=3000, metadata={"help": "Number of training steps."})
     per_device_train_batch_size: int = field(default=1024, metadata={"help": "Tools in a step, for each device."})
     logging_steps: float = field(default=100, metadata={"help": "Steps between two reports of the losses."})
     save_strategy: str = field(default="no", metadata={"help": "When checkpoints are written."})

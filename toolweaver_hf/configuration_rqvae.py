@@ -22,7 +22,7 @@ class RQVAEConfig(PreTrainedConfig):
             Number of codes of each level, 1 to 8 levels.
         commitment_weight (`float`, *optional*, defaults to 0.25):
             Weight of the commitment loss beside the codebook loss.
-        assignment_weight (`float`, *optional*, defaults to 0.05):
+        assignment_weight (`float`, *optional*, defaults to 1.0):
             Weight of the assignment loss, by which the encoder learns codes that are given to be the nearest ones.
         collaborative_weight (`float`, *optional*, defaults to 1.0):
             Weight of the collaborative loss, which draws tools that are used together to common codes.
@@ -50,7 +50,7 @@ class RQVAEConfig(PreTrainedConfig):
         code_dim: int = 64,
         codebook_sizes: Sequence[int] = (256, 256),
         commitment_weight: float = 0.25,
-        assignment_weight: float = 0.05,
+        assignment_weight: float = 1.0,
         collaborative_weight: float = 1.0,
         codebook_update: Literal["gradient", "ema"] = "gradient",
         ema_decay: float = 0.99,

@@ -20,7 +20,7 @@ from .modeling_rqvae import LOSSES, RQVAEModel
 
 
 SAMPLE_SIZE = 32768  # tools that k-means and the revival of codes look at
-ASSIGNMENTS = 10  # times that codes are assigned anew, in the first half of the training
+ASSIGNMENTS = 54  # times that codes are assigned anew, in the first nine tenths of the training
 SMOOTHING = 10.0  # weight of the graph in the start of the codebooks, in units of the collaborative weight
 CODES_FILE = "codes.safetensors"  # the present codes, in a checkpoint
 CHUNK_SIZE = 8192  # tools in a forward pass over all of them
@@ -78,7 +78,7 @@ class RQVAETrainer(Trainer):
     The fit starts from the linear solution: encoder and decoder project on the embeddings' principal axes, and the
     codebooks are set by k-means, level by level on the residuals. Then two things take turns. [`assign_codes`] gives
     every tool of the catalogue a code of its own, with the graph in view, and codes that no tool has are revived; for
-    the steps up to the next time, encoder, codebooks and decoder learn these codes. In the second half of the training
+    the steps up to the next time, encoder, codebooks and decoder learn these codes. In the last tenth of the training
     the codes stay as they are: so the decoder has learnt the codes that the tools keep, and the encoder to find them.
 
     This is the paper's uniform mapping of the last level and its collaborative regularization (section 3.1), over the
@@ -276,7 +276,7 @@ class _Neighbors:
 
 
 class _CodebookCallback(TrainerCallback):
-    """Starts the model before the first step, and assigns codes anew in the first half of the training."""
+    """Starts the model before the first step, and assigns codes anew but for the last tenth of the training."""
 
     def __init__(self, trainer: RQVAETrainer):
         self.trainer = trainer
@@ -286,10 +286,8 @@ class _CodebookCallback(TrainerCallback):
             self.trainer.assign(start=True)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if (
-            state.global_step <= state.max_steps / 2
-            and state.global_step % -(-state.max_steps // (2 * ASSIGNMENTS)) == 0
-        ):
+        last = state.max_steps * 9 // 10
+        if state.global_step <= last and state.global_step % -(-last // ASSIGNMENTS) == 0:
             self.trainer.assign()
 
 
