@@ -87,8 +87,8 @@ class BenchmarkArguments:
             sentence-transformers model of the tools' documents and of the dense rivals.
         codebook_sizes (`list[int]`, *optional*):
             Codes of each level. Defaults to what `recipes/tokenize_tools.py` takes.
-        tokenization_steps (`int`, *optional*, defaults to 2000):
-            Training steps of an RQ-VAE.
+        tokenization_steps (`int`, *optional*):
+            Training steps of an RQ-VAE. Defaults to what `recipes/tokenize_tools.py` takes.
         stages (`list[str]`, *optional*, defaults to `["memorization", "retrieval"]`):
             What a model learns, see `recipes/sft.py`.
         augmentations (`int`, *optional*, defaults to 0):
@@ -113,7 +113,9 @@ class BenchmarkArguments:
     )
     encoder: str | None = field(default=None, metadata={"help": "sentence-transformers model."})
     codebook_sizes: list[int] | None = field(default=None, metadata={"help": "Codes of each level."})
-    tokenization_steps: int = field(default=2000, metadata={"help": "Training steps of an RQ-VAE."})
+    tokenization_steps: int = field(
+        default=tokenize_tools.RQVAETrainingArguments.max_steps, metadata={"help": "Training steps of an RQ-VAE."}
+    )
     stages: list[str] = field(
         default_factory=lambda: ["memorization", "retrieval"],
         metadata={"help": "What a model learns.", "choices": ["memorization", "retrieval"]},

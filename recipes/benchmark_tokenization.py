@@ -11,8 +11,9 @@ token more where that is not enough. Model, embeddings, edges and batches are th
 1e-3. Each run has a process of its own, whose peak memory is reported.
 
 Without a catalogue the tools are synthetic, and steps are timed after the first two. The time of the recipe's whole fit
-follows from theirs and from the assignment's, of which the recipe has 55 in a fit and the rival one. With one, both
-ways are fitted by the given steps to the end, and their codes are measured: a fifth of the co-used pairs is held out.
+follows from theirs and from the assignment's, of which the recipe has one at the start and `ASSIGNMENTS` more, and the
+rival one. With one, both ways are fitted by the given steps to the end, and their codes are measured: a fifth of the
+co-used pairs is held out.
 """
 
 import json
