@@ -125,7 +125,7 @@ def choose_codes(
     Returns:
         `np.ndarray` of shape `(num_tools,)`: the codes.
     """
-    alone = nearest(residual, codebook)[0].cpu().numpy()
+    alone, alone_cost = (part.cpu().numpy() for part in nearest(residual, codebook))
     degree = np.diff(pull.indptr)
     index = np.where(degree > 0, alone if index is None else index, alone)
     norms, variance = codebook.square().sum(1), float(residual.var(0, correction=0).sum())
@@ -133,18 +133,20 @@ def choose_codes(
     everyone = np.arange(len(index) + 1)
     for _ in range(ROUNDS):
         held = scipy.sparse.csr_array(
-            (np.ones(len(index), dtype=np.float32), index, everyone), shape=(len(index), len(codebook))
+            (np.ones(len(index), dtype=np.float32), index.copy(), everyone), shape=(len(index), len(codebook))
         )
-        tools = np.flatnonzero((degree > 0) & (draw.random(len(index)) < 0.5))
-        votes = pull[tools] @ held
-        for start in range(0, len(tools), CHUNK_SIZE):
-            rows = tools[start : start + CHUNK_SIZE]
-            points = residual[torch.from_numpy(rows).to(residual.device)]
-            cost = torch.addmm(norms, points, codebook.T, alpha=-2)
-            mine = votes[start : start + CHUNK_SIZE].tocoo()
-            row, column = (torch.from_numpy(i.astype(np.int64)).to(cost.device) for i in mine.coords)
-            cost[row, column] -= variance * torch.from_numpy(mine.data).to(cost.device)
-            index[rows] = cost.argmin(1).cpu().numpy()
+        chosen = np.flatnonzero((degree > 0) & (draw.random(len(index)) < 0.5))
+        best = alone_cost.astype(np.float64)
+        for tools in np.split(chosen, range(CHUNK_SIZE, len(chosen), CHUNK_SIZE)):
+            # Of the codes that no neighbor has, the nearest is the best: beside it only those that one has are looked at.
+            votes = pull[tools] @ held
+            row, column = np.repeat(tools, np.diff(votes.indptr)), votes.indices.astype(np.int64)
+            points, centers = (torch.from_numpy(i).to(residual.device) for i in (row, column))
+            distance = norms[centers] - 2 * (residual[points] * codebook[centers]).sum(1)
+            cost = distance.cpu().numpy() - variance * votes.data
+            np.minimum.at(best, row, cost)
+            index[tools] = alone[tools]
+            index[row[cost == best[row]]] = column[cost == best[row]]
     return index
 
 
