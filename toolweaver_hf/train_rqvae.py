@@ -206,12 +206,13 @@ class RQVAETrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         generator = torch.Generator().manual_seed(_seed(self.args.seed, self.state.global_step))
         if start:
-            codes = start_model(model, self.embeddings, generator, self.pull).cpu().numpy()
+            codes = start_model(model, self.embeddings, generator, self.pull)
+            latents = _encode(model, self.embeddings)
         else:
-            sample = torch.randperm(len(self.embeddings), generator=generator)[:SAMPLE_SIZE].to(self.args.device)
-            revive_codes(model, self.embeddings[sample], self.codes[sample], generator)
-            codes = self.codes.cpu().numpy()
-        codes = assign_codes(_encode(model, self.embeddings), model.codebooks(), None, self.pull, codes)
+            codes, latents = self.codes, _encode(model, self.embeddings)
+            sample = torch.randperm(len(latents), generator=generator)[:SAMPLE_SIZE].to(self.args.device)
+            revive_codes(model, latents[sample], codes[sample], generator)
+        codes = assign_codes(latents, model.codebooks(), None, self.pull, codes.cpu().numpy())
         self.codes = torch.from_numpy(codes).to(self.args.device)
         if self.args.world_size > 1:  # all processes go on with the model and the codes of the first
             broadcast([*model.state_dict().values(), self.codes])
@@ -436,20 +437,20 @@ def kmeans(
 
 @torch.no_grad()
 def revive_codes(
-    model: RQVAEModel, embeddings: torch.Tensor, codes: torch.LongTensor, generator: torch.Generator | None = None
+    model: RQVAEModel, latents: torch.Tensor, codes: torch.LongTensor, generator: torch.Generator | None = None
 ) -> list[int]:
     """Move codes that no tool has to residuals that are quantized badly.
 
     Args:
         model ([`RQVAEModel`]): Its codebooks are changed.
-        embeddings (`torch.Tensor` of shape `(num_tools, input_dim)`): A sample of the data.
-        codes (`torch.LongTensor` of shape `(num_tools, num_levels)`): Its codes.
+        latents (`torch.Tensor` of shape `(num_tools, code_dim)`): The latent vectors of a sample of the tools.
+        codes (`torch.LongTensor` of shape `(num_tools, num_levels)`): Their codes.
         generator (`torch.Generator`, *optional*): Source of randomness, on the CPU.
 
     Returns:
         `list[int]`: for each level the number of codes that were moved.
     """
-    revived, residual = [], _encode(model, embeddings)
+    revived, residual = [], latents
     for codebook, index in zip(model.quantizer.codebooks, codes.T, strict=True):
         left = residual - codebook.weight[index].float()
         error = left.square().sum(1)
