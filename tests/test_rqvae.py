@@ -65,6 +65,7 @@ def test_training_reconstructs_and_separates_clusters(embeddings, tmp_path):
     first = output.codes[:, 0].view(30, 8)
     assert (first == first[0]).all() and len(set(first[0].tolist())) == 8
     assert len(torch.unique(output.codes, dim=0)) > 120
+    assert (torch.full((1000,), 1e-40) * 0.5 > 0).all()  # denormal numbers are numbers again
 
 
 def test_collaborative_loss_draws_co_used_tools_together(embeddings, tmp_path):

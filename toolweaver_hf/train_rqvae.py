@@ -158,6 +158,14 @@ class RQVAETrainer(Trainer):
         batch_size = self.args.train_batch_size * self.args.world_size
         return _FullBatches(len(self.embeddings), batch_size, self.args.seed)
 
+    def train(self, *args, **kwargs):
+        # Where codes are all but certain, gradients are full of denormal numbers, which a CPU takes many times as long for.
+        torch.set_flush_denormal(True)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            torch.set_flush_denormal(False)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         index = inputs["index"]
         neighbor_codes, weights = None, None
