@@ -132,6 +132,7 @@ def choose_codes(
     draw = np.random.default_rng(0)
     everyone = np.arange(len(index) + 1)
     for _ in range(ROUNDS):
+        # A copy: what neighbors have is what they had before the round.
         held = scipy.sparse.csr_array(
             (np.ones(len(index), dtype=np.float32), index.copy(), everyone), shape=(len(index), len(codebook))
         )
@@ -145,8 +146,9 @@ def choose_codes(
             distance = norms[centers] - 2 * (residual[points] * codebook[centers]).sum(1)
             cost = distance.cpu().numpy() - variance * votes.data
             np.minimum.at(best, row, cost)
+            at_best = cost == best[row]
             index[tools] = alone[tools]
-            index[row[cost == best[row]]] = column[cost == best[row]]
+            index[row[at_best]] = column[at_best]
     return index
 
 

@@ -213,11 +213,9 @@ class RQVAETrainer(Trainer):
         """
         model = self.accelerator.unwrap_model(self.model)
         generator = torch.Generator().manual_seed(_seed(self.args.seed, self.state.global_step))
-        if start:
-            codes = start_model(model, self.embeddings, generator, self.pull)
-            latents = _encode(model, self.embeddings)
-        else:
-            codes, latents = self.codes, _encode(model, self.embeddings)
+        codes = start_model(model, self.embeddings, generator, self.pull) if start else self.codes
+        latents = _encode(model, self.embeddings)
+        if not start:
             sample = torch.randperm(len(latents), generator=generator)[:SAMPLE_SIZE].to(self.args.device)
             revive_codes(model, latents[sample], codes[sample], generator)
         codes = assign_codes(latents, model.codebooks(), None, self.pull, codes.cpu().numpy())
