@@ -33,11 +33,11 @@ def initialize_code_embeddings(
         codebooks (`Sequence[torch.Tensor]`, *optional*):
             For each level the codebook, of shape `(codebook_size, code_dim)`, for `"codebook"`.
         method (`str`, *optional*, defaults to `"codebook"`):
-            `"codebook"`: a projection of the codebook vectors, brought to the mean and scale of the embeddings that
-            are there (ToolWeaver, section 3.2): with a catalogue the linear one that comes nearest to the mean
-            embeddings of the documents under each code, without one a random one that keeps distances.
-            `"mean_description"`: these mean embeddings themselves. `"random"`: random directions of the same mean and
-            scale.
+            `"codebook"`: a projection of the codebook vectors (ToolWeaver, section 3.2), around the mean of the
+            embeddings that are there: with a catalogue the linear one of each level by which the rows of a tool's code
+            add up to what the mean embedding of its document has apart from all tools', twice; without one a random
+            one that keeps distances, at half an embedding's length. `"mean_description"`: the mean embedding of the
+            documents under a code. `"random"`: random directions, at half an embedding's length.
         catalog ([`ToolCatalog`], *optional*):
             The tools' documents. `"mean_description"` needs them.
         seed (`int`, *optional*, defaults to 0):
@@ -90,26 +90,24 @@ def _code_rows(
     sums, counts = (None, None) if documents is None else _description_sums(base, tokenizer, documents)
     if method == "mean_description":
         return torch.where(counts > 0, sums / counts.clamp(min=1), base.mean(0))
+    if method == "codebook":
+        codebooks = [codebook.to(base.device, torch.float64) for codebook in codebooks]
+        codebooks = [codebook - codebook.mean(0) for codebook in codebooks]
+        if documents is not None:
+            # Twice the fit: from rows of its own length, a pretrained model and one from scratch both learn more slowly.
+            return base.mean(0) + 2 * _fit(codebooks, tokenizer, sums, counts)
     generator = torch.Generator().manual_seed(seed)
     if method == "random":
         rows = _unit_scale(torch.randn((len(tokenizer.code_token_ids), base.shape[1]), generator=generator))
     else:
-        levels = []
-        for i, codebook in zip(tokenizer.level_offsets, codebooks, strict=True):
-            codes = slice(i - tokenizer.level_offsets[0], i - tokenizer.level_offsets[0] + len(codebook))
-            vectors = codebook.float().cpu()
-            vectors = vectors - vectors.mean(0)
-            if documents is None:
-                projection = torch.randn((vectors.shape[1], base.shape[1]), generator=generator)
-            else:
-                projection = _fit(vectors, sums[codes].cpu(), counts[codes].cpu())
-            levels.append(_unit_scale(vectors @ projection))
-        rows = torch.cat(levels)
+        shape = (codebooks[0].shape[1], base.shape[1])
+        projections = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in codebooks)
+        rows = torch.cat([_unit_scale(codebook.cpu() @ p) for codebook, p in zip(codebooks, projections, strict=True)])
     center = base.mean(0)
     # Half the length of a row: at full length a direction that was never trained scores so high by chance that the
     # base model's predictions on plain text suffer.
     length = (base - center).norm(dim=1).median()
-    return center + 0.5 * length * rows.to(base.device)
+    return center + 0.5 * length * rows.to(base)
 
 
 def trainable_code_rows(model: PreTrainedModel, tokenizer: ToolWeaverTokenizer) -> dict[str, list[int]]:
@@ -119,12 +117,21 @@ def trainable_code_rows(model: PreTrainedModel, tokenizer: ToolWeaverTokenizer) 
     return {names[id(module)].split(".")[-1]: tokenizer.code_token_ids for module in _embedding_modules(model)}
 
 
-def _fit(vectors: torch.Tensor, sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Return the projection, of shape `(code_dim, dim)`, that takes codebook vectors nearest to what the tools under a
-    code have apart from all tools: least squares over the tools."""
-    offsets = sums - counts * sums.sum(0) / counts.sum()
-    weights = counts.clamp(min=1).sqrt()
-    return torch.linalg.pinv(counts.sqrt() * vectors) @ (offsets / weights)
+def _fit(
+    codebooks: list[torch.Tensor], tokenizer: ToolWeaverTokenizer, sums: torch.Tensor, counts: torch.Tensor
+) -> torch.Tensor:
+    """Return linear images of the codebook vectors, of shape `(num_code_tokens, dim)`: those whose sum over a tool's
+    code is nearest to what its document's mean embedding has apart from all tools', by least squares over the tools."""
+    codes = torch.as_tensor(tokenizer.tool_code_ids - tokenizer.level_offsets, device=sums.device)
+    vectors = torch.cat([codebook[codes[:, i]] for i, codebook in enumerate(codebooks)], 1)
+    offsets = (sums - counts * sums.sum(0) / counts.sum()).double().split([len(codebook) for codebook in codebooks])
+    targets = [codebook.T @ level for codebook, level in zip(codebooks, offsets, strict=True)]
+    moments = vectors.T @ vectors
+    # One tool's worth of ridge, or directions in which the codebook hardly varies would take rows far away.
+    moments.diagonal().add_(moments.diagonal().mean() / len(codes))
+    projection = torch.linalg.pinv(moments, hermitian=True) @ torch.cat(targets)
+    parts = projection.split([codebook.shape[1] for codebook in codebooks])
+    return torch.cat([codebook @ part for codebook, part in zip(codebooks, parts, strict=True)]).float()
 
 
 def _unit_scale(vectors: torch.Tensor) -> torch.Tensor:
