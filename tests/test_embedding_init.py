@@ -55,6 +55,22 @@ def test_near_codes_have_near_rows(tokenizer, base_tokenizer):
     assert torch.corrcoef(pairs)[0, 1] > 0.9
 
 
+def test_the_projection_points_to_the_documents(tokenizer, base_tokenizer):
+    """Rows are a linear image of the codebook that resembles the mean embeddings of the documents under each code."""
+    codes = ToolCodes([6, 2], {f"t{i}": divmod(i, 2) for i in range(12)})
+    tokenizer = ToolWeaverTokenizer.from_base(base_tokenizer, codes)
+    words = ["rain", "money", "letter", "music", "train", "flower"]
+    catalog = ToolCatalog([Tool(f"t{i}", f"{words[i // 2]} " * 5) for i in range(12)])
+    codebooks = [torch.randn(6, 8, generator=torch.Generator().manual_seed(1)), torch.randn(2, 8)]
+    rows = {}
+    for method in ("codebook", "mean_description"):
+        model = small_llama(len(base_tokenizer), hidden_size=64)
+        initialize_code_embeddings(model, tokenizer, codebooks, method, catalog)
+        rows[method] = model.get_input_embeddings().weight[tokenizer.code_token_ids[:6]].detach()
+        rows[method] -= rows[method].mean(0)
+    assert torch.cosine_similarity(rows["codebook"], rows["mean_description"]).min() > 0.95
+
+
 def test_the_rows_of_a_code_add_up_to_its_document(tokenizer, base_tokenizer):
     """Rows are linear images of the codebooks, and together twice what a document has apart from the other tools'."""
     codes = ToolCodes([6, 2], {f"t{i}": divmod(i, 2) for i in range(12)})
