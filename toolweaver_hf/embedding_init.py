@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from peft.utils.integrations import gather_params_ctx
+from torch.nn.functional import embedding_bag
 from transformers import PreTrainedModel
 
 from .catalog import ToolCatalog
@@ -87,15 +88,16 @@ def _code_rows(
     seed: int,
 ) -> torch.Tensor:
     """Return the rows of the code tokens, of shape `(num_code_tokens, dim)`, for a matrix whose other rows are `base`."""
+    center = base.mean(0)
     sums, counts = (None, None) if documents is None else _description_sums(base, tokenizer, documents)
     if method == "mean_description":
-        return torch.where(counts > 0, sums / counts.clamp(min=1), base.mean(0))
+        return torch.where(counts > 0, sums / counts.clamp(min=1), center)
     if method == "codebook":
         codebooks = [codebook.to(base.device, torch.float64) for codebook in codebooks]
         codebooks = [codebook - codebook.mean(0) for codebook in codebooks]
         if documents is not None:
             # Twice the fit: from rows of its own length, a pretrained model and one from scratch both learn more slowly.
-            return base.mean(0) + 2 * _fit(codebooks, tokenizer, sums, counts)
+            return center + 2 * _fit(codebooks, tokenizer, sums, counts)
     generator = torch.Generator().manual_seed(seed)
     if method == "random":
         rows = _unit_scale(torch.randn((len(tokenizer.code_token_ids), base.shape[1]), generator=generator))
@@ -103,7 +105,6 @@ def _code_rows(
         shape = (codebooks[0].shape[1], base.shape[1])
         projections = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in codebooks)
         rows = torch.cat([_unit_scale(codebook.cpu() @ p) for codebook, p in zip(codebooks, projections, strict=True)])
-    center = base.mean(0)
     # Half the length of a row: at full length a direction that was never trained scores so high by chance that the
     # base model's predictions on plain text suffer.
     length = (base - center).norm(dim=1).median()
@@ -122,16 +123,14 @@ def _fit(
 ) -> torch.Tensor:
     """Return linear images of the codebook vectors, of shape `(num_code_tokens, dim)`: those whose sum over a tool's
     code is nearest to what its document's mean embedding has apart from all tools', by least squares over the tools."""
-    codes = torch.as_tensor(tokenizer.tool_code_ids - tokenizer.level_offsets, device=sums.device)
-    vectors = torch.cat([codebook[codes[:, i]] for i, codebook in enumerate(codebooks)], 1)
-    offsets = (sums - counts * sums.sum(0) / counts.sum()).double().split([len(codebook) for codebook in codebooks])
-    targets = [codebook.T @ level for codebook, level in zip(codebooks, offsets, strict=True)]
+    blocks = torch.block_diag(*codebooks)  # a projection of each level is one of these rows
+    codes = torch.as_tensor(tokenizer.tool_code_ids - tokenizer.level_offsets[0], device=sums.device)
+    vectors = embedding_bag(codes, blocks, mode="sum")
+    offsets = (sums - counts * sums.sum(0) / counts.sum()).double()
     moments = vectors.T @ vectors
     # One tool's worth of ridge, or directions in which the codebook hardly varies would take rows far away.
     moments.diagonal().add_(moments.diagonal().mean() / len(codes))
-    projection = torch.linalg.pinv(moments, hermitian=True) @ torch.cat(targets)
-    parts = projection.split([codebook.shape[1] for codebook in codebooks])
-    return torch.cat([codebook @ part for codebook, part in zip(codebooks, parts, strict=True)]).float()
+    return (blocks @ (torch.linalg.pinv(moments, hermitian=True) @ (blocks.T @ offsets))).float()
 
 
 def _unit_scale(vectors: torch.Tensor) -> torch.Tensor:
