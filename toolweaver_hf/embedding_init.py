@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from peft.utils.integrations import gather_params_ctx
@@ -36,8 +37,8 @@ def initialize_code_embeddings(
         method (`str`, *optional*, defaults to `"codebook"`):
             `"codebook"`: a projection of the codebook vectors (ToolWeaver, section 3.2), around the mean of the
             embeddings that are there: with a catalogue the linear one of each level by which the rows of a tool's code
-            add up to what the mean embedding of its document has apart from all tools', twice; without one a random
-            one that keeps distances, at half an embedding's length. `"mean_description"`: the mean embedding of the
+            add up to what the mean embedding of its document, weighted by inverse document frequency, has apart from
+            all tools'; without one a random one that keeps distances, at half an embedding's length. `"mean_description"`: the mean embedding of the
             documents under a code. `"random"`: random directions, at half an embedding's length.
         catalog ([`ToolCatalog`], *optional*):
             The tools' documents. `"mean_description"` needs them.
@@ -89,15 +90,20 @@ def _code_rows(
 ) -> torch.Tensor:
     """Return the rows of the code tokens, of shape `(num_code_tokens, dim)`, for a matrix whose other rows are `base`."""
     center = base.mean(0)
-    sums, counts = (None, None) if documents is None else _description_sums(base, tokenizer, documents)
+    if documents is not None:
+        documents = _document_vectors(base, documents, by_rarity=method == "codebook")
     if method == "mean_description":
+        sums = base.new_zeros((len(tokenizer.code_token_ids), base.shape[1]))
+        counts = base.new_zeros((len(sums), 1))
+        for codes in torch.as_tensor(tokenizer.tool_code_ids - tokenizer.level_offsets[0], device=base.device).T:
+            sums.index_add_(0, codes, documents)
+            counts.index_add_(0, codes, torch.ones_like(documents[:, :1]))
         return torch.where(counts > 0, sums / counts.clamp(min=1), center)
     if method == "codebook":
         codebooks = [codebook.to(base.device, torch.float64) for codebook in codebooks]
         codebooks = [codebook - codebook.mean(0) for codebook in codebooks]
         if documents is not None:
-            # Twice the fit: from rows of its own length, a pretrained model and one from scratch both learn more slowly.
-            return center + 2 * _fit(codebooks, tokenizer, sums, counts)
+            return center + _fit(codebooks, tokenizer, documents)
     generator = torch.Generator().manual_seed(seed)
     if method == "random":
         rows = _unit_scale(torch.randn((len(tokenizer.code_token_ids), base.shape[1]), generator=generator))
@@ -118,19 +124,17 @@ def trainable_code_rows(model: PreTrainedModel, tokenizer: ToolWeaverTokenizer) 
     return {names[id(module)].split(".")[-1]: tokenizer.code_token_ids for module in _embedding_modules(model)}
 
 
-def _fit(
-    codebooks: list[torch.Tensor], tokenizer: ToolWeaverTokenizer, sums: torch.Tensor, counts: torch.Tensor
-) -> torch.Tensor:
+def _fit(codebooks: list[torch.Tensor], tokenizer: ToolWeaverTokenizer, documents: torch.Tensor) -> torch.Tensor:
     """Return linear images of the codebook vectors, of shape `(num_code_tokens, dim)`: those whose sum over a tool's
-    code is nearest to what its document's mean embedding has apart from all tools', by least squares over the tools."""
+    code is nearest to what its document's vector has apart from all tools', by least squares over the tools."""
     blocks = torch.block_diag(*codebooks)  # a projection of each level is one of these rows
-    codes = torch.as_tensor(tokenizer.tool_code_ids - tokenizer.level_offsets[0], device=sums.device)
+    codes = torch.as_tensor(tokenizer.tool_code_ids - tokenizer.level_offsets[0], device=documents.device)
     vectors = embedding_bag(codes, blocks, mode="sum")
-    offsets = (sums - counts * sums.sum(0) / counts.sum()).double()
+    offsets = (documents - documents.mean(0)).double()
     moments = vectors.T @ vectors
     # One tool's worth of ridge, or directions in which the codebook hardly varies would take rows far away.
     moments.diagonal().add_(moments.diagonal().mean() / len(codes))
-    return (blocks @ (torch.linalg.pinv(moments, hermitian=True) @ (blocks.T @ offsets))).float()
+    return (blocks @ (torch.linalg.pinv(moments, hermitian=True) @ (vectors.T @ offsets))).float()
 
 
 def _unit_scale(vectors: torch.Tensor) -> torch.Tensor:
@@ -138,14 +142,17 @@ def _unit_scale(vectors: torch.Tensor) -> torch.Tensor:
     return vectors / vectors.square().sum(1).mean().sqrt().clamp(min=1e-12)
 
 
-def _description_sums(
-    base: torch.Tensor, tokenizer: ToolWeaverTokenizer, documents: list[list[int]]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return for each code token the sum over its tools of their documents' mean embeddings, and the number of tools."""
-    first = tokenizer.level_offsets[0]
-    sums = base.new_zeros((len(tokenizer.code_token_ids), base.shape[1]))
-    counts = base.new_zeros((len(sums), 1))
-    for ids, code in zip(documents, tokenizer.tool_code_ids - first, strict=True):
-        sums[code] += base[ids].mean(0)
-        counts[code] += 1
-    return sums, counts
+def _document_vectors(base: torch.Tensor, documents: list[list[int]], by_rarity: bool) -> torch.Tensor:
+    """Return the mean embedding of each document, of shape `(num_tools, dim)`. By rarity, a token weighs its inverse
+    document frequency: what every document has, such as the names of its fields, next to nothing."""
+    tools = torch.arange(len(documents)).repeat_interleave(torch.tensor([len(ids) for ids in documents]))
+    tokens = torch.tensor([*chain.from_iterable(documents)])
+    weights = torch.ones(len(tokens))
+    if by_rarity:
+        pairs = (tools * len(base) + tokens).unique()
+        frequencies = torch.bincount(pairs % len(base), minlength=len(base))
+        weights = ((len(documents) + 1) / frequencies[tokens]).log()
+    weights = weights / torch.zeros(len(documents)).index_add_(0, tools, weights)[tools]
+    shape = (len(documents), len(base))
+    weights = torch.sparse_coo_tensor(torch.stack([tools, tokens]), weights, shape, check_invariants=True)
+    return weights.to(base.device) @ base
