@@ -38,8 +38,9 @@ def initialize_code_embeddings(
             `"codebook"`: a projection of the codebook vectors (ToolWeaver, section 3.2), around the mean of the
             embeddings that are there: with a catalogue the linear one of each level by which the rows of a tool's code
             add up to what the mean embedding of its document, weighted by inverse document frequency, has apart from
-            all tools'; without one a random one that keeps distances, at half an embedding's length. `"mean_description"`: the mean embedding of the
-            documents under a code. `"random"`: random directions, at half an embedding's length.
+            all tools'; without one a random one that keeps distances, at half an embedding's length.
+            `"mean_description"`: the mean embedding of the documents under a code. `"random"`: random directions, at
+            half an embedding's length.
         catalog ([`ToolCatalog`], *optional*):
             The tools' documents. `"mean_description"` needs them.
         seed (`int`, *optional*, defaults to 0):
@@ -62,15 +63,16 @@ def initialize_code_embeddings(
 
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # a padded matrix may have room already
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    documents = None
+    token_weights = None
     if method != "random" and catalog is not None:
         texts = [catalog[tool_id].document for tool_id in tokenizer.tool_ids]
         documents = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        token_weights = _token_weights(documents, tokenizer.level_offsets[0], by_rarity=method == "codebook")
     for module in _embedding_modules(model):
         with gather_params_ctx(module.weight):  # where DeepSpeed's ZeRO-3 loaded the model in parts
             if module.weight.numel():
                 base = module.weight[: tokenizer.level_offsets[0]].float()
-                rows = _code_rows(base, tokenizer, codebooks, method, documents, seed)
+                rows = _code_rows(base, tokenizer, codebooks, method, token_weights, seed)
                 module.weight[tokenizer.code_token_ids] = rows.to(module.weight)
 
 
@@ -85,25 +87,24 @@ def _code_rows(
     tokenizer: ToolWeaverTokenizer,
     codebooks: Sequence[torch.Tensor] | None,
     method: str,
-    documents: list[list[int]] | None,
+    token_weights: torch.Tensor | None,
     seed: int,
 ) -> torch.Tensor:
     """Return the rows of the code tokens, of shape `(num_code_tokens, dim)`, for a matrix whose other rows are `base`."""
     center = base.mean(0)
-    if documents is not None:
-        documents = _document_vectors(base, documents, by_rarity=method == "codebook")
+    codes = torch.as_tensor(tokenizer.tool_code_ids - tokenizer.level_offsets[0], device=base.device)
+    documents = None if token_weights is None else token_weights.to(base.device) @ base
     if method == "mean_description":
-        sums = base.new_zeros((len(tokenizer.code_token_ids), base.shape[1]))
-        counts = base.new_zeros((len(sums), 1))
-        for codes in torch.as_tensor(tokenizer.tool_code_ids - tokenizer.level_offsets[0], device=base.device).T:
-            sums.index_add_(0, codes, documents)
-            counts.index_add_(0, codes, torch.ones_like(documents[:, :1]))
+        counts = torch.bincount(codes.flatten(), minlength=len(tokenizer.code_token_ids))[:, None]
+        sums = base.new_zeros((len(counts), base.shape[1]))
+        for level in codes.T:
+            sums.index_add_(0, level, documents)
         return torch.where(counts > 0, sums / counts.clamp(min=1), center)
     if method == "codebook":
         codebooks = [codebook.to(base.device, torch.float64) for codebook in codebooks]
         codebooks = [codebook - codebook.mean(0) for codebook in codebooks]
         if documents is not None:
-            return center + _fit(codebooks, tokenizer, documents)
+            return center + _fit(codebooks, codes, documents)
     generator = torch.Generator().manual_seed(seed)
     if method == "random":
         rows = _unit_scale(torch.randn((len(tokenizer.code_token_ids), base.shape[1]), generator=generator))
@@ -124,11 +125,10 @@ def trainable_code_rows(model: PreTrainedModel, tokenizer: ToolWeaverTokenizer) 
     return {names[id(module)].split(".")[-1]: tokenizer.code_token_ids for module in _embedding_modules(model)}
 
 
-def _fit(codebooks: list[torch.Tensor], tokenizer: ToolWeaverTokenizer, documents: torch.Tensor) -> torch.Tensor:
+def _fit(codebooks: list[torch.Tensor], codes: torch.LongTensor, documents: torch.Tensor) -> torch.Tensor:
     """Return linear images of the codebook vectors, of shape `(num_code_tokens, dim)`: those whose sum over a tool's
     code is nearest to what its document's vector has apart from all tools', by least squares over the tools."""
     blocks = torch.block_diag(*codebooks)  # a projection of each level is one of these rows
-    codes = torch.as_tensor(tokenizer.tool_code_ids - tokenizer.level_offsets[0], device=documents.device)
     vectors = embedding_bag(codes, blocks, mode="sum")
     offsets = (documents - documents.mean(0)).double()
     moments = vectors.T @ vectors
@@ -142,17 +142,16 @@ def _unit_scale(vectors: torch.Tensor) -> torch.Tensor:
     return vectors / vectors.square().sum(1).mean().sqrt().clamp(min=1e-12)
 
 
-def _document_vectors(base: torch.Tensor, documents: list[list[int]], by_rarity: bool) -> torch.Tensor:
-    """Return the mean embedding of each document, of shape `(num_tools, dim)`. By rarity, a token weighs its inverse
-    document frequency: what every document has, such as the names of its fields, next to nothing."""
+def _token_weights(documents: list[list[int]], vocab_size: int, by_rarity: bool) -> torch.Tensor:
+    """Return what each token weighs in each document's mean, sparse, of shape `(num_tools, vocab_size)`. By rarity it
+    is its inverse document frequency: what every document has, such as the names of its fields, next to nothing."""
     tools = torch.arange(len(documents)).repeat_interleave(torch.tensor([len(ids) for ids in documents]))
     tokens = torch.tensor([*chain.from_iterable(documents)])
     weights = torch.ones(len(tokens))
     if by_rarity:
-        pairs = (tools * len(base) + tokens).unique()
-        frequencies = torch.bincount(pairs % len(base), minlength=len(base))
+        pairs = (tools * vocab_size + tokens).unique()
+        frequencies = torch.bincount(pairs % vocab_size, minlength=vocab_size)
         weights = ((len(documents) + 1) / frequencies[tokens]).log()
     weights = weights / torch.zeros(len(documents)).index_add_(0, tools, weights)[tools]
-    shape = (len(documents), len(base))
-    weights = torch.sparse_coo_tensor(torch.stack([tools, tokens]), weights, shape, check_invariants=True)
-    return weights.to(base.device) @ base
+    shape = (len(documents), vocab_size)
+    return torch.sparse_coo_tensor(torch.stack([tools, tokens]), weights, shape, check_invariants=True)
