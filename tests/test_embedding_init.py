@@ -60,8 +60,8 @@ def test_the_projection_points_to_the_documents(tokenizer, base_tokenizer):
     """Rows are a linear image of the codebook that resembles the mean embeddings of the documents under each code."""
     codes = ToolCodes([6, 2], {f"t{i}": divmod(i, 2) for i in range(12)})
     tokenizer = ToolWeaverTokenizer.from_base(base_tokenizer, codes)
-    words = ["rain", "money", "letter", "music", "train", "flower"]
-    catalog = ToolCatalog([Tool(f"t{i}", f"{words[i // 2]} " * 5) for i in range(12)])
+    words = ["data", "search", "time", "name", "text", "number"]  # a token each
+    catalog = ToolCatalog([Tool(f"t{i}", f"{words[i // 2]}." * 5, name=words[i // 2]) for i in range(12)])
     codebooks = [torch.randn(6, 8, generator=torch.Generator().manual_seed(1)), torch.randn(2, 8)]
     rows = {}
     for method in ("codebook", "mean_description"):
@@ -69,8 +69,7 @@ def test_the_projection_points_to_the_documents(tokenizer, base_tokenizer):
         initialize_code_embeddings(model, tokenizer, codebooks, method, catalog)
         rows[method] = model.get_input_embeddings().weight[tokenizer.code_token_ids[:6]].detach()
         rows[method] -= rows[method].mean(0)
-    similarities = torch.cosine_similarity(rows["codebook"][:, None], rows["mean_description"], dim=2)
-    assert similarities.argmax(1).tolist() == [*range(6)] and similarities.diagonal().min() > 0.5
+    assert torch.cosine_similarity(rows["codebook"], rows["mean_description"]).min() > 0.95
 
 
 def test_the_rows_of_a_code_add_up_to_its_document(tokenizer, base_tokenizer):
@@ -79,7 +78,8 @@ def test_the_rows_of_a_code_add_up_to_its_document(tokenizer, base_tokenizer):
     codes = ToolCodes([6, 2], {f"t{i}": divmod(i, 2) for i in range(12)})
     tokenizer = ToolWeaverTokenizer.from_base(base_tokenizer, codes)
     topics, actions = ["rain", "money", "letter", "music", "train", "flower"], ["find", "send"]
-    catalog = ToolCatalog([Tool(f"t{i}", f"{topics[i // 2]} {actions[i % 2]} " * 5) for i in range(12)])
+    words = [f"{topics[i // 2]} {actions[i % 2]}" for i in range(12)]
+    catalog = ToolCatalog([Tool(f"t{i}", f"{words[i]} " * 5, name=words[i]) for i in range(12)])
     codebooks = [torch.randn(size, 8, generator=torch.Generator().manual_seed(1)) for size in (6, 2)]
     model = small_llama(len(base_tokenizer), hidden_size=64)
     initialize_code_embeddings(model, tokenizer, codebooks, catalog=catalog)
@@ -92,8 +92,8 @@ def test_the_rows_of_a_code_add_up_to_its_document(tokenizer, base_tokenizer):
         weights = torch.tensor([math.log(13 / sum(token in other for other in texts)) for token in text])
         documents.append((weights[:, None] * base[text]).sum(0) / weights.sum())
     documents = torch.stack(documents) - torch.stack(documents).mean(0)
-    assert torch.cosine_similarity(rows, documents).min() > 0.9
-    assert (rows - documents).square().sum() < 0.2 * documents.square().sum()
+    assert torch.cosine_similarity(rows, documents).min() > 0.95
+    assert (rows - documents).square().sum() < 0.1 * documents.square().sum()
 
 
 @pytest.mark.parametrize("tied", [True, False])
