@@ -39,7 +39,7 @@ from toolweaver_hf.cousage import cousage_graph, hold_out_edges
 from toolweaver_hf.data import load_queries
 from toolweaver_hf.embeddings import embed_catalog
 from toolweaver_hf.modeling_rqvae import RQVAEModel, uniform_mapping
-from toolweaver_hf.recipes.tokenize_tools import RQVAETrainingArguments
+from toolweaver_hf.recipes.tokenize_tools import RQVAETrainingArguments, default_steps
 from toolweaver_hf.report import measure_codes
 from toolweaver_hf.train_rqvae import ASSIGNMENTS, RQVAETrainer, start_model
 
@@ -105,7 +105,7 @@ def fit_sparse(
     clock = _Clock(steps if whole else steps + 2)
     with tempfile.TemporaryDirectory() as folder:
         args = RQVAETrainingArguments(output_dir=folder, logging_strategy="no", disable_tqdm=True, use_cpu=True)
-        args.max_steps = steps if whole else args.max_steps
+        args.max_steps = steps if whole else default_steps(len(embeddings))
         trainer = RQVAETrainer(model, args, embeddings, graph, callbacks=[clock])
         start = time.perf_counter()
         trainer.train()
@@ -164,7 +164,7 @@ def fit_dense(
             if not crowded:
                 break
     step, assignment = float(np.median(np.diff(times[1:]))), time.perf_counter() - start
-    fit = time.perf_counter() - began if whole else RQVAETrainingArguments.max_steps * step + assignment
+    fit = time.perf_counter() - began if whole else default_steps(len(embeddings)) * step + assignment
     return {"step": step, "assignment": assignment, "fit": fit}, codes
 
 
@@ -191,10 +191,7 @@ def main(args: BenchmarkArguments) -> dict[str, dict]:
         else:
             load = partial(real_tools, args, args.output_dir or folder)
             loads = {len(load()[0]): load}  # the embeddings are then in the folder, for the processes to come
-        steps = RQVAETrainingArguments.max_steps if args.catalog is None else args.steps
-        print(
-            f"| tools | way | ms a step | times | assignment, s | times | {steps:,} steps, min | times | GiB | times |"
-        )
+        print("| tools | way | ms a step | times | assignment, s | times | whole fit, min | times | GiB | times |")
         print("|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|")
         for num_tools, load in loads.items():
             ours = None

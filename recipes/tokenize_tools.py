@@ -72,6 +72,8 @@ class RQVAETrainingArguments(TrainingArguments):
     """[`TrainingArguments`] with defaults for an RQ-VAE. `output_dir` is the folder for all results.
 
     Args:
+        max_steps (`int`, *optional*):
+            Number of training steps. Defaults to as many as there are tools, but 600 at least and 3000 at most.
         early_stopping_patience (`int`, *optional*):
             Stop after as many evaluations without fewer collisions or a better reconstruction. Evaluations are every
             `eval_steps`, or every `logging_steps` where these are not given.
@@ -82,7 +84,7 @@ class RQVAETrainingArguments(TrainingArguments):
     )
     learning_rate: float = field(default=1e-2, metadata={"help": "The peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate's schedule."})
-    max_steps: int = field(default=3000, metadata={"help": "Number of training steps."})
+    max_steps: int = field(default=-1, metadata={"help": "Number of training steps, if not by the catalogue's size."})
     per_device_train_batch_size: int = field(default=1024, metadata={"help": "Tools in a step, for each device."})
     logging_steps: float = field(default=100, metadata={"help": "Steps between two reports of the losses."})
     save_strategy: str = field(default="no", metadata={"help": "When checkpoints are written."})
@@ -102,6 +104,11 @@ def default_codebook_sizes(num_tools: int) -> list[int]:
     return [2 ** math.ceil(math.log2(4 * math.sqrt(num_tools)))] * 2
 
 
+def default_steps(num_tools: int) -> int:
+    """As many as there are tools, 600 to 3000: the codes of few tools get worse again if they are trained for longer."""
+    return min(max(num_tools, 600), 3000)
+
+
 def main(args: TokenizationArguments, training_args: TrainingArguments) -> dict:
     """Tokenize a catalogue into `training_args.output_dir`; print and return the metrics."""
     set_seed(training_args.seed)
@@ -109,6 +116,8 @@ def main(args: TokenizationArguments, training_args: TrainingArguments) -> dict:
     catalog = ToolCatalog.from_file(args.catalog)
     codebook_sizes = args.codebook_sizes or default_codebook_sizes(len(catalog))
     check_capacity(len(catalog), codebook_sizes)
+    if training_args.max_steps < 0:
+        training_args.max_steps = default_steps(len(catalog))
     uses = [] if args.queries is None else [query.tools for query in load_queries(args.queries, args.qrels)]
     cousage, held_out = hold_out_edges(cousage_graph(catalog, uses), args.held_out_edges, training_args.seed)
 

@@ -117,7 +117,7 @@ def main(args: QuickstartArguments) -> None:
         tokenize_tools.TokenizationArguments(
             catalog=str(data / "catalog.jsonl"), queries=str(data / "queries.train.jsonl"), encoder=args.encoder
         ),
-        tokenize_tools.RQVAETrainingArguments(output_dir=str(codes_dir), max_steps=600, seed=args.seed),
+        tokenize_tools.RQVAETrainingArguments(output_dir=str(codes_dir), seed=args.seed),
     )
     picture = inspect_codes(codes_dir)
 
