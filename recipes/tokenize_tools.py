@@ -50,6 +50,9 @@ class TokenizationArguments:
             Codes of each level. Defaults to two levels of the power of two next above 4 * sqrt(number of tools).
         collaborative_weight (`float`, *optional*, defaults to 1.0):
             Weight of the collaborative loss.
+        min_cousage (`int`, *optional*, defaults to 2):
+            How many queries at least two tools have to share to be drawn together; 1, as the paper has it, takes
+            chance for a pattern where queries are few.
         codebook_update (`str`, *optional*, defaults to `"gradient"`):
             How the codebooks learn: `"gradient"` or `"ema"`, as moving averages.
         held_out_edges (`float`, *optional*, defaults to 0.0):
@@ -63,6 +66,7 @@ class TokenizationArguments:
     encoder: str | None = field(default=None, metadata={"help": "sentence-transformers model."})
     codebook_sizes: list[int] | None = field(default=None, metadata={"help": "Codes of each level."})
     collaborative_weight: float = field(default=1.0, metadata={"help": "Weight of the collaborative loss."})
+    min_cousage: int = field(default=2, metadata={"help": "Queries that tools share at least to be drawn together."})
     codebook_update: str = field(default="gradient", metadata={"help": "How codebooks learn: gradient or ema."})
     held_out_edges: float = field(default=0.0, metadata={"help": "Share of co-used pairs to measure by."})
 
@@ -119,7 +123,11 @@ def main(args: TokenizationArguments, training_args: TrainingArguments) -> dict:
     if training_args.max_steps < 0:
         training_args.max_steps = default_steps(len(catalog))
     uses = [] if args.queries is None else [query.tools for query in load_queries(args.queries, args.qrels)]
-    cousage, held_out = hold_out_edges(cousage_graph(catalog, uses), args.held_out_edges, training_args.seed)
+    cousage, held_out = hold_out_edges(
+        cousage_graph(catalog, uses, args.min_cousage), args.held_out_edges, training_args.seed
+    )
+    if uses and not cousage.nnz:
+        print(f"no two tools share {args.min_cousage} queries: the codes follow the documents alone")
 
     # Tools to vectors, vectors to codes
     with training_args.main_process_first(local=False):

@@ -21,8 +21,9 @@ def folder(tmp_path_factory):
     catalog = ToolCatalog([Tool(f"tool{i}", f"Does the thing {i}.", name=f"name of {i}") for i in range(40)])
     catalog.to_jsonl(data / "catalog.jsonl")
     with open(data / "queries.jsonl", "w", encoding="utf-8") as file:
-        for i in range(0, 40, 2):
-            file.write(json.dumps({"id": str(i), "text": "?", "tools": [f"tool{i}", f"tool{(i + 1) % 40}"]}) + "\n")
+        for number in range(40):  # each pair twice
+            i = 2 * (number % 20)
+            file.write(json.dumps({"id": str(number), "text": "?", "tools": [f"tool{i}", f"tool{i + 1}"]}) + "\n")
     (data / "out").mkdir()
     embeddings = np.random.default_rng(0).standard_normal((40, 16), dtype=np.float32)
     key = {"encoder": "none", "catalog": catalog.checksum}

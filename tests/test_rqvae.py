@@ -183,13 +183,17 @@ def test_nan_names_the_row(embeddings, tmp_path):
 
 def test_cousage_graph():
     catalog = ToolCatalog([Tool(name, f"The tool {name}.") for name in "abc"])
-    graph = cousage_graph(catalog, [["a", "b"], ["b", "a"], ["a", "c"], ["a"]]).toarray()
+    uses = [["a", "b"], ["b", "a"], ["a", "c"], ["a"]]
     # a is used 4 times, b twice, c once
     expected = np.array([[0, 2 / 8**0.5, 1 / 2], [2 / 8**0.5, 0, 0], [1 / 2, 0, 0]])
-    np.testing.assert_allclose(graph, expected, rtol=1e-6)
+    np.testing.assert_allclose(cousage_graph(catalog, uses, min_cousage=1).toarray(), expected, rtol=1e-6)
+    expected[0, 2] = expected[2, 0] = 0  # a and c only met once
+    np.testing.assert_allclose(cousage_graph(catalog, uses).toarray(), expected, rtol=1e-6)
     assert cousage_graph(catalog, []).nnz == 0
     with pytest.raises(ValueError, match="'d'"):
         cousage_graph(catalog, [["a", "d"]])
+    with pytest.raises(ValueError, match="min_cousage"):
+        cousage_graph(catalog, uses, min_cousage=0)
 
 
 def test_resumed_training_ends_as_the_unbroken_one(embeddings, tmp_path):

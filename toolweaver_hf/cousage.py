@@ -10,7 +10,7 @@ import scipy.sparse
 from .catalog import ToolCatalog
 
 
-def cousage_graph(catalog: ToolCatalog, uses: Iterable[Sequence[str]]) -> scipy.sparse.csr_array:
+def cousage_graph(catalog: ToolCatalog, uses: Iterable[Sequence[str]], min_cousage: int = 2) -> scipy.sparse.csr_array:
     r"""
     Build the collaborative similarity \\(A_{uv} = C_{uv} / \sqrt{C_{uu} C_{vv}}\\) of a catalogue's tools, where
     \\(C_{uv}\\) counts how often \\(u\\) and \\(v\\) are used together (ToolWeaver, section 3.1).
@@ -20,13 +20,19 @@ def cousage_graph(catalog: ToolCatalog, uses: Iterable[Sequence[str]]) -> scipy.
             The tools.
         uses (`Iterable[Sequence[str]]`):
             For each query or trajectory the ids of the tools that it uses.
+        min_cousage (`int`, *optional*, defaults to 2):
+            How often at least two tools have to be used together. Once may be chance, and counts for as much as always
+            where either tool is hardly ever used: where queries are few, such pairs drown the meaning of the codes.
+            The paper has 1.
 
     Returns:
         `scipy.sparse.csr_array` of shape `(num_tools, num_tools)`: symmetric, with an empty diagonal.
 
     Raises:
-        `ValueError`: if a tool is not in the catalogue.
+        `ValueError`: if a tool is not in the catalogue, or `min_cousage` is below 1.
     """
+    if min_cousage < 1:
+        raise ValueError(f"min_cousage must be at least 1, not {min_cousage}")
     position = {tool_id: i for i, tool_id in enumerate(catalog.ids)}
     tools, lengths = [], []
     for use in uses:
@@ -43,8 +49,8 @@ def cousage_graph(catalog: ToolCatalog, uses: Iterable[Sequence[str]]) -> scipy.
     together = scipy.sparse.coo_array(incidence.T @ incidence)
     row, column = together.coords
     count = together.diagonal()
-    off_diagonal = row != column
-    row, column, data = row[off_diagonal], column[off_diagonal], together.data[off_diagonal]
+    often = (row != column) & (together.data >= min_cousage)
+    row, column, data = row[often], column[often], together.data[often]
     return scipy.sparse.csr_array((data / np.sqrt(count[row] * count[column]), (row, column)), shape=together.shape)
 
 
