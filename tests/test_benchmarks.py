@@ -89,7 +89,8 @@ def test_tokenization_of_synthetic_tools_and_of_a_catalogue(tmp_path, capsys):
 
     catalog = ToolCatalog([Tool(f"tool {i}", f"Does the thing number {i}.") for i in range(60)])
     catalog.to_jsonl(tmp_path / "catalog.jsonl")
-    queries = [{"id": str(i), "text": "?", "tools": [f"tool {i}", f"tool {i // 2}"]} for i in range(60)]
+    pairs = 2 * [[f"tool {i}", f"tool {i // 2}"] for i in range(60)]
+    queries = [{"id": str(i), "text": "?", "tools": pair} for i, pair in enumerate(pairs)]
     (tmp_path / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
     embeddings = np.random.default_rng(0).standard_normal((60, 8), dtype=np.float32)
     key = {"encoder": "none", "catalog": catalog.checksum}
