@@ -113,7 +113,9 @@ class BenchmarkArguments:
     )
     encoder: str | None = field(default=None, metadata={"help": "sentence-transformers model."})
     codebook_sizes: list[int] | None = field(default=None, metadata={"help": "Codes of each level."})
-    tokenization_steps: int = field(default=-1, metadata={"help": "Training steps of an RQ-VAE."})
+    tokenization_steps: int = field(
+        default=tokenize_tools.RQVAETrainingArguments.max_steps, metadata={"help": "Training steps of an RQ-VAE."}
+    )
     stages: list[str] = field(
         default_factory=lambda: ["memorization", "retrieval"],
         metadata={"help": "What a model learns.", "choices": ["memorization", "retrieval"]},

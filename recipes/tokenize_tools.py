@@ -123,11 +123,10 @@ def main(args: TokenizationArguments, training_args: TrainingArguments) -> dict:
     if training_args.max_steps < 0:
         training_args.max_steps = default_steps(len(catalog))
     uses = [] if args.queries is None else [query.tools for query in load_queries(args.queries, args.qrels)]
-    cousage, held_out = hold_out_edges(
-        cousage_graph(catalog, uses, args.min_cousage), args.held_out_edges, training_args.seed
-    )
-    if uses and not cousage.nnz:
+    graph = cousage_graph(catalog, uses, args.min_cousage)
+    if uses and not graph.nnz and training_args.process_index == 0:
         print(f"no two tools share {args.min_cousage} queries: the codes follow the documents alone")
+    cousage, held_out = hold_out_edges(graph, args.held_out_edges, training_args.seed)
 
     # Tools to vectors, vectors to codes
     with training_args.main_process_first(local=False):
