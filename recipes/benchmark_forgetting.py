@@ -27,7 +27,7 @@ from toolweaver_hf.catalog import ToolCatalog
 from toolweaver_hf.cli import run
 from toolweaver_hf.codes import ToolCodes
 from toolweaver_hf.embedding_init import initialize_code_embeddings
-from toolweaver_hf.json_files import read_json, write_json
+from toolweaver_hf.files import read_json, write_json
 from toolweaver_hf.loading import load_aligned_model
 from toolweaver_hf.modeling_rqvae import RQVAEModel
 from toolweaver_hf.recipes import sft

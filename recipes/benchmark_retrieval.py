@@ -42,7 +42,7 @@ from toolweaver_hf.codes import ToolCodes
 from toolweaver_hf.data import Query, load_queries
 from toolweaver_hf.embeddings import EMBEDDINGS_FILE, default_encoder, embed_catalog
 from toolweaver_hf.evaluation import check_ground_truth
-from toolweaver_hf.json_files import write_text
+from toolweaver_hf.files import write_text
 from toolweaver_hf.loading import load_aligned_model
 from toolweaver_hf.modeling_rqvae import RQVAEModel
 from toolweaver_hf.quickstart import build_small_llama

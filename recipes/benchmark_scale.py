@@ -29,7 +29,7 @@ from toolweaver_hf.cli import run
 from toolweaver_hf.codes import ToolCodes
 from toolweaver_hf.configuration_rqvae import RQVAEConfig
 from toolweaver_hf.embedding_init import initialize_code_embeddings
-from toolweaver_hf.json_files import write_json, written_whole
+from toolweaver_hf.files import atomic_write, write_json
 from toolweaver_hf.modeling_rqvae import RQVAEModel
 from toolweaver_hf.recipes.tokenize_tools import default_codebook_sizes
 from toolweaver_hf.retrieval import ToolRetriever
@@ -164,7 +164,7 @@ def draw(results: dict[str, dict[str, dict]], path: str) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0, 0].legend(frameon=False)
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, dpi=120)
     plt.close(figure)
 

@@ -24,8 +24,8 @@ from toolweaver_hf.chat_endpoint import DEFAULT_URL, ChatEndpoint
 from toolweaver_hf.cli import run
 from toolweaver_hf.data import load_trajectories
 from toolweaver_hf.demo import demo_functions
+from toolweaver_hf.files import read_json, truncate_partial_line, write_json
 from toolweaver_hf.hub import local_file
-from toolweaver_hf.json_files import cut_off_unfinished_line, read_json, write_json
 from toolweaver_hf.judges import AnswerChecker, ChatJudge, judge_pairs, judge_runs, pass_rate, token_counts, win_rate
 from toolweaver_hf.runs import RUN_FILE, RUN_VERSION, describe_run
 from toolweaver_hf.simulated_tools import SimulatedTools
@@ -131,7 +131,7 @@ def run_agent(
     args: AgentEvaluationArguments, catalog: ToolCatalog, tasks: list[AgentTask], path: Path
 ) -> dict[str, AgentRun]:
     """Let the model do the tasks that the file `path` has no run of; add each run to it at once."""
-    cut_off_unfinished_line(path)
+    truncate_partial_line(path)
     done = load_runs(path) if path.exists() and path.stat().st_size else {}
     missing = [task for task in tasks if task.id not in done]
     if not missing:

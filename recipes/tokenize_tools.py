@@ -25,8 +25,8 @@ from toolweaver_hf.configuration_rqvae import RQVAEConfig
 from toolweaver_hf.cousage import cousage_graph, hold_out_edges
 from toolweaver_hf.data import load_queries
 from toolweaver_hf.embeddings import embed_catalog
+from toolweaver_hf.files import write_json
 from toolweaver_hf.hub import push_folder, take_push_arguments
-from toolweaver_hf.json_files import write_json
 from toolweaver_hf.modeling_rqvae import RQVAEModel
 from toolweaver_hf.report import METRICS_FILE, METRICS_VERSION, measure_codes
 from toolweaver_hf.train_rqvae import CodesEarlyStoppingCallback, RQVAETrainer

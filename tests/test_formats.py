@@ -11,7 +11,7 @@ from toolweaver_hf import RQVAEModel, ToolCatalog, ToolCodes
 from toolweaver_hf.cards import TRAINING_VERSION, create_card
 from toolweaver_hf.data import load_queries, load_trajectories
 from toolweaver_hf.evaluation import METRICS_VERSION as EVALUATION_VERSION
-from toolweaver_hf.json_files import read_json
+from toolweaver_hf.files import read_json
 from toolweaver_hf.report import METRICS_VERSION, inspect_codes
 
 

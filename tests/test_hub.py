@@ -36,8 +36,8 @@ from toolweaver_hf.data import load_queries
 from toolweaver_hf.demo import DEMO_FOLDER
 from toolweaver_hf.embedding_init import trainable_code_rows
 from toolweaver_hf.evaluation import MEASURES
+from toolweaver_hf.files import write_json
 from toolweaver_hf.hub import push_folder
-from toolweaver_hf.json_files import write_json
 from toolweaver_hf.pipeline_tool_retrieval import ToolRetrievalPipeline
 from toolweaver_hf.recipes import sft
 from toolweaver_hf.serving import save_inference_code

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from toolweaver_hf import RQVAEConfig, RQVAEModel, ToolCatalog, ToolCodes, ToolRetriever, ToolWeaverTokenizer
 from toolweaver_hf.cards import create_card
 from toolweaver_hf.data import load_queries, load_trajectories
-from toolweaver_hf.json_files import read_json
+from toolweaver_hf.files import read_json
 
 
 REFUSALS = (ValueError, OSError)

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from .arguments import ToolArgumentsLogitsProcessor, find_error
 from .catalog import ToolCatalog
 from .data import render_calls
-from .json_files import written_whole
+from .files import atomic_write
 from .loading import load_aligned_model
 from .logits_process import ToolCodeLogitsProcessor
 from .tokenization_toolweaver import HUB_KWARGS, ToolWeaverTokenizer
@@ -65,7 +65,7 @@ class AgentRun:
 
 def save_trajectories(runs: Iterable[AgentRun], path: str | os.PathLike) -> None:
     """Write runs as training trajectories, a JSONL file that [`~data.load_trajectories`] reads; whole or not at all."""
-    with written_whole(path) as partial, open(partial, "w", encoding="utf-8") as file:
+    with atomic_write(path) as partial, open(partial, "w", encoding="utf-8") as file:
         for i, run in enumerate(runs):
             file.write(json.dumps({"id": f"run-{i}", "messages": run.messages}, ensure_ascii=False) + "\n")
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from .catalog import CATALOG_FILE, ToolCatalog
 from .data import load_queries, load_trajectories
 from .evaluation import METRICS_FILE, METRICS_VERSION, markdown_table
-from .json_files import read_json, read_object, write_json
+from .files import read_json, read_object, write_json
 from .tokenization_toolweaver import LEVEL_LETTERS, TOOL_CODES_FILE, check_tool_codes
 
 

@@ -16,8 +16,8 @@ import yaml
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from .files import atomic_write
 from .hub import PushToHubMixin, local_file
-from .json_files import written_whole
 from .openapi import join_texts, openapi_tools
 
 
@@ -293,7 +293,7 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
 
     def to_jsonl(self, path: str | os.PathLike) -> None:
         """Write the catalogue, one tool a line, as [`ToolCatalog.from_file`] reads it back."""
-        with written_whole(path) as partial, open(partial, "w", encoding="utf-8") as file:
+        with atomic_write(path) as partial, open(partial, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(tool.to_dict(), ensure_ascii=False) + "\n" for tool in self)
 
 

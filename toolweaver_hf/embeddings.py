@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from sentence_transformers import SentenceTransformer
 
 from .catalog import ToolCatalog
-from .json_files import written_whole
+from .files import atomic_write
 
 
 EMBEDDINGS_FILE = "embeddings.safetensors"
@@ -73,6 +73,6 @@ def embed_catalog(
         raise ValueError(f"{encoder} gives NaN or infinity for the tool {catalog[int(broken[0])].id!r}")
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as partial:
+        with atomic_write(path) as partial:
             save_file({"embeddings": embeddings}, partial, metadata=key)
     return embeddings

@@ -20,7 +20,7 @@ from .agent_evaluation import AgentTask, call_counts, calls_of, observations_of
 from .chat_endpoint import ChatEndpoint
 from .data import read_rows
 from .evaluation import bootstrap_intervals
-from .json_files import cut_off_unfinished_line
+from .files import truncate_partial_line
 
 
 SCORES = {"solved": 1.0, "unsure": 0.5, "unsolved": 0.0}
@@ -279,7 +279,7 @@ def _ask_all(
     title: str,
 ) -> list[dict[str, Any]]:
     """Gather the judgements that a file lacks, several at once, and return those of these tasks and votes in order."""
-    cut_off_unfinished_line(path)
+    truncate_partial_line(path)
     rows = {(row["id"], row["vote"]): row for _, row in read_rows(path)} if os.path.exists(path) else {}
     wanted = [(task, vote) for task, vote in product(tasks, range(votes))]
     missing = [(task, vote) for task, vote in wanted if (task.id, vote) not in rows]

@@ -14,7 +14,7 @@ import torch
 from .assignment import uniform_codes
 from .catalog import ToolCatalog
 from .codes import ToolCodes
-from .json_files import read_json, write_json
+from .files import read_json, write_json
 from .modeling_rqvae import LOSSES, RQVAEModel
 
 

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from .data import Query
 from .evaluation import METRICS_FILE, METRICS_VERSION, compare_rankings, markdown_table
-from .json_files import read_json, write_json, write_text, written_whole
+from .files import atomic_write, read_json, write_json, write_text
 from .retrieval import RetrievedTool
 
 
@@ -301,7 +301,7 @@ def draw_chart(metrics: Mapping[str, Any], path: str | os.PathLike) -> None:
         axes.set(title=f"{group} ({results[name][group]['queries']:,} queries)", ylabel="percent")
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, dpi=120)
     plt.close(figure)
 

@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from .json_files import write_text
+from .files import write_text
 
 
 PIPELINE = {

@@ -23,7 +23,7 @@ from .arguments import find_error
 from .catalog import Tool, ToolCatalog
 from .chat_endpoint import DEFAULT_URL, ChatEndpoint
 from .data import load_trajectories, read_rows
-from .json_files import cut_off_unfinished_line
+from .files import truncate_partial_line
 
 
 SIMULATION_INSTRUCTIONS = """\
@@ -74,7 +74,7 @@ class SimulatedTools(Mapping[str, Callable[..., Any]]):
         self._answers: dict[tuple[str, str], Any] = {}
         self._lock = threading.Lock()
         if path is not None and os.path.exists(path):
-            cut_off_unfinished_line(path)
+            truncate_partial_line(path)
             for place, row in read_rows(path):
                 if not isinstance(row.get("tool"), str) or "answer" not in row:
                     raise ValueError(f"{place}: a recorded answer needs 'tool', 'arguments' and 'answer'")

@@ -11,7 +11,7 @@ from typing import Any
 
 
 @contextmanager
-def written_whole(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Give a file's writer another name to write to, which becomes `path` once all is written."""
     path = Path(path)
     partial = path.with_name(f"{path.stem}.partial{path.suffix}")
@@ -24,7 +24,7 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a text, whole or not at all."""
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
@@ -68,7 +68,7 @@ def read_json(path: str | os.PathLike, schema_version: int) -> dict[str, Any]:
     return document
 
 
-def cut_off_unfinished_line(path: str | os.PathLike) -> None:
+def truncate_partial_line(path: str | os.PathLike) -> None:
     """Cut off the last line of a JSONL file that a run adds to, if the run ended before the line was whole."""
     path = Path(path)
     if path.exists():
