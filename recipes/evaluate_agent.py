@@ -24,8 +24,7 @@ from toolweaver_hf.chat_endpoint import DEFAULT_URL, ChatEndpoint
 from toolweaver_hf.cli import run
 from toolweaver_hf.data import load_trajectories
 from toolweaver_hf.demo import demo_functions
-from toolweaver_hf.files import read_json, truncate_partial_line, write_json
-from toolweaver_hf.hub import local_file
+from toolweaver_hf.files import local_file, read_json, truncate_partial_line, write_json
 from toolweaver_hf.judges import AnswerChecker, ChatJudge, judge_pairs, judge_runs, pass_rate, token_counts, win_rate
 from toolweaver_hf.runs import RUN_FILE, RUN_VERSION, describe_run
 from toolweaver_hf.simulated_tools import SimulatedTools

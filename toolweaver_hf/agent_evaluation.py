@@ -13,7 +13,8 @@ from typing import Any
 from .agent import AgentRun
 from .arguments import find_error
 from .catalog import ToolCatalog
-from .data import load_queries, load_trajectories, read_rows
+from .data import load_queries, load_trajectories
+from .files import read_rows
 
 
 Call = tuple[str, dict[str, Any]]

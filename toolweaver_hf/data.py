@@ -17,7 +17,7 @@ from datasets import Dataset
 from datasets.utils import tqdm
 
 from .catalog import ToolCatalog
-from .hub import local_file
+from .files import local_file, read_rows
 
 
 if TYPE_CHECKING:
@@ -53,37 +53,6 @@ class Query:
     text: str
     tools: tuple[str, ...]
     group: str | None = None
-
-
-def read_rows(path: str | os.PathLike) -> list[tuple[str, dict[str, Any]]]:
-    """Read the rows of a JSONL file, or of a JSON file that holds a list, each with its place for error messages.
-
-    The file may be one of the Hub: `hf://datasets/user/name/file.jsonl`.
-
-    Raises:
-        `ValueError`: naming the file and the line or item that is not a JSON object.
-    """
-    rows: list[tuple[str, Any]] = []
-    with open(local_file(path), encoding="utf-8-sig") as file:
-        if os.fspath(path).endswith(".json"):
-            try:
-                items = json.load(file)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path} is not valid JSON: {error}") from None
-            if not isinstance(items, list):
-                raise ValueError(f"{path} holds no list of rows")
-            rows = [(f"{path}, item {number}", item) for number, item in enumerate(items, start=1)]
-        else:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    try:
-                        rows.append((f"{path}, line {number}", json.loads(line)))
-                    except (ValueError, RecursionError) as error:
-                        raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from None
-    for place, row in rows:
-        if not isinstance(row, dict):
-            raise ValueError(f"{place}: expected a JSON object, not {type(row).__name__}")
-    return rows
 
 
 def load_queries(path: str | os.PathLike, qrels: str | os.PathLike | None = None) -> list[Query]:

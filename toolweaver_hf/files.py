@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import (
+    HfFileSystem,
+    hf_hub_download,
+)
+from huggingface_hub.utils import httpx
+
+
+if TYPE_CHECKING:
+    pass
+
+import json
+from typing import TYPE_CHECKING
+
+from .files import local_file
+
+
+if TYPE_CHECKING:
+    pass
+
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 
 @contextmanager
@@ -76,3 +95,49 @@ def truncate_partial_line(path: str | os.PathLike) -> None:
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
             os.truncate(path, whole)
+
+
+def read_rows(path: str | os.PathLike) -> list[tuple[str, dict[str, Any]]]:
+    """Read the rows of a JSONL file, or of a JSON file that holds a list, each with its place for error messages.
+
+    The file may be one of the Hub: `hf://datasets/user/name/file.jsonl`.
+
+    Raises:
+        `ValueError`: naming the file and the line or item that is not a JSON object.
+    """
+    rows: list[tuple[str, Any]] = []
+    with open(local_file(path), encoding="utf-8-sig") as file:
+        if os.fspath(path).endswith(".json"):
+            try:
+                items = json.load(file)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path} is not valid JSON: {error}") from None
+            if not isinstance(items, list):
+                raise ValueError(f"{path} holds no list of rows")
+            rows = [(f"{path}, item {number}", item) for number, item in enumerate(items, start=1)]
+        else:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    try:
+                        rows.append((f"{path}, line {number}", json.loads(line)))
+                    except (ValueError, RecursionError) as error:
+                        raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from None
+    for place, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: expected a JSON object, not {type(row).__name__}")
+    return rows
+
+
+def local_file(path: str | os.PathLike) -> str | os.PathLike:
+    """Return a path as it is, or the local copy of a file that is named as `hf://datasets/user/name/queries.jsonl`.
+
+    Raises:
+        `OSError`: if the Hub cannot be reached or has no such file.
+    """
+    if not os.fspath(path).startswith("hf://"):
+        return path
+    try:
+        found = HfFileSystem().resolve_path(path)
+        return hf_hub_download(found.repo_id, found.path_in_repo, repo_type=found.repo_type, revision=found.revision)
+    except (ValueError, OSError, httpx.TransportError, NotImplementedError) as error:
+        raise OSError(f"cannot get {path} from the Hub: {error}") from None

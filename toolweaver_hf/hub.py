@@ -14,9 +14,7 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
-    HfFileSystem,
     constants,
-    hf_hub_download,
 )
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx, logging
@@ -150,21 +148,6 @@ def push_folder(
         raise OSError(
             f"cannot reach the Hub at {constants.ENDPOINT} ({error}); {folder} is as it was: push it again later"
         ) from None
-
-
-def local_file(path: str | os.PathLike) -> str | os.PathLike:
-    """Return a path as it is, or the local copy of a file that is named as `hf://datasets/user/name/queries.jsonl`.
-
-    Raises:
-        `OSError`: if the Hub cannot be reached or has no such file.
-    """
-    if not os.fspath(path).startswith("hf://"):
-        return path
-    try:
-        found = HfFileSystem().resolve_path(path)
-        return hf_hub_download(found.repo_id, found.path_in_repo, repo_type=found.repo_type, revision=found.revision)
-    except (ValueError, OSError, httpx.TransportError, NotImplementedError) as error:
-        raise OSError(f"cannot get {path} from the Hub: {error}") from None
 
 
 def take_push_arguments(args: TrainingArguments) -> dict[str, Any] | None:

@@ -18,9 +18,8 @@ from tqdm.auto import tqdm
 from .agent import AgentRun
 from .agent_evaluation import AgentTask, call_counts, calls_of, observations_of
 from .chat_endpoint import ChatEndpoint
-from .data import read_rows
 from .evaluation import bootstrap_intervals
-from .files import truncate_partial_line
+from .files import read_rows, truncate_partial_line
 
 
 SCORES = {"solved": 1.0, "unsure": 0.5, "unsolved": 0.0}

@@ -22,8 +22,8 @@ from .agent_evaluation import calls_of, observations_of
 from .arguments import find_error
 from .catalog import Tool, ToolCatalog
 from .chat_endpoint import DEFAULT_URL, ChatEndpoint
-from .data import load_trajectories, read_rows
-from .files import truncate_partial_line
+from .data import load_trajectories
+from .files import read_rows, truncate_partial_line
 
 
 SIMULATION_INSTRUCTIONS = """\
