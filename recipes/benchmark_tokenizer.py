@@ -13,8 +13,8 @@ from functools import partial
 
 from transformers import AutoTokenizer, HfArgumentParser
 
-from toolweaver_hf.catalog import ToolCatalog
 from toolweaver_hf.codes import ToolCodes
+from toolweaver_hf.data.catalog import ToolCatalog
 from toolweaver_hf.demo import DEMO_FOLDER
 from toolweaver_hf.tokenization_toolweaver import ToolWeaverTokenizer
 

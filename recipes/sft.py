@@ -35,7 +35,6 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from toolweaver_hf.cards import record_training
-from toolweaver_hf.catalog import ToolCatalog
 from toolweaver_hf.cli import run
 from toolweaver_hf.codes import ToolCodes
 from toolweaver_hf.data import (
@@ -50,6 +49,7 @@ from toolweaver_hf.data import (
     trajectory_rows,
     weigh_rows,
 )
+from toolweaver_hf.data.catalog import ToolCatalog
 from toolweaver_hf.embedding_init import initialize_code_embeddings, trainable_code_rows
 from toolweaver_hf.hub import push_folder, take_push_arguments
 from toolweaver_hf.modeling_rqvae import RQVAEModel

@@ -18,12 +18,12 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from toolweaver_hf.assignment import check_capacity
-from toolweaver_hf.catalog import ToolCatalog
 from toolweaver_hf.cli import run
 from toolweaver_hf.codes import ToolCodes
 from toolweaver_hf.configuration_rqvae import RQVAEConfig
 from toolweaver_hf.cousage import cousage_graph, hold_out_edges
 from toolweaver_hf.data import load_queries
+from toolweaver_hf.data.catalog import ToolCatalog
 from toolweaver_hf.embeddings import embed_catalog
 from toolweaver_hf.files import write_json
 from toolweaver_hf.hub import push_folder, take_push_arguments

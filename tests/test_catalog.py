@@ -4,7 +4,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from toolweaver_hf.catalog import Tool, ToolCatalog
+from toolweaver_hf.data.catalog import Tool, ToolCatalog
 
 
 FIXTURES = Path(__file__).parent / "fixtures"

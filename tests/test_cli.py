@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from toolweaver_hf.catalog import ToolCatalog
+from toolweaver_hf.data.catalog import ToolCatalog
 from toolweaver_hf.demo import DEMO_FOLDER
 
 

@@ -6,9 +6,9 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from .agent import AgentRun, ToolAgent, save_trajectories
 from .arguments import ToolArgumentsLogitsProcessor
-from .catalog import Tool, ToolCatalog
 from .codes import ToolCodes
 from .configuration_rqvae import RQVAEConfig
+from .data.catalog import Tool, ToolCatalog
 from .logits_process import ToolCodeLogitsProcessor
 from .mcp import MCPTools
 from .modeling_rqvae import RQVAEModel

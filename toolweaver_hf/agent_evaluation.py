@@ -12,8 +12,8 @@ from typing import Any
 
 from .agent import AgentRun
 from .arguments import find_error
-from .catalog import ToolCatalog
 from .data import load_queries, load_trajectories
+from .data.catalog import ToolCatalog
 from .files import read_rows
 
 

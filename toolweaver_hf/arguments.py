@@ -19,7 +19,7 @@ from .tokenization_toolweaver import ToolWeaverTokenizer
 
 
 if TYPE_CHECKING:
-    from .catalog import Tool
+    from .data.catalog import Tool
 
 
 logger = logging.get_logger(__name__)

@@ -16,9 +16,9 @@ from sentence_transformers import (
 )
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-from .catalog import ToolCatalog
 from .codes import ToolCodes
 from .data import Query
+from .data.catalog import ToolCatalog
 from .retrieval import RetrievedTool
 
 

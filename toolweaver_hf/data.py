@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 from datasets.utils import tqdm
 
-from .catalog import ToolCatalog
+from .data.catalog import ToolCatalog
 from .files import local_file, read_rows
 
 

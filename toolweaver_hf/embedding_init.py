@@ -10,7 +10,7 @@ from peft.utils.integrations import gather_params_ctx
 from torch.nn.functional import embedding_bag
 from transformers import PreTrainedModel
 
-from .catalog import ToolCatalog
+from .data.catalog import ToolCatalog
 from .tokenization_toolweaver import ToolWeaverTokenizer
 
 

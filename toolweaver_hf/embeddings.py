@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from sentence_transformers import SentenceTransformer
 
-from .catalog import ToolCatalog
+from .data.catalog import ToolCatalog
 from .files import atomic_write
 
 

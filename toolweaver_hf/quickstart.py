@@ -12,8 +12,8 @@ from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTra
 from trl import ModelConfig
 
 from .agent import ToolAgent
-from .catalog import ToolCatalog
 from .data import Query, code_text, load_queries, load_trajectories
+from .data.catalog import ToolCatalog
 from .demo import DEMO_FOLDER, demo_functions
 from .recipes import evaluate, sft, tokenize_tools
 from .report import inspect_codes

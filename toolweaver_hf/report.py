@@ -12,8 +12,8 @@ import scipy.sparse
 import torch
 
 from .assignment import uniform_codes
-from .catalog import ToolCatalog
 from .codes import ToolCodes
+from .data.catalog import ToolCatalog
 from .files import read_json, write_json
 from .modeling_rqvae import LOSSES, RQVAEModel
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ..catalog import ToolCatalog
+from ..data.catalog import ToolCatalog
 from .functions import FUNCTIONS
 
 

@@ -16,8 +16,8 @@ import yaml
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from .files import atomic_write, local_file
-from .hub import PushToHubMixin
+from ..files import atomic_write, local_file
+from ..hub import PushToHubMixin
 from .openapi import join_texts, openapi_tools
 
 

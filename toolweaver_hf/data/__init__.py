@@ -1,0 +1,1 @@
+"""Tools, queries and trajectories: what is read from files, and in which formats."""
