@@ -38,8 +38,8 @@ from toolweaver_hf.baselines import (
 )
 from toolweaver_hf.cli import run
 from toolweaver_hf.codes import ToolCodes
-from toolweaver_hf.data import Query, load_queries
 from toolweaver_hf.data.catalog import CATALOG_FILE, ToolCatalog
+from toolweaver_hf.data.queries import Query, load_queries
 from toolweaver_hf.embeddings import EMBEDDINGS_FILE, default_encoder, embed_catalog
 from toolweaver_hf.evaluation import check_ground_truth
 from toolweaver_hf.files import write_text

@@ -35,8 +35,8 @@ from transformers import HfArgumentParser, TrainerCallback, set_seed
 from toolweaver_hf.cli import run
 from toolweaver_hf.configuration_rqvae import RQVAEConfig
 from toolweaver_hf.cousage import cousage_graph, hold_out_edges
-from toolweaver_hf.data import load_queries
 from toolweaver_hf.data.catalog import ToolCatalog
+from toolweaver_hf.data.queries import load_queries
 from toolweaver_hf.embeddings import embed_catalog
 from toolweaver_hf.modeling_rqvae import RQVAEModel, uniform_mapping
 from toolweaver_hf.recipes.tokenize_tools import RQVAETrainingArguments, default_steps

@@ -21,8 +21,8 @@ from toolweaver_hf.agent import AgentRun, ToolAgent
 from toolweaver_hf.agent_evaluation import AgentTask, evaluate_runs, load_runs, load_tasks
 from toolweaver_hf.chat_endpoint import DEFAULT_URL, ChatEndpoint
 from toolweaver_hf.cli import run
-from toolweaver_hf.data import load_trajectories
 from toolweaver_hf.data.catalog import ToolCatalog
+from toolweaver_hf.data.trajectories import load_trajectories
 from toolweaver_hf.demo import demo_functions
 from toolweaver_hf.files import local_file, read_json, truncate_partial_line, write_json
 from toolweaver_hf.judges import AnswerChecker, ChatJudge, judge_pairs, judge_runs, pass_rate, token_counts, win_rate

@@ -34,14 +34,8 @@ from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig, TrlParser, get_peft_config
 
-from toolweaver_hf.cards import record_training
-from toolweaver_hf.cli import run
-from toolweaver_hf.codes import ToolCodes
-from toolweaver_hf.data import (
-    Query,
+from toolweaver_hf.alignment.rows import (
     leave_out_words,
-    load_queries,
-    load_trajectories,
     memorization_rows,
     retrieval_rows,
     share_prompts,
@@ -49,7 +43,12 @@ from toolweaver_hf.data import (
     trajectory_rows,
     weigh_rows,
 )
+from toolweaver_hf.cards import record_training
+from toolweaver_hf.cli import run
+from toolweaver_hf.codes import ToolCodes
 from toolweaver_hf.data.catalog import ToolCatalog
+from toolweaver_hf.data.queries import Query, load_queries
+from toolweaver_hf.data.trajectories import load_trajectories
 from toolweaver_hf.embedding_init import initialize_code_embeddings, trainable_code_rows
 from toolweaver_hf.hub import push_folder, take_push_arguments
 from toolweaver_hf.modeling_rqvae import RQVAEModel

@@ -22,8 +22,8 @@ from toolweaver_hf.cli import run
 from toolweaver_hf.codes import ToolCodes
 from toolweaver_hf.configuration_rqvae import RQVAEConfig
 from toolweaver_hf.cousage import cousage_graph, hold_out_edges
-from toolweaver_hf.data import load_queries
 from toolweaver_hf.data.catalog import ToolCatalog
+from toolweaver_hf.data.queries import load_queries
 from toolweaver_hf.embeddings import embed_catalog
 from toolweaver_hf.files import write_json
 from toolweaver_hf.hub import push_folder, take_push_arguments

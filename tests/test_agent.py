@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList, Te
 
 from toolweaver_hf import Tool, ToolAgent, ToolCatalog, ToolCodes, ToolWeaverTokenizer
 from toolweaver_hf.agent import AgentRun, save_trajectories
-from toolweaver_hf.data import code_text, load_trajectories, render_calls
+from toolweaver_hf.data.trajectories import code_text, load_trajectories, render_calls
 
 
 QUERY = "Will it rain in Oslo?"

@@ -3,16 +3,9 @@ import json
 import pytest
 
 from toolweaver_hf import ToolCodes, ToolWeaverTokenizer
-from toolweaver_hf.data import (
-    Query,
-    load_queries,
-    load_trajectories,
-    render_calls,
-    retrieval_rows,
-    tokenize_rows,
-    trajectory_rows,
-    weigh_rows,
-)
+from toolweaver_hf.alignment.rows import retrieval_rows, tokenize_rows, trajectory_rows, weigh_rows
+from toolweaver_hf.data.queries import Query, load_queries
+from toolweaver_hf.data.trajectories import load_trajectories, render_calls
 
 
 def write(path, lines):

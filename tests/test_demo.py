@@ -7,7 +7,8 @@ import jsonschema
 import pytest
 
 from toolweaver_hf import ToolCatalog
-from toolweaver_hf.data import load_queries, load_trajectories
+from toolweaver_hf.data.queries import load_queries
+from toolweaver_hf.data.trajectories import load_trajectories
 from toolweaver_hf.demo import DEMO_FOLDER, demo_functions
 
 

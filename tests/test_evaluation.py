@@ -11,8 +11,8 @@ from scipy.stats import binom, ttest_rel
 
 from toolweaver_hf.cards import create_card
 from toolweaver_hf.cli import main as toolweaver
-from toolweaver_hf.data import Query, load_queries
 from toolweaver_hf.data.catalog import ToolCatalog
+from toolweaver_hf.data.queries import Query, load_queries
 from toolweaver_hf.demo import DEMO_FOLDER
 from toolweaver_hf.evaluation import MEASURES, compare_rankings, evaluate_rankings, markdown_table, measure_queries
 from toolweaver_hf.recipes import evaluate

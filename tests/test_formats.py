@@ -9,7 +9,8 @@ from safetensors.numpy import load_file
 
 from toolweaver_hf import RQVAEModel, ToolCatalog, ToolCodes
 from toolweaver_hf.cards import TRAINING_VERSION, create_card
-from toolweaver_hf.data import load_queries, load_trajectories
+from toolweaver_hf.data.queries import load_queries
+from toolweaver_hf.data.trajectories import load_trajectories
 from toolweaver_hf.evaluation import METRICS_VERSION as EVALUATION_VERSION
 from toolweaver_hf.files import read_json
 from toolweaver_hf.report import METRICS_VERSION, inspect_codes

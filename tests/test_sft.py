@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, TrainerState
 from trl import ModelConfig, TrlParser
 
 from toolweaver_hf import Tool, ToolCatalog, ToolCodes, ToolRetriever, ToolWeaverTokenizer
-from toolweaver_hf.data import load_queries, retrieval_rows, tokenize_rows
+from toolweaver_hf.alignment.rows import retrieval_rows, tokenize_rows
+from toolweaver_hf.data.queries import load_queries
 from toolweaver_hf.demo import DEMO_FOLDER
 from toolweaver_hf.embedding_init import initialize_code_embeddings, trainable_code_rows
 from toolweaver_hf.recipes import sft

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
-from toolweaver_hf.data import Query, retrieval_rows, share_prompts, tokenize_rows
+from toolweaver_hf.alignment.rows import retrieval_rows, share_prompts, tokenize_rows
+from toolweaver_hf.data.queries import Query
 from toolweaver_hf.train_alignment import (
     AlignmentTrainer,
     AlignmentTrainingArguments,

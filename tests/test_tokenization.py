@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from toolweaver_hf import ToolCodes, ToolWeaverTokenizer
-from toolweaver_hf.data import Query, retrieval_rows, tokenize_rows
+from toolweaver_hf.alignment.rows import retrieval_rows, tokenize_rows
+from toolweaver_hf.data.queries import Query
 
 
 def test_tools_and_ids(tokenizer, base_tokenizer):

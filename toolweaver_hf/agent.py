@@ -19,8 +19,8 @@ from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 from transformers.utils import logging
 
 from .arguments import ToolArgumentsLogitsProcessor, find_error
-from .data import render_calls
 from .data.catalog import ToolCatalog
+from .data.trajectories import render_calls
 from .files import atomic_write
 from .loading import load_aligned_model
 from .logits_process import ToolCodeLogitsProcessor

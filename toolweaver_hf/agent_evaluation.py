@@ -12,8 +12,9 @@ from typing import Any
 
 from .agent import AgentRun
 from .arguments import find_error
-from .data import load_queries, load_trajectories
 from .data.catalog import ToolCatalog
+from .data.queries import load_queries
+from .data.trajectories import load_trajectories
 from .files import read_rows
 
 

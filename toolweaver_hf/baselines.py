@@ -17,8 +17,8 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from .codes import ToolCodes
-from .data import Query
 from .data.catalog import ToolCatalog
+from .data.queries import Query
 from .retrieval import RetrievedTool
 
 

@@ -14,8 +14,9 @@ from huggingface_hub.utils import logging
 from jinja2 import TemplateError
 from safetensors import safe_open
 
-from .data import load_queries, load_trajectories
 from .data.catalog import CATALOG_FILE, ToolCatalog
+from .data.queries import load_queries
+from .data.trajectories import load_trajectories
 from .evaluation import METRICS_FILE, METRICS_VERSION, markdown_table
 from .files import read_json, read_object, write_json
 from .tokenization_toolweaver import LEVEL_LETTERS, TOOL_CODES_FILE, check_tool_codes

@@ -12,7 +12,7 @@ from ir_measures import RR, R, nDCG
 from scipy.stats import ttest_rel
 from transformers.utils import logging
 
-from .data import Query
+from .data.queries import Query
 from .retrieval import RetrievedTool
 
 

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 import json
 from typing import TYPE_CHECKING
 
-from .files import local_file
-
 
 if TYPE_CHECKING:
     pass

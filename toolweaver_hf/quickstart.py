@@ -12,8 +12,9 @@ from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTra
 from trl import ModelConfig
 
 from .agent import ToolAgent
-from .data import Query, code_text, load_queries, load_trajectories
 from .data.catalog import ToolCatalog
+from .data.queries import Query, load_queries
+from .data.trajectories import code_text, load_trajectories
 from .demo import DEMO_FOLDER, demo_functions
 from .recipes import evaluate, sft, tokenize_tools
 from .report import inspect_codes

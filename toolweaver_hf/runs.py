@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from .data import Query
+from .data.queries import Query
 from .evaluation import METRICS_FILE, METRICS_VERSION, compare_rankings, markdown_table
 from .files import atomic_write, read_json, write_json, write_text
 from .retrieval import RetrievedTool

@@ -21,8 +21,8 @@ from .agent import AgentRun
 from .agent_evaluation import calls_of, observations_of
 from .arguments import find_error
 from .chat_endpoint import DEFAULT_URL, ChatEndpoint
-from .data import load_trajectories
 from .data.catalog import Tool, ToolCatalog
+from .data.trajectories import load_trajectories
 from .files import read_rows, truncate_partial_line
 
 

@@ -21,7 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from .data import Query
+from .data.queries import Query
 from .evaluation import evaluate_rankings
 from .retrieval import ToolRetriever
 from .trie import CodeTrie

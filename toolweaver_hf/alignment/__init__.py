@@ -1,0 +1,1 @@
+"""Generative alignment: a language model learns the codes (ToolWeaver, section 3.2)."""

@@ -1,0 +1,117 @@
+"""Queries and the tools that they need, in the formats of files."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from ..files import local_file, read_rows
+from .trajectories import ATOMIC_TOKEN, read_messages
+
+
+@dataclass(frozen=True)
+class Query:
+    """A query and the tools that it needs.
+
+    Args:
+        id (`str`): Identifier, unique among its queries.
+        text (`str`): What the user says.
+        tools (`tuple[str, ...]`): Ids of the ground-truth tools, at least one.
+        group (`str`, *optional*): A group to report on its own, such as ToolBench's I1, I2 and I3.
+    """
+
+    id: str
+    text: str
+    tools: tuple[str, ...]
+    group: str | None = None
+
+
+def load_queries(path: str | os.PathLike, qrels: str | os.PathLike | None = None) -> list[Query]:
+    """Read queries with their ground-truth tools.
+
+    Args:
+        path (`str`):
+            JSONL file with rows `{"id", "text", "tools"}`, or a BEIR queries file with rows `{"_id", "text"}`, or
+            ToolGen's rows for memorization and retrieval: `conversations` of a user's text and the tool's token
+            `<<tool&&api>>`. Also, as JSONL or as a JSON list: ToolBench's instructions with their `relevant APIs`,
+            Seal-Tools' rows with their `calling`, ToolRet's with their `labels`; of these benchmarks, rows without a
+            relevant tool are left out. A row may name its `group` (or `split`).
+        qrels (`str`, *optional*):
+            For a BEIR queries file, the tab-separated file of `query-id`, `corpus-id` and `score` (a header line,
+            scores above 0 are relevant). Queries without a relevant tool are left out.
+
+    Raises:
+        `ValueError`: naming the file and line that is wrong, or the id that occurs twice.
+    """
+    relevant = _read_qrels(qrels) if qrels is not None else None
+    queries: dict[str, Query] = {}
+    for place, row in read_rows(path):
+        row = _query_row(place, row)
+        query_id, text = row.get("id", row.get("_id")), row.get("text")
+        tools = row.get("tools") if relevant is None else relevant.get(query_id, [])
+        if not isinstance(query_id, str) or not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{place}: a query needs a string 'id' (or '_id') and a non-empty 'text'")
+        if not isinstance(tools, list) or not all(isinstance(tool, str) for tool in tools):
+            raise ValueError(f"{place}: query {query_id!r} needs 'tools', a list of tool ids (or give a qrels file)")
+        if query_id in queries:
+            raise ValueError(f"{place}: the query id {query_id!r} occurs twice")
+        if tools:
+            group = row.get("group", row.get("split"))
+            queries[query_id] = Query(query_id, text, tuple(dict.fromkeys(tools)), group and str(group))
+        elif relevant is None and "query" not in row:
+            raise ValueError(f"{place}: query {query_id!r} has no ground-truth tool")
+    if not queries:
+        raise ValueError(f"{path} holds no query with a ground-truth tool")
+    return list(queries.values())
+
+
+def _query_row(place: str, row: dict[str, Any]) -> dict[str, Any]:
+    """Bring a row of another format to `id`, `text` and `tools`."""
+    if "conversations" in row:
+        return _query_of_conversation(place, row)
+    try:
+        if "relevant APIs" in row:  # ToolBench, whose own ground truth is what `api_list` has of them
+            listed = [[api["tool_name"], api["api_name"]] for api in row.get("api_list") or ()] or row["relevant APIs"]
+            tools = [f"<<{tool}&&{api}>>" for tool, api in row["relevant APIs"] if [tool, api] in listed]
+        elif "calling" in row:  # Seal-Tools
+            tools = [call["api"] for call in row["calling"]]
+        elif "labels" in row:  # ToolRet, whose labels may be JSON in a string
+            labels = json.loads(row["labels"]) if isinstance(row["labels"], str) else row["labels"]
+            tools = [str(label["id"]) for label in labels if int(label["relevance"]) > 0]
+        else:
+            return row
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{place}: its tools cannot be read: {error!r}") from None
+    return row | {"id": str(row.get("query_id", row.get("id", place))), "text": row.get("query"), "tools": tools}
+
+
+def _query_of_conversation(place: str, row: dict[str, Any]) -> dict[str, Any]:
+    """Read a conversation that is no more than a text and the tool that it stands for."""
+    try:
+        *_, question, answer = read_messages(row)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    tools = ATOMIC_TOKEN.findall(answer["content"])
+    if question["role"] != "user" or ATOMIC_TOKEN.sub("", answer["content"]).strip() or not tools:
+        raise ValueError(f"{place}: expected a user's text and its tools, written <<tool&&api>>, as the answer")
+    return {"id": str(row.get("id", place)), "text": question["content"], "tools": tools}
+
+
+def _read_qrels(path: str | os.PathLike) -> dict[str, list[str]]:
+    relevant: dict[str, list[str]] = {}
+    with open(local_file(path), encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            fields = line.rstrip("\n").split("\t")
+            if (number == 1 and fields[0] == "query-id") or fields == [""]:
+                continue
+            try:
+                query_id, tool_id, score = fields
+                if float(score) > 0:
+                    relevant.setdefault(query_id, []).append(tool_id)
+            except ValueError:
+                raise ValueError(
+                    f"{path}, line {number}: expected query-id, corpus-id and score, separated by tabs"
+                ) from None
+    return relevant
