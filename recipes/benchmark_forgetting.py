@@ -24,7 +24,7 @@ from trl import ModelConfig
 from toolweaver_hf.baselines import atomic_codes
 from toolweaver_hf.cards import TRAINING_FILE, TRAINING_VERSION
 from toolweaver_hf.cli import run
-from toolweaver_hf.codes import ToolCodes
+from toolweaver_hf.codes.tool_codes import ToolCodes
 from toolweaver_hf.data.catalog import ToolCatalog
 from toolweaver_hf.embedding_init import initialize_code_embeddings
 from toolweaver_hf.files import read_json, write_json

@@ -27,7 +27,6 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import set_seed
 from trl import ModelConfig, TrlParser
 
-from toolweaver_hf.assignment import check_capacity
 from toolweaver_hf.baselines import (
     BM25Retriever,
     DenseRetriever,
@@ -37,10 +36,11 @@ from toolweaver_hf.baselines import (
     random_codes,
 )
 from toolweaver_hf.cli import run
-from toolweaver_hf.codes import ToolCodes
+from toolweaver_hf.codes.assignment import check_capacity
+from toolweaver_hf.codes.embeddings import EMBEDDINGS_FILE, default_encoder, embed_catalog
+from toolweaver_hf.codes.tool_codes import ToolCodes
 from toolweaver_hf.data.catalog import CATALOG_FILE, ToolCatalog
 from toolweaver_hf.data.queries import Query, load_queries
-from toolweaver_hf.embeddings import EMBEDDINGS_FILE, default_encoder, embed_catalog
 from toolweaver_hf.evaluation import check_ground_truth
 from toolweaver_hf.files import write_text
 from toolweaver_hf.loading import load_aligned_model

@@ -24,9 +24,10 @@ import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
-from toolweaver_hf.assignment import assign_codes
 from toolweaver_hf.cli import run
-from toolweaver_hf.codes import ToolCodes
+from toolweaver_hf.codes.assignment import assign_codes
+from toolweaver_hf.codes.tool_codes import ToolCodes
+from toolweaver_hf.codes.trainer import start_model
 from toolweaver_hf.configuration_rqvae import RQVAEConfig
 from toolweaver_hf.embedding_init import initialize_code_embeddings
 from toolweaver_hf.files import atomic_write, write_json
@@ -35,7 +36,6 @@ from toolweaver_hf.recipes.tokenize_tools import default_codebook_sizes
 from toolweaver_hf.retrieval import ToolRetriever
 from toolweaver_hf.runs import describe_run
 from toolweaver_hf.tokenization_toolweaver import ToolWeaverTokenizer
-from toolweaver_hf.train_rqvae import start_model
 
 
 METHODS = ("codes", "atomic tokens")

@@ -33,15 +33,15 @@ from torch.nn.functional import mse_loss
 from transformers import HfArgumentParser, TrainerCallback, set_seed
 
 from toolweaver_hf.cli import run
+from toolweaver_hf.codes.cousage import cousage_graph, hold_out_edges
+from toolweaver_hf.codes.embeddings import embed_catalog
+from toolweaver_hf.codes.report import measure_codes
+from toolweaver_hf.codes.trainer import ASSIGNMENTS, RQVAETrainer, start_model
 from toolweaver_hf.configuration_rqvae import RQVAEConfig
-from toolweaver_hf.cousage import cousage_graph, hold_out_edges
 from toolweaver_hf.data.catalog import ToolCatalog
 from toolweaver_hf.data.queries import load_queries
-from toolweaver_hf.embeddings import embed_catalog
 from toolweaver_hf.modeling_rqvae import RQVAEModel, uniform_mapping
 from toolweaver_hf.recipes.tokenize_tools import RQVAETrainingArguments, default_steps
-from toolweaver_hf.report import measure_codes
-from toolweaver_hf.train_rqvae import ASSIGNMENTS, RQVAETrainer, start_model
 
 
 @dataclass

@@ -13,7 +13,7 @@ from functools import partial
 
 from transformers import AutoTokenizer, HfArgumentParser
 
-from toolweaver_hf.codes import ToolCodes
+from toolweaver_hf.codes.tool_codes import ToolCodes
 from toolweaver_hf.data.catalog import ToolCatalog
 from toolweaver_hf.demo import DEMO_FOLDER
 from toolweaver_hf.tokenization_toolweaver import ToolWeaverTokenizer

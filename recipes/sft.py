@@ -45,7 +45,7 @@ from toolweaver_hf.alignment.rows import (
 )
 from toolweaver_hf.cards import record_training
 from toolweaver_hf.cli import run
-from toolweaver_hf.codes import ToolCodes
+from toolweaver_hf.codes.tool_codes import ToolCodes
 from toolweaver_hf.data.catalog import ToolCatalog
 from toolweaver_hf.data.queries import Query, load_queries
 from toolweaver_hf.data.trajectories import load_trajectories

@@ -17,19 +17,19 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
-from toolweaver_hf.assignment import check_capacity
 from toolweaver_hf.cli import run
-from toolweaver_hf.codes import ToolCodes
+from toolweaver_hf.codes.assignment import check_capacity
+from toolweaver_hf.codes.cousage import cousage_graph, hold_out_edges
+from toolweaver_hf.codes.embeddings import embed_catalog
+from toolweaver_hf.codes.report import METRICS_FILE, METRICS_VERSION, measure_codes
+from toolweaver_hf.codes.tool_codes import ToolCodes
+from toolweaver_hf.codes.trainer import CodesEarlyStoppingCallback, RQVAETrainer
 from toolweaver_hf.configuration_rqvae import RQVAEConfig
-from toolweaver_hf.cousage import cousage_graph, hold_out_edges
 from toolweaver_hf.data.catalog import ToolCatalog
 from toolweaver_hf.data.queries import load_queries
-from toolweaver_hf.embeddings import embed_catalog
 from toolweaver_hf.files import write_json
 from toolweaver_hf.hub import push_folder, take_push_arguments
 from toolweaver_hf.modeling_rqvae import RQVAEModel
-from toolweaver_hf.report import METRICS_FILE, METRICS_VERSION, measure_codes
-from toolweaver_hf.train_rqvae import CodesEarlyStoppingCallback, RQVAETrainer
 
 
 @dataclass

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from toolweaver_hf.assignment import assign_codes, check_capacity, choose_codes, uniform_codes
-from toolweaver_hf.cousage import unit_degree
+from toolweaver_hf.codes.assignment import assign_codes, check_capacity, choose_codes, uniform_codes
+from toolweaver_hf.codes.cousage import unit_degree
 
 
 @given(st.integers(1, 16), st.integers(0, 10_000), st.booleans())

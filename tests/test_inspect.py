@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from toolweaver_hf import RQVAEConfig, RQVAEModel, Tool, ToolCatalog, ToolCodes
+from toolweaver_hf.codes.report import cli
 from toolweaver_hf.recipes import tokenize_tools
-from toolweaver_hf.report import cli
 
 
 @pytest.fixture(scope="module")

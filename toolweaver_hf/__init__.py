@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from .agent import AgentRun, ToolAgent, save_trajectories
 from .arguments import ToolArgumentsLogitsProcessor
-from .codes import ToolCodes
+from .codes.tool_codes import ToolCodes
 from .configuration_rqvae import RQVAEConfig
 from .data.catalog import Tool, ToolCatalog
 from .logits_process import ToolCodeLogitsProcessor

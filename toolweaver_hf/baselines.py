@@ -16,7 +16,7 @@ from sentence_transformers import (
 )
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-from .codes import ToolCodes
+from .codes.tool_codes import ToolCodes
 from .data.catalog import ToolCatalog
 from .data.queries import Query
 from .retrieval import RetrievedTool

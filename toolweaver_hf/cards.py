@@ -197,11 +197,7 @@ def _evaluation(folder: Path, facts: dict[str, Any]) -> list[EvalResult] | None:
 
 def _encoder(folder: Path) -> str | None:
     """Return the id of the encoder that the tools were embedded with, by the cached embeddings beside the codes."""
-    from .embeddings import (  # sentence-transformers is slow to import
-        DEFAULT_ENCODER,
-        EMBEDDINGS_FILE,
-        default_encoder,
-    )
+    from .codes.embeddings import DEFAULT_ENCODER, EMBEDDINGS_FILE, default_encoder
 
     path = folder / EMBEDDINGS_FILE
     if not path.exists():

@@ -12,12 +12,12 @@ from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTra
 from trl import ModelConfig
 
 from .agent import ToolAgent
+from .codes.report import inspect_codes
 from .data.catalog import ToolCatalog
 from .data.queries import Query, load_queries
 from .data.trajectories import code_text, load_trajectories
 from .demo import DEMO_FOLDER, demo_functions
 from .recipes import evaluate, sft, tokenize_tools
-from .report import inspect_codes
 from .retrieval import ToolRetriever
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import scipy.sparse
 import torch
 
+from ..data.catalog import ToolCatalog
+from ..files import read_json, write_json
+from ..modeling_rqvae import LOSSES, RQVAEModel
 from .assignment import uniform_codes
-from .codes import ToolCodes
-from .data.catalog import ToolCatalog
-from .files import read_json, write_json
-from .modeling_rqvae import LOSSES, RQVAEModel
+from .tool_codes import ToolCodes
 
 
 METRICS_FILE = "metrics.json"

@@ -14,9 +14,9 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from ..modeling_rqvae import LOSSES, RQVAEModel
 from .assignment import assign_codes, check_capacity, choose_codes, nearest, within
 from .cousage import unit_degree
-from .modeling_rqvae import LOSSES, RQVAEModel
 
 
 SAMPLE_SIZE = 32768  # tools that k-means and the revival of codes look at

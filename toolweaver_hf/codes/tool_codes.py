@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from transformers.utils import cached_file
 
+from ..data.catalog import Tool, ToolCatalog
+from ..hub import PushToHubMixin
+from ..modeling_rqvae import RQVAEModel
+from ..tokenization_toolweaver import SCHEMA_VERSION, TOOL_CODES_FILE, check_tool_codes, write_tool_codes
 from .assignment import assign_codes
-from .data.catalog import Tool, ToolCatalog
-from .hub import PushToHubMixin
-from .modeling_rqvae import RQVAEModel
-from .tokenization_toolweaver import SCHEMA_VERSION, TOOL_CODES_FILE, check_tool_codes, write_tool_codes
 
 
 class CatalogChanges(NamedTuple):

@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from sentence_transformers import SentenceTransformer
 
-from .data.catalog import ToolCatalog
-from .files import atomic_write
+from ..data.catalog import ToolCatalog
+from ..files import atomic_write
 
 
 EMBEDDINGS_FILE = "embeddings.safetensors"

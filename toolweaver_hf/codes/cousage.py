@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import scipy.sparse
 
-from .data.catalog import ToolCatalog
+from ..data.catalog import ToolCatalog
 
 
 def cousage_graph(catalog: ToolCatalog, uses: Iterable[Sequence[str]], min_cousage: int = 2) -> scipy.sparse.csr_array:

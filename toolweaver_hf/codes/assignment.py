@@ -10,7 +10,7 @@ import scipy.sparse
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from .modeling_rqvae import uniform_mapping
+from ..modeling_rqvae import uniform_mapping
 
 
 CHUNK_SIZE = 8192  # rows of a matrix of distances

@@ -1,0 +1,1 @@
+"""Structured tokenization: from documents to codes (ToolWeaver, section 3.1)."""
