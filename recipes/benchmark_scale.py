@@ -26,8 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgu
 
 from toolweaver_hf.cli import run
 from toolweaver_hf.codes.assignment import assign_codes
+from toolweaver_hf.codes.start import start_model
 from toolweaver_hf.codes.tool_codes import ToolCodes
-from toolweaver_hf.codes.trainer import start_model
 from toolweaver_hf.configuration_rqvae import RQVAEConfig
 from toolweaver_hf.embedding_init import initialize_code_embeddings
 from toolweaver_hf.files import atomic_write, write_json

@@ -36,7 +36,8 @@ from toolweaver_hf.cli import run
 from toolweaver_hf.codes.cousage import cousage_graph, hold_out_edges
 from toolweaver_hf.codes.embeddings import embed_catalog
 from toolweaver_hf.codes.report import measure_codes
-from toolweaver_hf.codes.trainer import ASSIGNMENTS, RQVAETrainer, start_model
+from toolweaver_hf.codes.start import start_model
+from toolweaver_hf.codes.trainer import ASSIGNMENTS, RQVAETrainer
 from toolweaver_hf.configuration_rqvae import RQVAEConfig
 from toolweaver_hf.data.catalog import ToolCatalog
 from toolweaver_hf.data.queries import load_queries
