@@ -35,7 +35,7 @@ from transformers import HfArgumentParser, TrainerCallback, set_seed
 from toolweaver_hf.cli import run
 from toolweaver_hf.codes.cousage import cousage_graph, hold_out_edges
 from toolweaver_hf.codes.embeddings import embed_catalog
-from toolweaver_hf.codes.report import measure_codes
+from toolweaver_hf.codes.measures import measure_codes
 from toolweaver_hf.codes.start import start_model
 from toolweaver_hf.codes.trainer import ASSIGNMENTS, RQVAETrainer
 from toolweaver_hf.configuration_rqvae import RQVAEConfig

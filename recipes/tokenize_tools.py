@@ -21,7 +21,7 @@ from toolweaver_hf.cli import run
 from toolweaver_hf.codes.assignment import check_capacity
 from toolweaver_hf.codes.cousage import cousage_graph, hold_out_edges
 from toolweaver_hf.codes.embeddings import embed_catalog
-from toolweaver_hf.codes.report import METRICS_FILE, METRICS_VERSION, measure_codes
+from toolweaver_hf.codes.measures import METRICS_FILE, METRICS_VERSION, measure_codes
 from toolweaver_hf.codes.tool_codes import ToolCodes
 from toolweaver_hf.codes.trainer import CodesEarlyStoppingCallback, RQVAETrainer
 from toolweaver_hf.configuration_rqvae import RQVAEConfig

@@ -9,7 +9,8 @@ from safetensors.numpy import load_file
 
 from toolweaver_hf import RQVAEModel, ToolCatalog, ToolCodes
 from toolweaver_hf.cards import TRAINING_VERSION, create_card
-from toolweaver_hf.codes.report import METRICS_VERSION, inspect_codes
+from toolweaver_hf.codes.measures import METRICS_VERSION
+from toolweaver_hf.codes.report import inspect_codes
 from toolweaver_hf.data.queries import load_queries
 from toolweaver_hf.data.trajectories import load_trajectories
 from toolweaver_hf.evaluation import METRICS_VERSION as EVALUATION_VERSION
