@@ -10,10 +10,10 @@ import scipy.sparse
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from ..modeling_rqvae import uniform_mapping
+from ..modeling_rqvae import RQVAEModel, uniform_mapping
 
 
-CHUNK_SIZE = 8192  # rows of a matrix of distances
+CHUNK_SIZE = 8192  # tools in a forward pass over the catalog, rows of a matrix of distances
 ROUNDS = 6  # in which tools look at their neighbors' codes
 LARGEST_EXACT = 1 << 26  # entries of the largest matrix of costs that is solved exactly
 
@@ -26,6 +26,20 @@ def check_capacity(num_tools: int, codebook_sizes: Sequence[int]) -> None:
         raise ValueError(
             f"{num_tools} tools do not fit into {sizes} = {capacity} codes: give larger codebook_sizes or one level more"
         )
+
+
+@torch.no_grad()
+def encode_tools(model: RQVAEModel, embeddings: torch.Tensor) -> torch.Tensor:
+    """Encode a whole catalog's embeddings, in chunks.
+
+    Args:
+        model ([`RQVAEModel`]): The model.
+        embeddings (`torch.Tensor` of shape `(num_tools, input_dim)`): The tools' embeddings.
+
+    Returns:
+        `torch.Tensor` of shape `(num_tools, code_dim)`: the latent vectors, float32.
+    """
+    return torch.cat([model.encode(rows).float() for rows in embeddings.split(CHUNK_SIZE)])
 
 
 @torch.no_grad()

@@ -6,8 +6,11 @@ import scipy.sparse
 import torch
 
 from ..modeling_rqvae import RQVAEModel
-from .assignment import choose_codes, nearest, within
-from .trainer import SAMPLE_SIZE, SMOOTHING, _encode
+from .assignment import choose_codes, encode_tools, nearest, within
+
+
+SAMPLE_SIZE = 32768  # tools that k-means and the revival of codes look at
+SMOOTHING = 10.0  # weight of the graph in the start of the codebooks, in units of the collaborative weight
 
 
 @torch.no_grad()
@@ -43,7 +46,7 @@ def start_model(
         module.layers[-1].weight.zero_()
         module.layers[-1].bias.zero_()
 
-    residual, codes = _encode(model, embeddings), []
+    residual, codes = encode_tools(model, embeddings), []
     for level, codebook in enumerate(model.quantizer.codebooks):
         collaborative = pull is not None and level < len(model.quantizer.codebooks) - 1
         smoothed = _smooth(residual, SMOOTHING * pull) if collaborative else residual

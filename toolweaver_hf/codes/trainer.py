@@ -15,16 +15,13 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from ..modeling_rqvae import LOSSES, RQVAEModel
-from .assignment import assign_codes, check_capacity
+from .assignment import CHUNK_SIZE, assign_codes, check_capacity, encode_tools
 from .cousage import unit_degree
-from .start import revive_codes, start_model
+from .start import SAMPLE_SIZE, revive_codes, start_model
 
 
-SAMPLE_SIZE = 32768  # tools that k-means and the revival of codes look at
 ASSIGNMENTS = 54  # times that codes are assigned anew, in the first nine tenths of the training
-SMOOTHING = 10.0  # weight of the graph in the start of the codebooks, in units of the collaborative weight
 CODES_FILE = "codes.safetensors"  # the present codes, in a checkpoint
-CHUNK_SIZE = 8192  # tools in a forward pass over all of them
 
 
 class _ToolIndices(Dataset):
@@ -215,7 +212,7 @@ class RQVAETrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         generator = torch.Generator().manual_seed(_seed(self.args.seed, self.state.global_step))
         codes = start_model(model, self.embeddings, generator, self.pull) if start else self.codes
-        latents = _encode(model, self.embeddings)
+        latents = encode_tools(model, self.embeddings)
         if not start:
             sample = torch.randperm(len(latents), generator=generator)[:SAMPLE_SIZE].to(self.args.device)
             revive_codes(model, latents[sample], codes[sample], generator)
@@ -236,7 +233,7 @@ class RQVAETrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         was_training = model.training
         model.eval()
-        found = torch.cat([model.quantize(rows) for rows in _encode(model, self.embeddings).split(CHUNK_SIZE)])
+        found = torch.cat([model.quantize(rows) for rows in encode_tools(model, self.embeddings).split(CHUNK_SIZE)])
         present = found if self.codes is None else self.codes
         losses = [
             model(rows, codes=codes).reconstruction_loss * len(rows)
@@ -332,7 +329,3 @@ class CodesEarlyStoppingCallback(TrainerCallback, ExportableState):
             "args": {"patience": self.patience, "threshold": self.threshold},
             "attributes": {"best": self.best, "waited": self.waited},
         }
-
-
-def _encode(model: RQVAEModel, embeddings: torch.Tensor) -> torch.Tensor:
-    return torch.cat([model.encode(rows).float() for rows in embeddings.split(CHUNK_SIZE)])

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from ..files import atomic_write, local_file
 from ..hub import PushToHubMixin
-from .formats import document_rows, json_lines, sealtools_fields, toolbench_fields
+from .formats import document_rows, json_lines, parse_document, sealtools_fields, toolbench_fields
 
 
 CATALOG_FILE = "catalog.jsonl"
