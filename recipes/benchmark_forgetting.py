@@ -21,12 +21,12 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
 from trl import ModelConfig
 
+from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings
 from toolweaver_hf.baselines import atomic_codes
 from toolweaver_hf.cards import TRAINING_FILE, TRAINING_VERSION
 from toolweaver_hf.cli import run
 from toolweaver_hf.codes.tool_codes import ToolCodes
 from toolweaver_hf.data.catalog import ToolCatalog
-from toolweaver_hf.embedding_init import initialize_code_embeddings
 from toolweaver_hf.files import read_json, write_json
 from toolweaver_hf.loading import load_aligned_model
 from toolweaver_hf.modeling_rqvae import RQVAEModel

@@ -27,6 +27,7 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import set_seed
 from trl import ModelConfig, TrlParser
 
+from toolweaver_hf.alignment.trainer import AlignmentTrainingArguments
 from toolweaver_hf.baselines import (
     BM25Retriever,
     DenseRetriever,
@@ -50,7 +51,6 @@ from toolweaver_hf.recipes import sft, tokenize_tools
 from toolweaver_hf.retrieval import RetrievedTool, ToolRetriever
 from toolweaver_hf.runs import save_run, tables
 from toolweaver_hf.tokenization_toolweaver import ToolWeaverTokenizer
-from toolweaver_hf.train_alignment import AlignmentTrainingArguments
 
 
 NAMES = {

@@ -24,12 +24,12 @@ import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
+from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings
 from toolweaver_hf.cli import run
 from toolweaver_hf.codes.assignment import assign_codes
 from toolweaver_hf.codes.start import start_model
 from toolweaver_hf.codes.tool_codes import ToolCodes
 from toolweaver_hf.configuration_rqvae import RQVAEConfig
-from toolweaver_hf.embedding_init import initialize_code_embeddings
 from toolweaver_hf.files import atomic_write, write_json
 from toolweaver_hf.modeling_rqvae import RQVAEModel
 from toolweaver_hf.recipes.tokenize_tools import default_codebook_sizes

@@ -34,6 +34,7 @@ from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig, TrlParser, get_peft_config
 
+from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings, trainable_code_rows
 from toolweaver_hf.alignment.rows import (
     leave_out_words,
     memorization_rows,
@@ -43,18 +44,7 @@ from toolweaver_hf.alignment.rows import (
     trajectory_rows,
     weigh_rows,
 )
-from toolweaver_hf.cards import record_training
-from toolweaver_hf.cli import run
-from toolweaver_hf.codes.tool_codes import ToolCodes
-from toolweaver_hf.data.catalog import ToolCatalog
-from toolweaver_hf.data.queries import Query, load_queries
-from toolweaver_hf.data.trajectories import load_trajectories
-from toolweaver_hf.embedding_init import initialize_code_embeddings, trainable_code_rows
-from toolweaver_hf.hub import push_folder, take_push_arguments
-from toolweaver_hf.modeling_rqvae import RQVAEModel
-from toolweaver_hf.serving import save_inference_code
-from toolweaver_hf.tokenization_toolweaver import TOOL_CODES_FILE, ToolWeaverTokenizer
-from toolweaver_hf.train_alignment import (
+from toolweaver_hf.alignment.trainer import (
     AlignmentTrainer,
     AlignmentTrainingArguments,
     can_share_prompts,
@@ -63,6 +53,16 @@ from toolweaver_hf.train_alignment import (
     last_checkpoint,
     size_on_disk,
 )
+from toolweaver_hf.cards import record_training
+from toolweaver_hf.cli import run
+from toolweaver_hf.codes.tool_codes import ToolCodes
+from toolweaver_hf.data.catalog import ToolCatalog
+from toolweaver_hf.data.queries import Query, load_queries
+from toolweaver_hf.data.trajectories import load_trajectories
+from toolweaver_hf.hub import push_folder, take_push_arguments
+from toolweaver_hf.modeling_rqvae import RQVAEModel
+from toolweaver_hf.serving import save_inference_code
+from toolweaver_hf.tokenization_toolweaver import TOOL_CODES_FILE, ToolWeaverTokenizer
 
 
 logger = get_logger(__name__)

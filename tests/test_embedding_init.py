@@ -8,8 +8,8 @@ from conftest import small_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from toolweaver_hf import Tool, ToolCatalog, ToolCodes, ToolWeaverTokenizer
+from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings
 from toolweaver_hf.demo import DEMO_FOLDER
-from toolweaver_hf.embedding_init import initialize_code_embeddings
 
 
 @pytest.fixture

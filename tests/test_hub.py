@@ -30,11 +30,11 @@ from toolweaver_hf import (
     ToolRetriever,
     ToolWeaverTokenizer,
 )
+from toolweaver_hf.alignment.embedding_init import trainable_code_rows
 from toolweaver_hf.cards import create_card
 from toolweaver_hf.cli import main as toolweaver
 from toolweaver_hf.data.queries import load_queries
 from toolweaver_hf.demo import DEMO_FOLDER
-from toolweaver_hf.embedding_init import trainable_code_rows
 from toolweaver_hf.evaluation import MEASURES
 from toolweaver_hf.files import write_json
 from toolweaver_hf.hub import push_folder

@@ -24,17 +24,12 @@ from transformers import AutoModelForCausalLM, TrainerState
 from trl import ModelConfig, TrlParser
 
 from toolweaver_hf import Tool, ToolCatalog, ToolCodes, ToolRetriever, ToolWeaverTokenizer
+from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings, trainable_code_rows
 from toolweaver_hf.alignment.rows import retrieval_rows, tokenize_rows
+from toolweaver_hf.alignment.trainer import AlignmentTrainer, AlignmentTrainingArguments, check_room, last_checkpoint
 from toolweaver_hf.data.queries import load_queries
 from toolweaver_hf.demo import DEMO_FOLDER
-from toolweaver_hf.embedding_init import initialize_code_embeddings, trainable_code_rows
 from toolweaver_hf.recipes import sft
-from toolweaver_hf.train_alignment import (
-    AlignmentTrainer,
-    AlignmentTrainingArguments,
-    check_room,
-    last_checkpoint,
-)
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -10,13 +10,13 @@ from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
 from toolweaver_hf.alignment.rows import retrieval_rows, share_prompts, tokenize_rows
-from toolweaver_hf.data.queries import Query
-from toolweaver_hf.train_alignment import (
+from toolweaver_hf.alignment.trainer import (
     AlignmentTrainer,
     AlignmentTrainingArguments,
     SharedPromptCollator,
     can_share_prompts,
 )
+from toolweaver_hf.data.queries import Query
 
 
 COLLATOR = SharedPromptCollator(pad_token_id=0)

@@ -21,10 +21,10 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from .data.queries import Query
-from .evaluation import evaluate_rankings
-from .retrieval import ToolRetriever
-from .trie import CodeTrie
+from ..data.queries import Query
+from ..evaluation import evaluate_rankings
+from ..retrieval import ToolRetriever
+from ..trie import CodeTrie
 
 
 EVALUATION_MEASURES = ("nDCG@1", "nDCG@5")

@@ -10,8 +10,8 @@ from peft.utils.integrations import gather_params_ctx
 from torch.nn.functional import embedding_bag
 from transformers import PreTrainedModel
 
-from .data.catalog import ToolCatalog
-from .tokenization_toolweaver import ToolWeaverTokenizer
+from ..data.catalog import ToolCatalog
+from ..tokenization_toolweaver import ToolWeaverTokenizer
 
 
 @torch.no_grad()
