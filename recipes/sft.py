@@ -34,6 +34,7 @@ from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig, TrlParser, get_peft_config
 
+from toolweaver_hf.alignment.checkpoints import check_disk_space, check_writable, last_checkpoint, size_on_disk
 from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings, trainable_code_rows
 from toolweaver_hf.alignment.rows import (
     leave_out_words,
@@ -44,15 +45,7 @@ from toolweaver_hf.alignment.rows import (
     trajectory_rows,
     weigh_rows,
 )
-from toolweaver_hf.alignment.trainer import (
-    AlignmentTrainer,
-    AlignmentTrainingArguments,
-    can_share_prompts,
-    check_room,
-    check_writable,
-    last_checkpoint,
-    size_on_disk,
-)
+from toolweaver_hf.alignment.trainer import AlignmentTrainer, AlignmentTrainingArguments, can_share_prompts
 from toolweaver_hf.cards import record_training
 from toolweaver_hf.cli import run
 from toolweaver_hf.codes.tool_codes import ToolCodes
@@ -283,7 +276,7 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
     )
     if args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
-    check_room(training_args.output_dir, size_on_disk(trainer.model, training_args))
+    check_disk_space(training_args.output_dir, size_on_disk(trainer.model, training_args))
     checkpoint = training_args.resume_from_checkpoint
     if checkpoint and str(checkpoint).lower() in ("true", "last"):
         checkpoint = last_checkpoint(training_args.output_dir)  # None where there is none yet: from the start

@@ -24,9 +24,10 @@ from transformers import AutoModelForCausalLM, TrainerState
 from trl import ModelConfig, TrlParser
 
 from toolweaver_hf import Tool, ToolCatalog, ToolCodes, ToolRetriever, ToolWeaverTokenizer
+from toolweaver_hf.alignment.checkpoints import check_disk_space, last_checkpoint
 from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings, trainable_code_rows
 from toolweaver_hf.alignment.rows import retrieval_rows, tokenize_rows
-from toolweaver_hf.alignment.trainer import AlignmentTrainer, AlignmentTrainingArguments, check_room, last_checkpoint
+from toolweaver_hf.alignment.trainer import AlignmentTrainer, AlignmentTrainingArguments
 from toolweaver_hf.data.queries import load_queries
 from toolweaver_hf.demo import DEMO_FOLDER
 from toolweaver_hf.recipes import sft
@@ -304,7 +305,7 @@ def test_what_stops_a_run_before_training(world, tmp_path):
     with pytest.raises(OSError, match="cannot be written"):
         run(world, tmp_path / "file" / "out")
     with pytest.raises(OSError, match="GB free, but this run writes at least 1000000"):
-        check_room(tmp_path, 10**15)
+        check_disk_space(tmp_path, 10**15)
     assert not (tmp_path / "out").exists()
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +12,7 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from peft.utils import TrainableTokensWrapper
 from torch.nn.functional import cross_entropy, pad
-from transformers import PreTrainedModel, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -250,62 +246,3 @@ class AlignmentTrainer(SFTTrainer):
             )
         found = dict(gather_object(list(zip(mine, rankings, strict=True))))
         return evaluate_rankings(self.eval_queries, [found[i] for i in numbers])["all"]
-
-
-def size_on_disk(model: PreTrainedModel | PeftModel, args: SFTConfig) -> int:
-    """How many bytes a run writes at least: its checkpoints, as many as are kept, and the final model."""
-    parameters = list(model.parameters())
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    saved = trained if isinstance(model, PeftModel) else parameters
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in saved)
-    moments = (
-        0 if args.save_only_model else 2 * sum(parameter.numel() * parameter.element_size() for parameter in trained)
-    )
-    checkpoints = 0 if args.save_strategy == "no" else args.save_total_limit or 1
-    return weights + checkpoints * (weights + moments)
-
-
-def check_writable(folder: str | os.PathLike) -> None:
-    """Make a folder and make sure that it can be written.
-
-    Raises:
-        `OSError`: saying what is wrong.
-    """
-    probe = Path(folder, f".write-test-{os.getpid()}")
-    try:
-        os.makedirs(folder, exist_ok=True)
-        probe.write_bytes(bytes(4096))
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"{folder} cannot be written ({error}); choose another --output_dir") from None
-
-
-def check_room(folder: str | os.PathLike, num_bytes: int) -> None:
-    """Make sure, before hours of training, that a folder's disk has room for what will be written.
-
-    Raises:
-        `OSError`: saying how much is missing.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise OSError(
-            f"{folder} has {free / 1e9:.1f} GB free, but this run writes at least {num_bytes / 1e9:.1f} GB; "
-            "free some, or lower --save_total_limit"
-        )
-
-
-def last_checkpoint(folder: str | os.PathLike) -> str | None:
-    """Return the newest checkpoint in a folder that was written to its end, or `None`.
-
-    [`~transformers.trainer_utils.get_last_checkpoint`] would return one that a kill cut short.
-    """
-    checkpoints = sorted(
-        Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True
-    )
-    for checkpoint in checkpoints:
-        try:
-            TrainerState.load_from_json(checkpoint / TRAINER_STATE_NAME)  # what a checkpoint is completed by
-            return str(checkpoint)
-        except (OSError, ValueError, TypeError):
-            continue
-    return None
