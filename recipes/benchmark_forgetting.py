@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 from trl import ModelConfig
 
 from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings
+from toolweaver_hf.alignment.record import TRAINING_FILE, TRAINING_VERSION
 from toolweaver_hf.baselines import atomic_codes
-from toolweaver_hf.cards import TRAINING_FILE, TRAINING_VERSION
 from toolweaver_hf.cli import run
 from toolweaver_hf.codes.tool_codes import ToolCodes
 from toolweaver_hf.data.catalog import ToolCatalog

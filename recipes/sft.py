@@ -36,6 +36,7 @@ from trl import ModelConfig, TrlParser, get_peft_config
 
 from toolweaver_hf.alignment.checkpoints import check_disk_space, check_writable, last_checkpoint, size_on_disk
 from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings, trainable_code_rows
+from toolweaver_hf.alignment.record import record_training
 from toolweaver_hf.alignment.rows import (
     leave_out_words,
     memorization_rows,
@@ -46,7 +47,6 @@ from toolweaver_hf.alignment.rows import (
     weigh_rows,
 )
 from toolweaver_hf.alignment.trainer import AlignmentTrainer, AlignmentTrainingArguments, can_share_prompts
-from toolweaver_hf.cards import record_training
 from toolweaver_hf.cli import run
 from toolweaver_hf.codes.tool_codes import ToolCodes
 from toolweaver_hf.data.catalog import ToolCatalog

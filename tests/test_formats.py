@@ -8,7 +8,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from toolweaver_hf import RQVAEModel, ToolCatalog, ToolCodes
-from toolweaver_hf.cards import TRAINING_VERSION, create_card
+from toolweaver_hf.alignment.record import TRAINING_VERSION
+from toolweaver_hf.cards import create_card
 from toolweaver_hf.codes.measures import METRICS_VERSION
 from toolweaver_hf.codes.report import inspect_codes
 from toolweaver_hf.data.queries import load_queries

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,23 +13,22 @@ from huggingface_hub.utils import logging
 from jinja2 import TemplateError
 from safetensors import safe_open
 
+from .alignment.record import TRAINING_FILE, TRAINING_VERSION
 from .data.catalog import CATALOG_FILE, ToolCatalog
 from .data.queries import load_queries
 from .data.trajectories import load_trajectories
 from .evaluation import METRICS_FILE, METRICS_VERSION, markdown_table
-from .files import read_json, read_object, write_json
+from .files import read_json, read_object
 from .tokenization_toolweaver import LEVEL_LETTERS, TOOL_CODES_FILE, check_tool_codes
 
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    pass
 
 
 logger = logging.get_logger(__name__)
 
 CARD_TEMPLATE = Path(__file__).parent / "model_card_template.md"
-TRAINING_FILE = "training.json"
-TRAINING_VERSION = 1  # its schema_version
 EVALUATION_FOLDER = "evaluation"
 
 DATASET_CARD_TEMPLATE = """---
@@ -248,37 +246,3 @@ def own_card(folder: Path) -> RepoCard | None:
         return None
     card = RepoCard.load(path)
     return card if "toolweaver" in (card.data.to_dict().get("tags") or []) else None
-
-
-def record_training(trainer: Trainer, base_model: str, **settings: Any) -> None:
-    """Write `training.json` into the trainer's output folder: what the card says of the training.
-
-    A run that starts from another one's folder goes on with that one's record.
-
-    Args:
-        trainer ([`Trainer`]): The trainer, after the training.
-        base_model (`str`): Id or folder of the model that the run started from.
-        settings: What else describes the run, such as its stages.
-    """
-    args, state = trainer.args, trainer.state
-    earlier = Path(base_model, TRAINING_FILE)
-    record = read_json(earlier, TRAINING_VERSION) if earlier.exists() else {"base_model": base_model, "runs": []}
-    if os.path.exists(record["base_model"] or ""):
-        record["base_model"] = None  # a folder of this machine says nothing to others
-    summary = next((entry for entry in reversed(state.log_history) if "train_loss" in entry), {})
-    run = {
-        **settings,
-        "rows": len(trainer.train_dataset),
-        "epochs": round(state.epoch or 0, 2),
-        "steps": state.global_step,
-        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "learning_rate": args.learning_rate,
-        "scheduler": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else str(next(trainer.model.parameters()).dtype)[6:],
-        "seed": args.seed,
-        "training_loss": round(summary["train_loss"], 4) if "train_loss" in summary else None,
-        "seconds": round(summary["train_runtime"]) if "train_runtime" in summary else None,
-        "versions": {name: version(name) for name in ("toolweaver-hf", "transformers", "trl", "torch")},
-    }
-    record["runs"].append({name: value for name, value in run.items() if value is not None})
-    write_json(Path(args.output_dir, TRAINING_FILE), record, TRAINING_VERSION)
