@@ -17,7 +17,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from toolweaver_hf.agent import AgentRun, ToolAgent
+from toolweaver_hf.agent.loop import AgentRun, ToolAgent
 from toolweaver_hf.agent_evaluation import AgentTask, evaluate_runs, load_runs, load_tasks
 from toolweaver_hf.chat_endpoint import DEFAULT_URL, ChatEndpoint
 from toolweaver_hf.cli import run

@@ -14,7 +14,7 @@ from toolweaver_hf import (
     ToolCodes,
     ToolWeaverTokenizer,
 )
-from toolweaver_hf.arguments import close_schema, find_error
+from toolweaver_hf.agent.arguments import close_schema, find_error
 from toolweaver_hf.demo import DEMO_FOLDER
 
 

@@ -4,13 +4,13 @@ from importlib.metadata import version
 
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from .agent import AgentRun, ToolAgent, save_trajectories
-from .arguments import ToolArgumentsLogitsProcessor
+from .agent.arguments import ToolArgumentsLogitsProcessor
+from .agent.loop import AgentRun, ToolAgent, save_trajectories
+from .agent.mcp import MCPTools
 from .codes.tool_codes import ToolCodes
 from .configuration_rqvae import RQVAEConfig
 from .data.catalog import Tool, ToolCatalog
 from .logits_process import ToolCodeLogitsProcessor
-from .mcp import MCPTools
 from .modeling_rqvae import RQVAEModel
 from .pipeline_tool_retrieval import ToolRetrievalPipeline
 from .retrieval import RetrievedTool, ToolRetriever

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from tqdm.auto import tqdm
 
-from .agent import AgentRun
+from .agent.loop import AgentRun
 from .agent_evaluation import AgentTask, call_counts, calls_of, observations_of
 from .chat_endpoint import ChatEndpoint
 from .evaluation import bootstrap_intervals

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from trl import ModelConfig
 
-from .agent import ToolAgent
+from .agent.loop import ToolAgent
 from .codes.report import inspect_codes
 from .data.catalog import ToolCatalog
 from .data.queries import Query, load_queries

@@ -17,9 +17,9 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from .agent import AgentRun
+from .agent.arguments import find_error
+from .agent.loop import AgentRun
 from .agent_evaluation import calls_of, observations_of
-from .arguments import find_error
 from .chat_endpoint import DEFAULT_URL, ChatEndpoint
 from .data.catalog import Tool, ToolCatalog
 from .data.trajectories import load_trajectories

@@ -15,11 +15,11 @@ from referencing import Registry
 from transformers import LogitsProcessor
 from transformers.utils import logging
 
-from .tokenization_toolweaver import ToolWeaverTokenizer
+from ..tokenization_toolweaver import ToolWeaverTokenizer
 
 
 if TYPE_CHECKING:
-    from .data.catalog import Tool
+    from ..data.catalog import Tool
 
 
 logger = logging.get_logger(__name__)

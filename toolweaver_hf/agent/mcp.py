@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from .data.catalog import ToolCatalog
+from ..data.catalog import ToolCatalog
 
 
 if TYPE_CHECKING:

@@ -18,14 +18,14 @@ from tokenizers.decoders import DecodeStream
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 from transformers.utils import logging
 
+from ..data.catalog import ToolCatalog
+from ..data.trajectories import render_calls
+from ..files import atomic_write
+from ..loading import load_aligned_model
+from ..logits_process import ToolCodeLogitsProcessor
+from ..tokenization_toolweaver import HUB_KWARGS, ToolWeaverTokenizer
+from ..trie import CodeTrie
 from .arguments import ToolArgumentsLogitsProcessor, find_error
-from .data.catalog import ToolCatalog
-from .data.trajectories import render_calls
-from .files import atomic_write
-from .loading import load_aligned_model
-from .logits_process import ToolCodeLogitsProcessor
-from .tokenization_toolweaver import HUB_KWARGS, ToolWeaverTokenizer
-from .trie import CodeTrie
 
 
 logger = logging.get_logger(__name__)

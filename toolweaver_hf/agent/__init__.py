@@ -1,0 +1,1 @@
+"""Using the model: the agent's loop, its turns, their arguments, and tools of MCP servers."""
