@@ -14,18 +14,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tokenizers.decoders import DecodeStream
-from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.utils import logging
 
 from ..data.catalog import ToolCatalog
-from ..data.trajectories import render_calls
 from ..files import atomic_write
 from ..loading import load_aligned_model
-from ..logits_process import ToolCodeLogitsProcessor
 from ..tokenization_toolweaver import HUB_KWARGS, ToolWeaverTokenizer
 from ..trie import CodeTrie
-from .arguments import ToolArgumentsLogitsProcessor, find_error
+from .arguments import ToolArgumentsLogitsProcessor
+from .turn import Turn
 
 
 logger = logging.get_logger(__name__)
@@ -213,7 +211,7 @@ class ToolAgent:
         unknown = [tool_id for tool_id in allowed if tool_id not in self.functions]
         if unknown:
             raise ValueError(f"these allowed tools have no function: {', '.join(unknown[:5])}")
-        turn = _Turn(self, run, [self._tool_rows[tool_id] for tool_id in allowed])
+        turn = Turn(self, run, [self._tool_rows[tool_id] for tool_id in allowed])
         yield run.messages[-1]
         for _ in range(self.max_steps):
             yield from turn.generate(stream_tokens)
@@ -237,7 +235,7 @@ class ToolAgent:
             run.messages.append({"role": "tool", "content": observation})
             yield run.messages[-1]
 
-    def _observe(self, turn: _Turn, run: AgentRun) -> str | None:
+    def _observe(self, turn: Turn, run: AgentRun) -> str | None:
         """Call the tool that was chosen and return the observation as JSON; `None` if the run was cancelled."""
         if turn.arguments_error:
             return _as_json({"error": turn.arguments_error})
@@ -260,131 +258,6 @@ class ToolAgent:
         if result.exception() is not None:
             return _as_json({"error": f"{type(result.exception()).__name__}: {result.exception()}"})
         return _as_json(result.result())
-
-
-class _Turn:
-    """The turns of one run: the conversation as tokens, the model's cache of it, and the last turn that was read."""
-
-    def __init__(self, agent: ToolAgent, run: AgentRun, allowed: list[int]):
-        self.agent, self.run = agent, run
-        tokenizer = agent.tokenizer
-        self.ids: list[int] = tokenizer.encode_conversation(
-            render_calls(run.messages, tokenizer), add_generation_prompt=True
-        )["input_ids"]
-        self.cache = DynamicCache(config=agent.model.config)
-        self.codes = {
-            start: ToolCodeLogitsProcessor(
-                agent.trie,
-                mode="trajectory",
-                code_start=start,
-                code_token_ids=tokenizer.code_token_ids,
-                allowed_tools=[allowed],
-            )
-            for start in ("allowed", "forbidden")
-        }
-        first = tokenizer.level_offsets[0]
-        self.first_level = range(first, first + tokenizer.codebook_sizes[0])
-        self.num_levels = len(tokenizer.codebook_sizes)
-        self.new_ids: list[int] = []
-
-    def generate(self, stream_tokens: bool, begun: Sequence[int] = ()) -> Iterator[str]:
-        """Generate one turn, from the tokens with which it has begun, and read it."""
-        agent, tokenizer = self.agent, self.agent.tokenizer
-        self.new_ids, self.stop_reason = list(begun), None
-        text = DecodeStream(skip_special_tokens=True)
-        while True:
-            if self.run._cancelled.done():
-                self.stop_reason = "cancelled"
-            elif len(self.new_ids) >= agent.max_new_tokens or self._is_full():
-                self.stop_reason = "max_tokens"
-            if self.stop_reason:
-                break
-            self.new_ids.append(self._next_token())
-            self.run.num_new_tokens += 1
-            piece = text.step(tokenizer.backend_tokenizer, self.new_ids[-1])
-            if stream_tokens and piece:
-                yield piece
-            if self.new_ids[-1] in agent._end_ids or self._is_whole_call():
-                break
-        self._read()
-
-    def retry(self, stream_tokens: bool) -> Iterator[str]:
-        """Generate the arguments of the same tool once more, with the error in sight but out of the conversation."""
-        kept, length = self.new_ids[: self._code_start() + self.num_levels], len(self.ids)
-        self.close(_as_json({"error": self.arguments_error}))
-        yield from self.generate(stream_tokens, begun=kept)
-        del self.ids[length:]
-        self.cache = DynamicCache(config=self.agent.model.config)
-
-    def close(self, observation: str) -> None:
-        """Add the turn as it was generated, its end, the tool's answer as text, and the opening of the next turn."""
-        tokenizer = self.agent.tokenizer
-        # All that the template writes after a turn is what two conversations with different turns have in common.
-        one, other = (
-            tokenizer.encode_conversation(
-                [
-                    {"role": "user", "content": "?"},
-                    {"role": "assistant", "content": turn},
-                    {"role": "tool", "content": observation},
-                ],
-                add_generation_prompt=True,
-            )["input_ids"]
-            for turn in (".", "no")
-        )
-        common = next(i for i in range(1, len(one)) if one[-i] != other[-i]) - 1
-        written = self.new_ids[:-1] if self.new_ids[-1] in self.agent._end_ids else self.new_ids
-        self.ids += [*written, *one[len(one) - common :]]
-
-    @torch.inference_mode()
-    def _next_token(self) -> int:
-        model, ids = self.agent.model, self.ids + self.new_ids
-        known = self.cache.get_seq_length()
-        input_ids = torch.tensor([ids], device=model.device)
-        logits = model(input_ids=input_ids[:, known:], cache=self.cache, use_cache=True, logits_to_keep=1).logits
-        scores = self.agent.logits_processor(input_ids, logits[:, -1].float())
-        new_ids = input_ids[:, len(self.ids) :]
-        has_code = self._code_start() + self.num_levels <= len(self.new_ids)
-        scores = self.codes["forbidden" if has_code else "allowed"](new_ids, scores)
-        if self.agent._grammar is not None:
-            scores = self.agent._grammar(new_ids, scores)
-        return int(scores.softmax(-1).multinomial(1) if self.agent.do_sample else scores.argmax(-1))
-
-    def _is_full(self) -> bool:
-        limit, context = self.agent.max_total_tokens, getattr(self.agent.model.config, "max_position_embeddings", None)
-        return (limit is not None and self.run.num_new_tokens >= limit) or (
-            context is not None and len(self.ids) + len(self.new_ids) >= context
-        )
-
-    def _code_start(self) -> int:
-        """Where the turn's code starts; its length where there is none."""
-        return next((i for i, token in enumerate(self.new_ids) if token in self.first_level), len(self.new_ids))
-
-    def _is_whole_call(self) -> bool:
-        if self.agent._grammar is not None:
-            return self.agent._grammar.is_complete(self.new_ids)
-        text = self._arguments_text()
-        return text.endswith("}") and isinstance(_parse(text), dict)
-
-    def _arguments_text(self) -> str:
-        return self.agent.tokenizer.decode(
-            self.new_ids[self._code_start() + self.num_levels :], skip_special_tokens=True
-        ).strip()
-
-    def _read(self) -> None:
-        """Split the turn into its thought, the tool chosen (`None` for a final answer) and the arguments."""
-        tokenizer, start = self.agent.tokenizer, self._code_start()
-        self.thought = tokenizer.decode(self.new_ids[:start], skip_special_tokens=True).strip()
-        self.tool_id, self.arguments, self.arguments_error = None, {}, None
-        end = start + self.num_levels
-        if end > len(self.new_ids):
-            return
-        self.tool_id = tokenizer.decode_tool(self.new_ids[start:end])
-        arguments = _parse(self._arguments_text())
-        if not isinstance(arguments, dict):
-            self.arguments_error = "the arguments are not one JSON object"
-            return
-        self.arguments = arguments
-        self.arguments_error = find_error(arguments, self.agent.catalog[self.tool_id].parameters)
 
 
 def _parse(text: str) -> Any:
