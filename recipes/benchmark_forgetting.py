@@ -23,15 +23,15 @@ from trl import ModelConfig
 
 from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings
 from toolweaver_hf.alignment.record import TRAINING_FILE, TRAINING_VERSION
-from toolweaver_hf.baselines import atomic_codes
 from toolweaver_hf.cli import run
 from toolweaver_hf.codes.tool_codes import ToolCodes
 from toolweaver_hf.data.catalog import ToolCatalog
+from toolweaver_hf.evaluation.baselines import atomic_codes
+from toolweaver_hf.evaluation.runs import describe_run
 from toolweaver_hf.files import read_json, write_json
 from toolweaver_hf.loading import load_aligned_model
 from toolweaver_hf.modeling_rqvae import RQVAEModel
 from toolweaver_hf.recipes import sft
-from toolweaver_hf.runs import describe_run
 from toolweaver_hf.tokenization_toolweaver import ToolWeaverTokenizer
 
 

@@ -28,7 +28,13 @@ from transformers import set_seed
 from trl import ModelConfig, TrlParser
 
 from toolweaver_hf.alignment.trainer import AlignmentTrainingArguments
-from toolweaver_hf.baselines import (
+from toolweaver_hf.cli import run
+from toolweaver_hf.codes.assignment import check_capacity
+from toolweaver_hf.codes.embeddings import EMBEDDINGS_FILE, default_encoder, embed_catalog
+from toolweaver_hf.codes.tool_codes import ToolCodes
+from toolweaver_hf.data.catalog import CATALOG_FILE, ToolCatalog
+from toolweaver_hf.data.queries import Query, load_queries
+from toolweaver_hf.evaluation.baselines import (
     BM25Retriever,
     DenseRetriever,
     atomic_codes,
@@ -36,20 +42,14 @@ from toolweaver_hf.baselines import (
     numeric_codes,
     random_codes,
 )
-from toolweaver_hf.cli import run
-from toolweaver_hf.codes.assignment import check_capacity
-from toolweaver_hf.codes.embeddings import EMBEDDINGS_FILE, default_encoder, embed_catalog
-from toolweaver_hf.codes.tool_codes import ToolCodes
-from toolweaver_hf.data.catalog import CATALOG_FILE, ToolCatalog
-from toolweaver_hf.data.queries import Query, load_queries
-from toolweaver_hf.evaluation import check_ground_truth
+from toolweaver_hf.evaluation.rankings import check_ground_truth
+from toolweaver_hf.evaluation.runs import save_run, tables
 from toolweaver_hf.files import write_text
 from toolweaver_hf.loading import load_aligned_model
 from toolweaver_hf.modeling_rqvae import RQVAEModel
 from toolweaver_hf.quickstart import build_small_llama
 from toolweaver_hf.recipes import sft, tokenize_tools
 from toolweaver_hf.retrieval import RetrievedTool, ToolRetriever
-from toolweaver_hf.runs import save_run, tables
 from toolweaver_hf.tokenization_toolweaver import ToolWeaverTokenizer
 
 

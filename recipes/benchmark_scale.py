@@ -30,11 +30,11 @@ from toolweaver_hf.codes.assignment import assign_codes
 from toolweaver_hf.codes.start import start_model
 from toolweaver_hf.codes.tool_codes import ToolCodes
 from toolweaver_hf.configuration_rqvae import RQVAEConfig
+from toolweaver_hf.evaluation.runs import describe_run
 from toolweaver_hf.files import atomic_write, write_json
 from toolweaver_hf.modeling_rqvae import RQVAEModel
 from toolweaver_hf.recipes.tokenize_tools import default_codebook_sizes
 from toolweaver_hf.retrieval import ToolRetriever
-from toolweaver_hf.runs import describe_run
 from toolweaver_hf.tokenization_toolweaver import ToolWeaverTokenizer
 
 

@@ -18,16 +18,24 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from toolweaver_hf.agent.loop import AgentRun, ToolAgent
-from toolweaver_hf.agent_evaluation import AgentTask, evaluate_runs, load_runs, load_tasks
-from toolweaver_hf.chat_endpoint import DEFAULT_URL, ChatEndpoint
 from toolweaver_hf.cli import run
 from toolweaver_hf.data.catalog import ToolCatalog
 from toolweaver_hf.data.trajectories import load_trajectories
 from toolweaver_hf.demo import demo_functions
+from toolweaver_hf.evaluation.chat_endpoint import DEFAULT_URL, ChatEndpoint
+from toolweaver_hf.evaluation.judges import (
+    AnswerChecker,
+    ChatJudge,
+    judge_pairs,
+    judge_runs,
+    pass_rate,
+    token_counts,
+    win_rate,
+)
+from toolweaver_hf.evaluation.runs import RUN_FILE, RUN_VERSION, describe_run
+from toolweaver_hf.evaluation.simulated_tools import SimulatedTools
+from toolweaver_hf.evaluation.tasks import AgentTask, evaluate_runs, load_runs, load_tasks
 from toolweaver_hf.files import local_file, read_json, truncate_partial_line, write_json
-from toolweaver_hf.judges import AnswerChecker, ChatJudge, judge_pairs, judge_runs, pass_rate, token_counts, win_rate
-from toolweaver_hf.runs import RUN_FILE, RUN_VERSION, describe_run
-from toolweaver_hf.simulated_tools import SimulatedTools
 
 
 METRICS_VERSION = 1  # schema_version of metrics.json

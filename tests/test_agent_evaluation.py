@@ -5,8 +5,8 @@ import json
 import pytest
 
 from toolweaver_hf import AgentRun, ToolCatalog
-from toolweaver_hf.agent_evaluation import canonical, evaluate_runs, load_runs, load_tasks
 from toolweaver_hf.demo import DEMO_FOLDER
+from toolweaver_hf.evaluation.tasks import canonical, evaluate_runs, load_runs, load_tasks
 
 
 TRAJECTORIES = DEMO_FOLDER / "trajectories.test.jsonl"

@@ -11,12 +11,12 @@ from trl import ModelConfig
 
 from toolweaver_hf import RQVAEModel, ToolAgent, ToolCatalog, ToolCodes, ToolRetriever, ToolWeaverTokenizer
 from toolweaver_hf.alignment.rows import tokenize_rows, trajectory_rows
-from toolweaver_hf.baselines import atomic_codes
 from toolweaver_hf.codes.report import inspect_codes
 from toolweaver_hf.data.queries import load_queries
 from toolweaver_hf.data.trajectories import load_trajectories
 from toolweaver_hf.demo import DEMO_FOLDER, demo_functions
-from toolweaver_hf.evaluation import evaluate_rankings
+from toolweaver_hf.evaluation.baselines import atomic_codes
+from toolweaver_hf.evaluation.rankings import evaluate_rankings
 from toolweaver_hf.recipes import evaluate, sft, tokenize_tools
 
 

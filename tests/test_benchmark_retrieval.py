@@ -9,11 +9,11 @@ from trl import ModelConfig
 
 from toolweaver_hf import ToolCatalog, ToolCodes
 from toolweaver_hf.alignment.trainer import AlignmentTrainingArguments
-from toolweaver_hf.baselines import atomic_codes, numeric_codes, random_codes
 from toolweaver_hf.data.queries import load_queries
 from toolweaver_hf.demo import DEMO_FOLDER
+from toolweaver_hf.evaluation.baselines import atomic_codes, numeric_codes, random_codes
+from toolweaver_hf.evaluation.runs import compare_runs, load_run
 from toolweaver_hf.recipes import benchmark_retrieval
-from toolweaver_hf.runs import compare_runs, load_run
 
 
 @pytest.fixture(scope="module")

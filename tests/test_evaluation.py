@@ -14,10 +14,16 @@ from toolweaver_hf.cli import main as toolweaver
 from toolweaver_hf.data.catalog import ToolCatalog
 from toolweaver_hf.data.queries import Query, load_queries
 from toolweaver_hf.demo import DEMO_FOLDER
-from toolweaver_hf.evaluation import MEASURES, compare_rankings, evaluate_rankings, markdown_table, measure_queries
+from toolweaver_hf.evaluation.rankings import (
+    MEASURES,
+    compare_rankings,
+    evaluate_rankings,
+    markdown_table,
+    measure_queries,
+)
+from toolweaver_hf.evaluation.runs import compare_runs, load_run, save_run
 from toolweaver_hf.recipes import evaluate
 from toolweaver_hf.retrieval import RetrievedTool
-from toolweaver_hf.runs import compare_runs, load_run, save_run
 
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"

@@ -14,7 +14,7 @@ from toolweaver_hf.codes.measures import METRICS_VERSION
 from toolweaver_hf.codes.report import inspect_codes
 from toolweaver_hf.data.queries import load_queries
 from toolweaver_hf.data.trajectories import load_trajectories
-from toolweaver_hf.evaluation import METRICS_VERSION as EVALUATION_VERSION
+from toolweaver_hf.evaluation.rankings import METRICS_VERSION as EVALUATION_VERSION
 from toolweaver_hf.files import read_json
 
 

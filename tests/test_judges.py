@@ -7,10 +7,18 @@ import pytest
 from chat_server import ChatServer
 
 from toolweaver_hf import AgentRun
-from toolweaver_hf.agent_evaluation import AgentTask, load_runs, load_tasks
-from toolweaver_hf.chat_endpoint import ChatEndpoint
 from toolweaver_hf.demo import DEMO_FOLDER
-from toolweaver_hf.judges import AnswerChecker, ChatJudge, judge_pairs, judge_runs, pass_rate, token_counts, win_rate
+from toolweaver_hf.evaluation.chat_endpoint import ChatEndpoint
+from toolweaver_hf.evaluation.judges import (
+    AnswerChecker,
+    ChatJudge,
+    judge_pairs,
+    judge_runs,
+    pass_rate,
+    token_counts,
+    win_rate,
+)
+from toolweaver_hf.evaluation.tasks import AgentTask, load_runs, load_tasks
 
 
 TASKS = [AgentTask(str(i), [{"role": "user", "content": f"Question {i}?"}], ["weather"]) for i in range(4)]

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolweaver_hf import MCPTools, Tool, ToolCatalog
-from toolweaver_hf.chat_endpoint import ChatEndpoint
 from toolweaver_hf.data.trajectories import load_trajectories
 from toolweaver_hf.demo import DEMO_FOLDER
-from toolweaver_hf.simulated_tools import SimulatedTools, mcp_server, simulate_answer
+from toolweaver_hf.evaluation.chat_endpoint import ChatEndpoint
+from toolweaver_hf.evaluation.simulated_tools import SimulatedTools, mcp_server, simulate_answer
 
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}

@@ -17,7 +17,7 @@ from .alignment.record import TRAINING_FILE, TRAINING_VERSION
 from .data.catalog import CATALOG_FILE, ToolCatalog
 from .data.queries import load_queries
 from .data.trajectories import load_trajectories
-from .evaluation import METRICS_FILE, METRICS_VERSION, markdown_table
+from .evaluation.rankings import METRICS_FILE, METRICS_VERSION, markdown_table
 from .files import read_json, read_object
 from .tokenization_toolweaver import LEVEL_LETTERS, TOOL_CODES_FILE, check_tool_codes
 

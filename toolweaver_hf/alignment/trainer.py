@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..data.queries import Query
-from ..evaluation import evaluate_rankings
+from ..evaluation.rankings import evaluate_rankings
 from ..retrieval import ToolRetriever
 from ..trie import CodeTrie
 

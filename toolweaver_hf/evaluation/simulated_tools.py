@@ -17,13 +17,13 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from .agent.arguments import find_error
-from .agent.loop import AgentRun
-from .agent_evaluation import calls_of, observations_of
+from ..agent.arguments import find_error
+from ..agent.loop import AgentRun
+from ..data.catalog import Tool, ToolCatalog
+from ..data.trajectories import load_trajectories
+from ..files import read_rows, truncate_partial_line
 from .chat_endpoint import DEFAULT_URL, ChatEndpoint
-from .data.catalog import Tool, ToolCatalog
-from .data.trajectories import load_trajectories
-from .files import read_rows, truncate_partial_line
+from .tasks import calls_of, observations_of
 
 
 SIMULATION_INSTRUCTIONS = """\

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from tqdm.auto import tqdm
 
-from .agent.loop import AgentRun
-from .agent_evaluation import AgentTask, call_counts, calls_of, observations_of
+from ..agent.loop import AgentRun
+from ..files import read_rows, truncate_partial_line
 from .chat_endpoint import ChatEndpoint
-from .evaluation import bootstrap_intervals
-from .files import read_rows, truncate_partial_line
+from .rankings import bootstrap_intervals
+from .tasks import AgentTask, call_counts, calls_of, observations_of
 
 
 SCORES = {"solved": 1.0, "unsure": 0.5, "unsolved": 0.0}

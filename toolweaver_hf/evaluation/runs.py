@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from .data.queries import Query
-from .evaluation import METRICS_FILE, METRICS_VERSION, compare_rankings, markdown_table
-from .files import atomic_write, read_json, write_json, write_text
-from .retrieval import RetrievedTool
+from ..data.queries import Query
+from ..files import atomic_write, read_json, write_json, write_text
+from ..retrieval import RetrievedTool
+from .rankings import METRICS_FILE, METRICS_VERSION, compare_rankings, markdown_table
 
 
 logger = logging.get_logger(__name__)

@@ -12,8 +12,8 @@ from ir_measures import RR, R, nDCG
 from scipy.stats import ttest_rel
 from transformers.utils import logging
 
-from .data.queries import Query
-from .retrieval import RetrievedTool
+from ..data.queries import Query
+from ..retrieval import RetrievedTool
 
 
 logger = logging.get_logger(__name__)

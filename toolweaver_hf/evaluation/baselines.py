@@ -16,10 +16,10 @@ from sentence_transformers import (
 )
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-from .codes.tool_codes import ToolCodes
-from .data.catalog import ToolCatalog
-from .data.queries import Query
-from .retrieval import RetrievedTool
+from ..codes.tool_codes import ToolCodes
+from ..data.catalog import ToolCatalog
+from ..data.queries import Query
+from ..retrieval import RetrievedTool
 
 
 class BM25Retriever:

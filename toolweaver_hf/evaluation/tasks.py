@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .agent.arguments import find_error
-from .agent.loop import AgentRun
-from .data.catalog import ToolCatalog
-from .data.queries import load_queries
-from .data.trajectories import load_trajectories
-from .files import read_rows
+from ..agent.arguments import find_error
+from ..agent.loop import AgentRun
+from ..data.catalog import ToolCatalog
+from ..data.queries import load_queries
+from ..data.trajectories import load_trajectories
+from ..files import read_rows
 
 
 Call = tuple[str, dict[str, Any]]

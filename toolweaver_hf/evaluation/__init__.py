@@ -1,0 +1,1 @@
+"""Measures of rankings and of agents' runs, the rivals, judges and simulated tools."""
