@@ -16,7 +16,6 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from toolweaver_hf.cards import EVALUATION_FOLDER
 from toolweaver_hf.cli import run
 from toolweaver_hf.codes.embeddings import default_encoder
 from toolweaver_hf.data.catalog import ToolCatalog
@@ -24,6 +23,7 @@ from toolweaver_hf.data.queries import Query, load_queries
 from toolweaver_hf.evaluation.baselines import BM25Retriever, DenseRetriever
 from toolweaver_hf.evaluation.rankings import check_ground_truth, compare_rankings
 from toolweaver_hf.evaluation.runs import save_run, tables
+from toolweaver_hf.hub.cards import EVALUATION_FOLDER
 from toolweaver_hf.retrieval import ToolRetriever
 
 

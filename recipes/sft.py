@@ -52,7 +52,7 @@ from toolweaver_hf.codes.tool_codes import ToolCodes
 from toolweaver_hf.data.catalog import ToolCatalog
 from toolweaver_hf.data.queries import Query, load_queries
 from toolweaver_hf.data.trajectories import load_trajectories
-from toolweaver_hf.hub import push_folder, take_push_arguments
+from toolweaver_hf.hub.artifacts import push_folder, take_push_arguments
 from toolweaver_hf.modeling_rqvae import RQVAEModel
 from toolweaver_hf.serving import save_inference_code
 from toolweaver_hf.tokenization_toolweaver import TOOL_CODES_FILE, ToolWeaverTokenizer

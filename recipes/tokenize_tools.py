@@ -28,7 +28,7 @@ from toolweaver_hf.configuration_rqvae import RQVAEConfig
 from toolweaver_hf.data.catalog import ToolCatalog
 from toolweaver_hf.data.queries import load_queries
 from toolweaver_hf.files import write_json
-from toolweaver_hf.hub import push_folder, take_push_arguments
+from toolweaver_hf.hub.artifacts import push_folder, take_push_arguments
 from toolweaver_hf.modeling_rqvae import RQVAEModel
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from scipy.stats import binom, ttest_rel
 
-from toolweaver_hf.cards import create_card
 from toolweaver_hf.cli import main as toolweaver
 from toolweaver_hf.data.catalog import ToolCatalog
 from toolweaver_hf.data.queries import Query, load_queries
@@ -22,6 +21,7 @@ from toolweaver_hf.evaluation.rankings import (
     measure_queries,
 )
 from toolweaver_hf.evaluation.runs import compare_runs, load_run, save_run
+from toolweaver_hf.hub.cards import create_card
 from toolweaver_hf.recipes import evaluate
 from toolweaver_hf.retrieval import RetrievedTool
 

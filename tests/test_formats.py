@@ -9,13 +9,13 @@ from safetensors.numpy import load_file
 
 from toolweaver_hf import RQVAEModel, ToolCatalog, ToolCodes
 from toolweaver_hf.alignment.record import TRAINING_VERSION
-from toolweaver_hf.cards import create_card
 from toolweaver_hf.codes.measures import METRICS_VERSION
 from toolweaver_hf.codes.report import inspect_codes
 from toolweaver_hf.data.queries import load_queries
 from toolweaver_hf.data.trajectories import load_trajectories
 from toolweaver_hf.evaluation.rankings import METRICS_VERSION as EVALUATION_VERSION
 from toolweaver_hf.files import read_json
+from toolweaver_hf.hub.cards import create_card
 
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"

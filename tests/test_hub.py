@@ -31,13 +31,13 @@ from toolweaver_hf import (
     ToolWeaverTokenizer,
 )
 from toolweaver_hf.alignment.embedding_init import trainable_code_rows
-from toolweaver_hf.cards import create_card
 from toolweaver_hf.cli import main as toolweaver
 from toolweaver_hf.data.queries import load_queries
 from toolweaver_hf.demo import DEMO_FOLDER
 from toolweaver_hf.evaluation.rankings import MEASURES
 from toolweaver_hf.files import write_json
-from toolweaver_hf.hub import push_folder
+from toolweaver_hf.hub.artifacts import push_folder
+from toolweaver_hf.hub.cards import create_card
 from toolweaver_hf.pipeline_tool_retrieval import ToolRetrievalPipeline
 from toolweaver_hf.recipes import sft
 from toolweaver_hf.serving import save_inference_code

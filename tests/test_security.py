@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from toolweaver_hf import RQVAEConfig, RQVAEModel, ToolCatalog, ToolCodes, ToolRetriever, ToolWeaverTokenizer
-from toolweaver_hf.cards import create_card
 from toolweaver_hf.data.queries import load_queries
 from toolweaver_hf.data.trajectories import load_trajectories
 from toolweaver_hf.files import read_json
+from toolweaver_hf.hub.cards import create_card
 
 
 REFUSALS = (ValueError, OSError)

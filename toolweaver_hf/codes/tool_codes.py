@@ -13,7 +13,7 @@ import torch
 from transformers.utils import cached_file
 
 from ..data.catalog import Tool, ToolCatalog
-from ..hub import PushToHubMixin
+from ..hub.artifacts import PushToHubMixin
 from ..modeling_rqvae import RQVAEModel
 from ..tokenization_toolweaver import SCHEMA_VERSION, TOOL_CODES_FILE, check_tool_codes, write_tool_codes
 from .assignment import assign_codes

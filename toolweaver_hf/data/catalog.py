@@ -15,7 +15,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from ..files import atomic_write, local_file
-from ..hub import PushToHubMixin
+from ..hub.artifacts import PushToHubMixin
 from .formats import document_rows, json_lines, parse_document, sealtools_fields, toolbench_fields
 
 

@@ -105,7 +105,7 @@ def push_folder(
         `ValueError`: if the folder holds no artifact, or a file of it is not valid; nothing is sent then.
         `OSError`: if the Hub cannot be reached or refuses.
     """
-    from .cards import artifact_kind, create_card, dataset_files, own_card  # they read with what is built on this file
+    from .cards import artifact_kind, create_card, dataset_files, own_card
 
     folder = Path(folder)
     kind = artifact_kind(folder)

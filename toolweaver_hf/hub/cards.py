@@ -13,13 +13,13 @@ from huggingface_hub.utils import logging
 from jinja2 import TemplateError
 from safetensors import safe_open
 
-from .alignment.record import TRAINING_FILE, TRAINING_VERSION
-from .data.catalog import CATALOG_FILE, ToolCatalog
-from .data.queries import load_queries
-from .data.trajectories import load_trajectories
-from .evaluation.rankings import METRICS_FILE, METRICS_VERSION, markdown_table
-from .files import read_json, read_object
-from .tokenization_toolweaver import LEVEL_LETTERS, TOOL_CODES_FILE, check_tool_codes
+from ..alignment.record import TRAINING_FILE, TRAINING_VERSION
+from ..data.catalog import CATALOG_FILE, ToolCatalog
+from ..data.queries import load_queries
+from ..data.trajectories import load_trajectories
+from ..evaluation.rankings import METRICS_FILE, METRICS_VERSION, markdown_table
+from ..files import read_json, read_object
+from ..tokenization_toolweaver import LEVEL_LETTERS, TOOL_CODES_FILE, check_tool_codes
 
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def _evaluation(folder: Path, facts: dict[str, Any]) -> list[EvalResult] | None:
 
 def _encoder(folder: Path) -> str | None:
     """Return the id of the encoder that the tools were embedded with, by the cached embeddings beside the codes."""
-    from .codes.embeddings import DEFAULT_ENCODER, EMBEDDINGS_FILE, default_encoder
+    from ..codes.embeddings import DEFAULT_ENCODER, EMBEDDINGS_FILE, default_encoder
 
     path = folder / EMBEDDINGS_FILE
     if not path.exists():

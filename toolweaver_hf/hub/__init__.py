@@ -1,0 +1,1 @@
+"""To the Hub: folders that a step has made, each with its code and its card."""
