@@ -17,7 +17,8 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from toolweaver_hf.agent.loop import AgentRun, ToolAgent
+from toolweaver_hf.agent.loop import ToolAgent
+from toolweaver_hf.agent.run import AgentRun
 from toolweaver_hf.cli import run
 from toolweaver_hf.data.catalog import ToolCatalog
 from toolweaver_hf.data.trajectories import load_trajectories

@@ -13,7 +13,7 @@ from conftest import small_llama
 from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper
 
 from toolweaver_hf import Tool, ToolAgent, ToolCatalog, ToolCodes, ToolWeaverTokenizer
-from toolweaver_hf.agent.loop import AgentRun, save_trajectories
+from toolweaver_hf.agent.run import AgentRun, save_trajectories
 from toolweaver_hf.data.trajectories import code_text, load_trajectories, render_calls
 
 

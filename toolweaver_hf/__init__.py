@@ -5,8 +5,9 @@ from importlib.metadata import version
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from .agent.arguments import ToolArgumentsLogitsProcessor
-from .agent.loop import AgentRun, ToolAgent, save_trajectories
+from .agent.loop import ToolAgent
 from .agent.mcp import MCPTools
+from .agent.run import AgentRun, save_trajectories
 from .codes.tool_codes import ToolCodes
 from .configuration_rqvae import RQVAEConfig
 from .data.catalog import Tool, ToolCatalog

@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import copy
 import inspect
-import json
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,54 +16,15 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.utils import logging
 
 from ..data.catalog import ToolCatalog
-from ..files import atomic_write
 from ..loading import load_aligned_model
 from ..tokenization_toolweaver import HUB_KWARGS, ToolWeaverTokenizer
 from ..trie import CodeTrie
 from .arguments import ToolArgumentsLogitsProcessor
+from .run import AgentRun, as_json
 from .turn import Turn
 
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class AgentRun:
-    """What an agent did for one query.
-
-    Args:
-        messages (`list[dict]`):
-            The conversation in the format of a training trajectory (see [`~data.load_trajectories`]).
-        stop_reason (`str`):
-            `"answer"`, or what came before one: `"max_steps"`, `"max_tokens"` or `"cancelled"`.
-        token_ids (`list[int]`):
-            The conversation as the model saw it.
-        num_new_tokens (`int`):
-            Tokens that the model generated.
-    """
-
-    messages: list[dict[str, Any]] = field(default_factory=list)
-    stop_reason: str = "max_steps"
-    token_ids: list[int] = field(default_factory=list, repr=False)
-    num_new_tokens: int = 0
-    _cancelled: Future = field(default_factory=Future, repr=False, compare=False)
-
-    @property
-    def answer(self) -> str | None:
-        """`str`: The final answer, or `None` where the run ended without one."""
-        return self.messages[-1]["content"] if self.stop_reason == "answer" else None
-
-    def cancel(self) -> None:
-        """End the run at its next token, or at once while it waits for a tool; from any thread."""
-        if not self._cancelled.done():
-            self._cancelled.set_result(None)
-
-
-def save_trajectories(runs: Iterable[AgentRun], path: str | os.PathLike) -> None:
-    """Write runs as training trajectories, a JSONL file that [`~data.load_trajectories`] reads; whole or not at all."""
-    with atomic_write(path) as partial, open(partial, "w", encoding="utf-8") as file:
-        for i, run in enumerate(runs):
-            file.write(json.dumps({"id": f"run-{i}", "messages": run.messages}, ensure_ascii=False) + "\n")
 
 
 class ToolAgent:
@@ -238,7 +197,7 @@ class ToolAgent:
     def _observe(self, turn: Turn, run: AgentRun) -> str | None:
         """Call the tool that was chosen and return the observation as JSON; `None` if the run was cancelled."""
         if turn.arguments_error:
-            return _as_json({"error": turn.arguments_error})
+            return as_json({"error": turn.arguments_error})
         result: Future = Future()
 
         def call() -> None:
@@ -254,22 +213,7 @@ class ToolAgent:
         if run._cancelled.done():
             return None
         if not result.done():
-            return _as_json({"error": f"the call took longer than {self.time_limit:g} seconds"})
+            return as_json({"error": f"the call took longer than {self.time_limit:g} seconds"})
         if result.exception() is not None:
-            return _as_json({"error": f"{type(result.exception()).__name__}: {result.exception()}"})
-        return _as_json(result.result())
-
-
-def _parse(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
-
-
-def _as_json(value: Any) -> str:
-    try:
-        text = json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        text = json.dumps({"error": f"what the tool returned is not JSON: {error}"}, ensure_ascii=False)
-    return text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair is no text
+            return as_json({"error": f"{type(result.exception()).__name__}: {result.exception()}"})
+        return as_json(result.result())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers.decoders import DecodeStream
@@ -11,7 +13,11 @@ from transformers import DynamicCache
 from ..data.trajectories import render_calls
 from ..logits_process import ToolCodeLogitsProcessor
 from .arguments import find_error
-from .loop import AgentRun, ToolAgent, _as_json, _parse
+from .run import AgentRun, as_json
+
+
+if TYPE_CHECKING:
+    from .loop import ToolAgent
 
 
 class Turn:
@@ -63,7 +69,7 @@ class Turn:
     def retry(self, stream_tokens: bool) -> Iterator[str]:
         """Generate the arguments of the same tool once more, with the error in sight but out of the conversation."""
         kept, length = self.new_ids[: self._code_start() + self.num_levels], len(self.ids)
-        self.close(_as_json({"error": self.arguments_error}))
+        self.close(as_json({"error": self.arguments_error}))
         yield from self.generate(stream_tokens, begun=kept)
         del self.ids[length:]
         self.cache = DynamicCache(config=self.agent.model.config)
@@ -137,3 +143,10 @@ class Turn:
             return
         self.arguments = arguments
         self.arguments_error = find_error(arguments, self.agent.catalog[self.tool_id].parameters)
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None

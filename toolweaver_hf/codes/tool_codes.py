@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from transformers.utils import cached_file
 
 from ..data.catalog import Tool, ToolCatalog
-from ..hub.artifacts import PushToHubMixin
 from ..modeling_rqvae import RQVAEModel
+from ..push_mixin import PushToHubMixin
 from ..tokenization_toolweaver import SCHEMA_VERSION, TOOL_CODES_FILE, check_tool_codes, write_tool_codes
 from .assignment import assign_codes
+from .card import TAGS, codes_facts, model_card
 
 
 class CatalogChanges(NamedTuple):
@@ -165,6 +167,10 @@ class ToolCodes(PushToHubMixin, Mapping[str, tuple[int, ...]]):
             "checksums": self.checksums,
             "retired": sorted(list(code) for code in self.retired),
         }
+
+    def create_card(self, repo_id: str) -> ModelCard:
+        data = ModelCardData(library_name="transformers", tags=[*TAGS])
+        return model_card(repo_id, data, {"kind": "codes", **codes_facts(self.to_dict())})
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write `tool_codes.json` in `folder`."""

@@ -11,11 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import RepoCard, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from ..files import atomic_write, local_file
-from ..hub.artifacts import PushToHubMixin
+from ..push_mixin import PushToHubMixin
+from .card import dataset_card
 from .formats import document_rows, json_lines, parse_document, sealtools_fields, toolbench_fields
 
 
@@ -164,6 +165,8 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
     ```
     """
 
+    _repo_type = "dataset"
+
     def __init__(self, tools: Iterable[Tool]):
         self._tools = list(tools)
         self._position = {tool.id: position for position, tool in enumerate(self._tools)}
@@ -205,6 +208,9 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
         for tool in self._tools:
             digest.update(f"{tool.id}\0{tool.checksum}\0".encode())
         return digest.hexdigest()[:16]
+
+    def create_card(self, repo_id: str) -> RepoCard:
+        return dataset_card(repo_id, {"catalog": {"train": CATALOG_FILE}}, len(self))
 
     @classmethod
     def from_functions(cls, functions: Iterable[dict[str, Any]]) -> ToolCatalog:

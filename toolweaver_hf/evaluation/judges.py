@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..agent.loop import AgentRun
+from ..agent.run import AgentRun
 from ..files import read_rows, truncate_partial_line
 from .chat_endpoint import ChatEndpoint
 from .rankings import bootstrap_intervals

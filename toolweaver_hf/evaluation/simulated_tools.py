@@ -18,7 +18,7 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from ..agent.arguments import find_error
-from ..agent.loop import AgentRun
+from ..agent.run import AgentRun
 from ..data.catalog import Tool, ToolCatalog
 from ..data.trajectories import load_trajectories
 from ..files import read_rows, truncate_partial_line

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..agent.arguments import find_error
-from ..agent.loop import AgentRun
+from ..agent.run import AgentRun
 from ..data.catalog import ToolCatalog
 from ..data.queries import load_queries
 from ..data.trajectories import load_trajectories

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import (
-    CommitInfo,
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    constants,
-)
-from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import httpx, logging
+from huggingface_hub import CommitInfo
+from huggingface_hub.utils import logging
+
+from ..push_mixin import upload
+from .cards import artifact_kind, create_card, dataset_files, own_card
 
 
 if TYPE_CHECKING:
@@ -28,35 +23,7 @@ logger = logging.get_logger(__name__)
 
 PUSHED_SUFFIXES = (".json", ".jsonl", ".safetensors", ".py", ".jinja", ".txt", ".png")
 """What leaves a folder for the Hub. Pickles and checkpoints do not."""
-WEIGHT_FILES = (".safetensors", ".safetensors.index.json", "adapter_config.json")
 LEFT_OUT = ("embeddings.safetensors", "trainer_state.json")
-
-
-class PushToHubMixin:
-    """Gives a class that has `save_pretrained` its `push_to_hub`."""
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        revision: str | None = None,
-        token: bool | str | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-    ) -> CommitInfo:
-        """Push to a repository of the Hub, with a card. The arguments are those of [`~hub.push_folder`]."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return push_folder(
-                folder,
-                repo_id,
-                private=private,
-                revision=revision,
-                token=token,
-                commit_message=commit_message or f"Upload {type(self).__name__}",
-                create_pr=create_pr,
-            )
 
 
 def push_folder(
@@ -105,8 +72,6 @@ def push_folder(
         `ValueError`: if the folder holds no artifact, or a file of it is not valid; nothing is sent then.
         `OSError`: if the Hub cannot be reached or refuses.
     """
-    from .cards import artifact_kind, create_card, dataset_files, own_card
-
     folder = Path(folder)
     kind = artifact_kind(folder)
     files, left_out = _files(folder)
@@ -114,40 +79,19 @@ def push_folder(
         files = [file for splits in dataset_files(folder).values() for file in splits.values()]
     elif left_out:
         logger.warning(f"Not pushed: {', '.join(left_out)}")
-    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(folder / name)) for name in files]
-    api, repo_type = HfApi(token=token), "dataset" if kind == "dataset" else "model"
-    try:
-        if "/" not in repo_id:
-            repo_id = f"{api.whoami()['name']}/{repo_id}"
-        card = own_card(folder) or create_card(folder, repo_id, license=license, datasets=datasets)
-        operations.append(CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=str(card).encode()))
-        api.create_repo(repo_id, private=private, repo_type=repo_type, exist_ok=True)
-        if revision is not None and not create_pr and not revision.startswith("refs/pr/"):
-            api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
-        if kind == "model":
-            # Weights of an earlier push that are not of this model would be taken for it.
-            present = api.list_repo_files(repo_id, revision=None if create_pr else revision)
-            stale = [name for name in present if name.endswith(WEIGHT_FILES) and name not in files]
-            operations += [CommitOperationDelete(path_in_repo=name) for name in stale if "/" not in name]
-        return api.create_commit(
-            repo_id,
-            operations,
-            commit_message=commit_message or f"Upload {kind}",
-            repo_type=repo_type,
-            revision=revision,
-            create_pr=create_pr,
-        )
-    except HfHubHTTPError as error:
-        if error.response.status_code in (401, 403):
-            raise OSError(
-                f"the Hub did not let you write to {repo_id} ({error.response.status_code}): log in with "
-                "`hf auth login`, or give a token that may write there"
-            ) from None
-        raise
-    except httpx.TransportError as error:
-        raise OSError(
-            f"cannot reach the Hub at {constants.ENDPOINT} ({error}); {folder} is as it was: push it again later"
-        ) from None
+    return upload(
+        folder,
+        files,
+        repo_id,
+        lambda repo_id: own_card(folder) or create_card(folder, repo_id, license=license, datasets=datasets),
+        repo_type="dataset" if kind == "dataset" else "model",
+        replace_weights=kind == "model",
+        private=private,
+        revision=revision,
+        token=token,
+        commit_message=commit_message or f"Upload {kind}",
+        create_pr=create_pr,
+    )
 
 
 def take_push_arguments(args: TrainingArguments) -> dict[str, Any] | None:

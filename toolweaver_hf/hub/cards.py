@@ -8,18 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData, RepoCard
+from huggingface_hub import DatasetCard, EvalResult, ModelCardData, RepoCard
 from huggingface_hub.utils import logging
 from jinja2 import TemplateError
 from safetensors import safe_open
 
 from ..alignment.record import TRAINING_FILE, TRAINING_VERSION
+from ..codes.card import TAGS, codes_facts, model_card
+from ..data.card import dataset_card
 from ..data.catalog import CATALOG_FILE, ToolCatalog
 from ..data.queries import load_queries
 from ..data.trajectories import load_trajectories
 from ..evaluation.rankings import METRICS_FILE, METRICS_VERSION, markdown_table
 from ..files import read_json, read_object
-from ..tokenization_toolweaver import LEVEL_LETTERS, TOOL_CODES_FILE, check_tool_codes
+from ..tokenization_toolweaver import TOOL_CODES_FILE, check_tool_codes
 
 
 if TYPE_CHECKING:
@@ -28,29 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-CARD_TEMPLATE = Path(__file__).parent / "model_card_template.md"
 EVALUATION_FOLDER = "evaluation"
-
-DATASET_CARD_TEMPLATE = """---
-{{ card_data }}
----
-
-# {{ name }}
-
-{% if num_tools %}A catalogue of {{ num_tools }} tools with the JSON Schemas of their arguments{% else %}Data{% endif %} for [ToolWeaver](https://arxiv.org/abs/2601.21947).
-
-```python
-{%- if num_tools %}
-from toolweaver_hf import ToolCatalog
-
-catalog = ToolCatalog.from_pretrained("{{ repo_id }}")
-{%- else %}
-from datasets import load_dataset
-
-rows = load_dataset("{{ repo_id }}", "{{ configs[0]["config_name"] }}")
-{%- endif %}
-```
-"""
 
 
 def artifact_kind(folder: str | os.PathLike) -> Literal["model", "codes", "tokenizer", "dataset"]:
@@ -102,25 +82,12 @@ def create_card(
     Raises:
         `ValueError`: naming a file of the folder that is not valid.
     """
-    folder, kind, name = Path(folder), artifact_kind(folder), repo_id.split("/")[-1]
+    folder, kind = Path(folder), artifact_kind(folder)
     if kind == "dataset":
         return _dataset_card(folder, repo_id, license)
     path = folder / TOOL_CODES_FILE
-    codes = check_tool_codes(read_object(path), str(path))
-    sizes = codes["codebook_sizes"]
-    example_tool, indices = next(iter(codes["codes"].items()))
-    example_code = "".join(f"<{letter}_{index}>" for letter, index in zip(LEVEL_LETTERS, indices, strict=False))
-    facts: dict[str, Any] = {
-        "kind": kind,
-        "repo_id": repo_id,
-        "num_tools": len(codes["codes"]),
-        "codebook_sizes": sizes,
-        "example_tool": example_tool,
-        "example_tool_json": json.dumps(example_tool, ensure_ascii=False),
-        "example_code": example_code,
-        "example_indices": tuple(indices),
-    }
-    tags = ["toolweaver", "tool-use"]
+    facts = {"kind": kind, **codes_facts(check_tool_codes(read_object(path), str(path)))}
+    tags = [*TAGS]
     base_model, eval_results = None, None
     if kind == "model":
         tags += ["function-calling", "generative-retrieval"]
@@ -151,11 +118,11 @@ def create_card(
         datasets=list(datasets) if datasets else None,
         pipeline_tag="text-generation" if kind == "model" else None,
         tags=tags,
-        model_name=name if eval_results else None,
+        model_name=repo_id.split("/")[-1] if eval_results else None,
         eval_results=eval_results,
     )
     try:
-        return ModelCard.from_template(data, template_path=str(CARD_TEMPLATE), **(facts | {"model_name": name}))
+        return model_card(repo_id, data, facts)
     except (TemplateError, TypeError) as error:
         raise ValueError(f"the records in {folder} are not what a run writes: {error}") from None
 
@@ -224,19 +191,13 @@ def dataset_files(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def _dataset_card(folder: Path, repo_id: str, license: str | None) -> DatasetCard:
-    """Make the card of a dataset; `load_dataset(repo_id, "queries")` reads by its `configs` what the folder holds."""
+    """Check the files of a dataset and make its card."""
     configurations = dataset_files(folder)
     for name, load in (("queries", load_queries), ("trajectories", load_trajectories)):
         for file in configurations.get(name, {}).values():
             load(folder / file)
-    configs = [
-        {"config_name": name, "data_files": [{"split": split, "path": path} for split, path in files.items()]}
-        for name, files in configurations.items()
-    ]
-    data = DatasetCardData(license=license, tags=["toolweaver", "tool-use"], configs=configs)
     num_tools = len(ToolCatalog.from_file(folder / CATALOG_FILE)) if "catalog" in configurations else None
-    facts = {"name": repo_id.split("/")[-1], "repo_id": repo_id, "num_tools": num_tools}
-    return DatasetCard.from_template(data, template_str=DATASET_CARD_TEMPLATE, **facts)
+    return dataset_card(repo_id, configurations, num_tools, license)
 
 
 def own_card(folder: Path) -> RepoCard | None:

@@ -1,0 +1,49 @@
+"""The card of a dataset: a catalog, queries, trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from huggingface_hub import DatasetCard, DatasetCardData
+
+
+DATASET_CARD_TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+{% if num_tools %}A catalog of {{ num_tools }} tools with the JSON Schemas of their arguments{% else %}Data{% endif %} for [ToolWeaver](https://arxiv.org/abs/2601.21947).
+
+```python
+{%- if num_tools %}
+from toolweaver_hf import ToolCatalog
+
+catalog = ToolCatalog.from_pretrained("{{ repo_id }}")
+{%- else %}
+from datasets import load_dataset
+
+rows = load_dataset("{{ repo_id }}", "{{ configs[0]["config_name"] }}")
+{%- endif %}
+```
+"""
+
+
+def dataset_card(
+    repo_id: str, configurations: Mapping[str, Mapping[str, str]], num_tools: int | None, license: str | None = None
+) -> DatasetCard:
+    """Make the card of a dataset; `load_dataset(repo_id, "queries")` reads by its `configs` what the files hold.
+
+    Args:
+        repo_id (`str`): The repository that it will be pushed to.
+        configurations (`Mapping[str, Mapping[str, str]]`): Configuration (`catalog`, `queries`, ...) -> split -> file.
+        num_tools (`int`, *optional*): Tools of the catalog, where there is one.
+        license (`str`, *optional*): Identifier of the license.
+    """
+    configs = [
+        {"config_name": name, "data_files": [{"split": split, "path": path} for split, path in files.items()]}
+        for name, files in configurations.items()
+    ]
+    data = DatasetCardData(license=license, tags=["toolweaver", "tool-use"], configs=configs)
+    facts = {"name": repo_id.split("/")[-1], "repo_id": repo_id, "num_tools": num_tools}
+    return DatasetCard.from_template(data, template_str=DATASET_CARD_TEMPLATE, **facts)
