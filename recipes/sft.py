@@ -52,6 +52,7 @@ from toolweaver_hf.codes.tool_codes import ToolCodes
 from toolweaver_hf.data.catalog import ToolCatalog
 from toolweaver_hf.data.queries import Query, load_queries
 from toolweaver_hf.data.trajectories import load_trajectories
+from toolweaver_hf.evaluation.rankings import ranking_metrics
 from toolweaver_hf.hub.artifacts import push_folder, take_push_arguments
 from toolweaver_hf.modeling_rqvae import RQVAEModel
 from toolweaver_hf.serving import save_inference_code
@@ -271,6 +272,7 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         eval_queries=eval_queries,
+        compute_retrieval_metrics=ranking_metrics,
         processing_class=tokenizer,
         peft_config=peft_config,
     )

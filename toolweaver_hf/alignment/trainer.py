@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,12 +18,8 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..data.queries import Query
-from ..evaluation.rankings import evaluate_rankings
 from ..retrieval import ToolRetriever
 from ..trie import CodeTrie
-
-
-EVALUATION_MEASURES = ("nDCG@1", "nDCG@5")
 
 
 @dataclass
@@ -57,7 +53,7 @@ class AlignmentTrainingArguments(SFTConfig):
             if self.bf16 is None:
                 self.bf16 = False
         if self.load_best_model_at_end and self.metric_for_best_model is None:
-            self.metric_for_best_model = EVALUATION_MEASURES[0]
+            self.metric_for_best_model = "nDCG@1"
         if self.packing and self.packing_strategy == "wrapped":
             raise ValueError("packing_strategy 'wrapped' cuts rows, and the codes in them; take 'bfd'")
         super().__post_init__()
@@ -118,15 +114,24 @@ class AlignmentTrainer(SFTTrainer):
 
     Args:
         eval_queries (`Sequence[Query]`, *optional*):
-            Queries to retrieve tools for in every evaluation, by constrained beam search. The measures come into the
-            log as `eval_nDCG@1` and `eval_nDCG@5`.
+            Queries to retrieve tools for in every evaluation, by constrained beam search.
+        compute_retrieval_metrics (`Callable`, *optional*):
+            Given these queries and their rankings, returns measures for the log, such as
+            [`~evaluation.rankings.ranking_metrics`]. Needed with `eval_queries`.
         kwargs:
             As for [`SFTTrainer`].
     """
 
-    def __init__(self, *args, eval_queries: Sequence[Query] | None = None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        eval_queries: Sequence[Query] | None = None,
+        compute_retrieval_metrics: Callable[..., dict[str, float]] | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self.eval_queries = list(eval_queries or ())
+        self.compute_retrieval_metrics = compute_retrieval_metrics
         self.trie = CodeTrie(self.processing_class.tool_code_ids).to(self.args.device)
         if not self.padding_free:
             self.data_collator = SharedPromptCollator(**vars(self.data_collator))
@@ -233,7 +238,7 @@ class AlignmentTrainer(SFTTrainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.eval_queries:
             measured = self._measure_retrieval()
-            output.metrics.update({f"{metric_key_prefix}_{name}": measured[name] for name in EVALUATION_MEASURES})
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
         return output
 
     def _measure_retrieval(self) -> dict[str, float]:
@@ -245,4 +250,4 @@ class AlignmentTrainer(SFTTrainer):
                 [self.eval_queries[i].text for i in mine], batch_size=self.args.per_device_eval_batch_size
             )
         found = dict(gather_object(list(zip(mine, rankings, strict=True))))
-        return evaluate_rankings(self.eval_queries, [found[i] for i in numbers])["all"]
+        return self.compute_retrieval_metrics(self.eval_queries, [found[i] for i in numbers])

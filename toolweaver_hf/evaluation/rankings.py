@@ -111,6 +111,16 @@ def evaluate_rankings(
     }
 
 
+def ranking_metrics(queries: Sequence[Query], rankings: Sequence[Sequence[RetrievedTool]]) -> dict[str, float]:
+    """Return nDCG@1 and nDCG@5 over all queries, for the log of a training.
+
+    Args:
+        queries, rankings: As for [`measure_queries`].
+    """
+    measured = evaluate_rankings(queries, rankings)["all"]
+    return {name: measured[name] for name in ("nDCG@1", "nDCG@5")}
+
+
 def compare_rankings(
     queries: Sequence[Query], rankings: Mapping[str, Sequence[Sequence[RetrievedTool]]], seed: int = 0
 ) -> dict[str, Any]:
