@@ -47,8 +47,8 @@ from toolweaver_hf.evaluation.runs import save_run, tables
 from toolweaver_hf.files import write_text
 from toolweaver_hf.loading import load_aligned_model
 from toolweaver_hf.modeling_rqvae import RQVAEModel
-from toolweaver_hf.quickstart import build_small_llama
 from toolweaver_hf.recipes import sft, tokenize_tools
+from toolweaver_hf.recipes.quickstart import build_small_llama
 from toolweaver_hf.retrieval import RetrievedTool, ToolRetriever
 from toolweaver_hf.tokenization_toolweaver import ToolWeaverTokenizer
 
