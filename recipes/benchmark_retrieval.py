@@ -34,6 +34,7 @@ from toolweaver_hf.codes.embeddings import EMBEDDINGS_FILE, default_encoder, emb
 from toolweaver_hf.codes.tool_codes import ToolCodes
 from toolweaver_hf.data.catalog import CATALOG_FILE, ToolCatalog
 from toolweaver_hf.data.queries import Query, load_queries
+from toolweaver_hf.demo.small_llama import build_small_llama
 from toolweaver_hf.evaluation.baselines import (
     BM25Retriever,
     DenseRetriever,
@@ -48,7 +49,6 @@ from toolweaver_hf.files import write_text
 from toolweaver_hf.loading import load_aligned_model
 from toolweaver_hf.modeling_rqvae import RQVAEModel
 from toolweaver_hf.recipes import sft, tokenize_tools
-from toolweaver_hf.recipes.quickstart import build_small_llama
 from toolweaver_hf.retrieval import RetrievedTool, ToolRetriever
 from toolweaver_hf.tokenization_toolweaver import ToolWeaverTokenizer
 
