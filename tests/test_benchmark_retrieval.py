@@ -13,7 +13,7 @@ from toolweaver_hf.data.queries import load_queries
 from toolweaver_hf.demo import DEMO_FOLDER
 from toolweaver_hf.evaluation.baselines import atomic_codes, numeric_codes, random_codes
 from toolweaver_hf.evaluation.runs import compare_runs, load_run
-from toolweaver_hf.recipes import benchmark_retrieval
+from toolweaver_hf.recipes.benchmarks import retrieval as benchmark_retrieval
 
 
 @pytest.fixture(scope="module")

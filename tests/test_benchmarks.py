@@ -12,7 +12,9 @@ from transformers import AutoConfig
 
 from toolweaver_hf import RQVAEConfig, RQVAEModel, Tool, ToolCatalog, ToolCodes
 from toolweaver_hf.demo import DEMO_FOLDER
-from toolweaver_hf.recipes import benchmark_forgetting, benchmark_scale, benchmark_tokenization
+from toolweaver_hf.recipes.benchmarks import forgetting as benchmark_forgetting
+from toolweaver_hf.recipes.benchmarks import scale as benchmark_scale
+from toolweaver_hf.recipes.benchmarks import tokenization as benchmark_tokenization
 
 
 @pytest.fixture
