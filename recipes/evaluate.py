@@ -4,7 +4,7 @@
 python recipes/evaluate.py --model out/retrieval --queries my_test_queries.jsonl --output_dir out/evaluation
 ```
 
-The model's whole catalogue is ranked (multi-domain). `--in_domain` ranks only the tools that the queries need, `--corpus
+The model's whole catalog is ranked (multi-domain). `--in_domain` ranks only the tools that the queries need, `--corpus
 tools.jsonl` only those of a file. Without `--model` the rivals are measured alone, on the tools of `--corpus`.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from toolweaver_hf.cli import run
+from toolweaver_hf.cli import run_command
 from toolweaver_hf.codes.embeddings import default_encoder
 from toolweaver_hf.data.catalog import ToolCatalog
 from toolweaver_hf.data.queries import Query, load_queries
@@ -45,12 +45,12 @@ class EvaluationArguments:
             Folder of an aligned model, as `recipes/sft.py` writes it, or a repository of the Hub. Without it the
             rivals are measured alone.
         corpus (`str`, *optional*):
-            Catalogue of the only tools to rank, which the model's catalogue must hold. Defaults to the model's whole
-            catalogue.
+            Catalog of the only tools to rank, which the model's catalog must hold. Defaults to the model's whole
+            catalog.
         in_domain (`bool`, *optional*, defaults to `False`):
             Whether to rank only the tools that any of the queries needs.
         encoder (`str`, *optional*):
-            sentence-transformers model of the dense rival. Defaults to the encoder that the catalogue is embedded with.
+            sentence-transformers model of the dense rival. Defaults to the encoder that the catalog is embedded with.
         output_dir (`str`, *optional*):
             Folder for the measures, the rankings in TREC's run format, and what the run was made of. Defaults to
             `evaluation` in the model's folder, from where `toolweaver push` takes the results into the model's card.
@@ -61,7 +61,7 @@ class EvaluationArguments:
     queries: list[str] = field(metadata={"help": "Test queries (JSONL or JSON)."})
     qrels: str | None = field(default=None, metadata={"help": "Relevance file (TSV) of BEIR queries."})
     model: str | None = field(default=None, metadata={"help": "Folder of an aligned model."})
-    corpus: str | None = field(default=None, metadata={"help": "Catalogue of the only tools to rank."})
+    corpus: str | None = field(default=None, metadata={"help": "Catalog of the only tools to rank."})
     in_domain: bool = field(default=False, metadata={"help": "Rank only the tools that the queries need."})
     encoder: str | None = field(default=None, metadata={"help": "sentence-transformers model of the dense rival."})
     output_dir: str | None = field(default=None, metadata={"help": "Folder for the run."})
@@ -84,7 +84,7 @@ def load_test_queries(paths: Sequence[str], qrels: str | None = None) -> list[Qu
 
 
 def load_candidates(args: EvaluationArguments, queries: Sequence[Query]) -> ToolCatalog:
-    """Return the tools to rank, each as the model's catalogue describes it."""
+    """Return the tools to rank, each as the model's catalog describes it."""
     if args.model is None:
         catalog = ToolCatalog.from_file(args.corpus)
     else:
@@ -92,8 +92,8 @@ def load_candidates(args: EvaluationArguments, queries: Sequence[Query]) -> Tool
     allowed = set(ToolCatalog.from_file(args.corpus).ids if args.corpus else catalog.ids)
     unknown = sorted(allowed.difference(catalog.ids))
     if unknown:
-        raise ValueError(f"{args.corpus} has tools that the catalogue of {args.model} lacks: {', '.join(unknown[:5])}")
-    check_ground_truth(queries, allowed, args.corpus or f"the catalogue of {args.model}")
+        raise ValueError(f"{args.corpus} has tools that the catalog of {args.model} lacks: {', '.join(unknown[:5])}")
+    check_ground_truth(queries, allowed, args.corpus or f"the catalog of {args.model}")
     if args.in_domain:
         allowed &= {tool for query in queries for tool in query.tools}
     return ToolCatalog(tool for tool in catalog if tool.id in allowed)
@@ -128,4 +128,4 @@ def cli(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(cli)
+    run_command(cli)

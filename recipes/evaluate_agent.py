@@ -19,7 +19,7 @@ from transformers import HfArgumentParser
 
 from toolweaver_hf.agent.loop import ToolAgent
 from toolweaver_hf.agent.run import AgentRun
-from toolweaver_hf.cli import run
+from toolweaver_hf.cli import run_command
 from toolweaver_hf.data.catalog import ToolCatalog
 from toolweaver_hf.data.trajectories import load_trajectories
 from toolweaver_hf.demo import demo_functions
@@ -35,7 +35,7 @@ from toolweaver_hf.evaluation.judges import (
 )
 from toolweaver_hf.evaluation.runs import RUN_FILE, RUN_VERSION, describe_run
 from toolweaver_hf.evaluation.simulated_tools import SimulatedTools
-from toolweaver_hf.evaluation.tasks import AgentTask, evaluate_runs, load_runs, load_tasks
+from toolweaver_hf.evaluation.tasks import AgentTask, evaluate_runs, load_agent_runs, load_tasks
 from toolweaver_hf.files import local_file, read_json, truncate_partial_line, write_json
 
 
@@ -56,7 +56,7 @@ class AgentEvaluationArguments:
         reference (`str`, *optional*):
             Another agent's runs of the tasks, against which the win rate is measured.
         catalog (`str`, *optional*):
-            The catalogue's file. Defaults to the model's.
+            The catalog's file. Defaults to the model's.
         recordings (`str`, *optional*):
             JSONL file of recorded answers of tools (see [`SimulatedTools`]). Without one, calls are answered as in the
             tasks' own trajectories, by the demo's functions, or by what is made up.
@@ -85,7 +85,7 @@ class AgentEvaluationArguments:
     model: str | None = field(default=None, metadata={"help": "Folder of an aligned model."})
     runs: str | None = field(default=None, metadata={"help": "In place of a model, runs of any agent (JSONL)."})
     reference: str | None = field(default=None, metadata={"help": "Another agent's runs, for the win rate (JSONL)."})
-    catalog: str | None = field(default=None, metadata={"help": "The catalogue's file; the model's by default."})
+    catalog: str | None = field(default=None, metadata={"help": "The catalog's file; the model's by default."})
     recordings: str | None = field(default=None, metadata={"help": "Recorded answers of tools (JSONL)."})
     simulator_model: str | None = field(default=None, metadata={"help": "Chat model that makes up other answers."})
     judge_model: str | None = field(default=None, metadata={"help": "Chat model that judges."})
@@ -140,7 +140,7 @@ def run_agent(
 ) -> dict[str, AgentRun]:
     """Let the model do the tasks that the file `path` has no run of; add each run to it at once."""
     truncate_partial_line(path)
-    done = load_runs(path) if path.exists() and path.stat().st_size else {}
+    done = load_agent_runs(path) if path.exists() and path.stat().st_size else {}
     missing = [task for task in tasks if task.id not in done]
     if not missing:
         return done
@@ -169,7 +169,7 @@ def main(args: AgentEvaluationArguments) -> dict[str, float]:
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     settings = check_settings(args, output / RUN_FILE)
-    runs = load_runs(args.runs) if args.runs else run_agent(args, catalog, tasks, output / "runs.jsonl")
+    runs = load_agent_runs(args.runs) if args.runs else run_agent(args, catalog, tasks, output / "runs.jsonl")
     measures = evaluate_runs(tasks, runs, catalog)
 
     judge, votes = AnswerChecker(), 1  # which says the same every time
@@ -180,7 +180,7 @@ def main(args: AgentEvaluationArguments) -> dict[str, float]:
         asked = verdicts = judge_runs(judge, tasks, runs, votes, output / "verdicts.jsonl")
         measures |= pass_rate(verdicts)
         if args.reference:
-            references = load_runs(args.reference)
+            references = load_agent_runs(args.reference)
             theirs = judge_runs(judge, tasks, references, votes, output / "reference_verdicts.jsonl")
             pairs = (runs, references, verdicts, theirs)
             preferences = judge_pairs(judge, tasks, *pairs, votes, output / "preferences.jsonl")
@@ -208,4 +208,4 @@ def cli(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(cli)
+    run_command(cli)

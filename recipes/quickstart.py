@@ -1,4 +1,4 @@
-"""The whole method in one go: catalogue, codes, alignment, evaluation and an agent, on a small model from scratch."""
+"""The whole method in one go: catalog, codes, alignment, evaluation and an agent, on a small model from scratch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class QuickstartArguments:
     """
 
     output_dir: str = field(default="toolweaver-quickstart", metadata={"help": "Folder for everything made."})
-    data: str | None = field(default=None, metadata={"help": "Folder with catalogue, queries and trajectories."})
+    data: str | None = field(default=None, metadata={"help": "Folder with catalog, queries and trajectories."})
     base_model: str | None = field(default=None, metadata={"help": "Causal language model to align."})
     encoder: str | None = field(default=None, metadata={"help": "sentence-transformers model for the documents."})
     seed: int = field(default=0, metadata={"help": "Seed of everything random."})
@@ -54,7 +54,7 @@ def load_data(folder: Path) -> tuple[ToolCatalog, dict[str, list[Query]], dict[s
     """Read and check a data folder, so that a mistake in it shows before anything is written.
 
     Raises:
-        `ValueError`: naming the file that is wrong, or the tool that the catalogue lacks.
+        `ValueError`: naming the file that is wrong, or the tool that the catalog lacks.
     """
     catalog = ToolCatalog.from_file(folder / "catalog.jsonl")
     queries = {split: load_queries(folder / f"queries.{split}.jsonl") for split in SPLITS}
@@ -69,7 +69,7 @@ def load_data(folder: Path) -> tuple[ToolCatalog, dict[str, list[Query]], dict[s
         needs = [(tool_id, f"queries.{split}.jsonl") for query in queries[split] for tool_id in query.tools]
         for tool_id, name in needs + calls:
             if tool_id not in catalog:
-                raise ValueError(f"{folder / name} names the tool {tool_id!r}, which the catalogue lacks")
+                raise ValueError(f"{folder / name} names the tool {tool_id!r}, which the catalog lacks")
     return catalog, queries, trajectories
 
 

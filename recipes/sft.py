@@ -38,22 +38,22 @@ from toolweaver_hf.alignment.checkpoints import check_disk_space, check_writable
 from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings, trainable_code_rows
 from toolweaver_hf.alignment.record import record_training
 from toolweaver_hf.alignment.rows import (
-    leave_out_words,
+    drop_words,
     memorization_rows,
+    repeat_rows,
     retrieval_rows,
     share_prompts,
     tokenize_rows,
     trajectory_rows,
-    weigh_rows,
 )
 from toolweaver_hf.alignment.trainer import AlignmentTrainer, AlignmentTrainingArguments, can_share_prompts
-from toolweaver_hf.cli import run
+from toolweaver_hf.cli import run_command
 from toolweaver_hf.codes.tool_codes import ToolCodes
 from toolweaver_hf.data.catalog import ToolCatalog
 from toolweaver_hf.data.queries import Query, load_queries
 from toolweaver_hf.data.trajectories import load_trajectories
 from toolweaver_hf.evaluation.rankings import ranking_metrics
-from toolweaver_hf.hub.artifacts import push_folder, take_push_arguments
+from toolweaver_hf.hub.artifacts import pop_push_arguments, push_folder
 from toolweaver_hf.modeling_rqvae import RQVAEModel
 from toolweaver_hf.serving import save_inference_code
 from toolweaver_hf.tokenization_toolweaver import TOOL_CODES_FILE, ToolWeaverTokenizer
@@ -70,7 +70,7 @@ class AlignmentArguments:
 
     Args:
         codes_dir (`str`):
-            Output folder of `recipes/tokenize_tools.py`: catalogue, codes and, for the embedding initialization
+            Output folder of `recipes/tokenize_tools.py`: catalog, codes and, for the embedding initialization
             `codebook`, the RQ-VAE.
         stages (`list[str]`, *optional*, defaults to `["retrieval"]`):
             Kinds of rows to train on, mixed: `memorization` (document -> code), `retrieval` (query -> code),
@@ -153,7 +153,7 @@ def load_model_and_tokenizer(
     changes = codes.compare(catalog)
     if any(changes):
         raise ValueError(
-            f"the catalogue in {args.codes_dir} is not the one that its codes were learnt for: "
+            f"the catalog in {args.codes_dir} is not the one that its codes were learned for: "
             + "; ".join(f"{kind}: {', '.join(ids[:5])}" for kind, ids in changes._asdict().items() if ids)
         )
     name, revision = model_args.model_name_or_path, model_args.model_revision
@@ -178,7 +178,7 @@ def load_model_and_tokenizer(
         differing += [i for i in aligned.checksums if aligned.checksums[i] != codes.checksums.get(i)]
         if aligned.codebook_sizes != codes.codebook_sizes or differing:
             raise ValueError(
-                f"{name} was aligned with other codes or another catalogue than those in {args.codes_dir} "
+                f"{name} was aligned with other codes or another catalog than those in {args.codes_dir} "
                 f"({', '.join(differing[:5])} differ); give the folder of its codes, or start from the base model"
             )
         # Tools that were added since are taken in: their codes are made of tokens that the model has.
@@ -219,12 +219,12 @@ def load_rows(
         if too_long:
             logger.warning(f"{stage}: {too_long} of {len(rows)} rows have more than {max_length} tokens: left out")
         if stage in ("memorization", "retrieval") and args.augmentations:
-            noisy = [leave_out_words(row, generator) for _ in range(args.augmentations) for row in rows]
+            noisy = [drop_words(row, generator) for _ in range(args.augmentations) for row in rows]
             noisy, _ = tokenize_rows(noisy, tokenizer, max_length, codes_alone, split_share=0.22, seed=seed)
             dataset = concatenate_datasets([dataset, noisy])
         if stage == "retrieval" and shared_prompts:
             dataset = share_prompts(dataset)
-        datasets.append(weigh_rows(dataset, weight, seed))
+        datasets.append(repeat_rows(dataset, weight, seed))
         logger.info(f"{stage}: {len(datasets[-1])} rows an epoch")
     dataset = concatenate_datasets(datasets)
     if len(dataset) == 0:
@@ -241,7 +241,7 @@ def load_eval_queries(args: AlignmentArguments, seed: int) -> list[Query]:
 
 
 def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, model_args: ModelConfig) -> None:
-    """Align a model and save it with its tokenizer and catalogue in `training_args.output_dir`."""
+    """Align a model and save it with its tokenizer and catalog in `training_args.output_dir`."""
     set_seed(training_args.seed)
     catalog = ToolCatalog.from_pretrained(args.codes_dir, repo_type="model")
     model, tokenizer = load_model_and_tokenizer(args, training_args, model_args, catalog)
@@ -265,7 +265,7 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
     if isinstance(peft_config, LoraConfig):
         peft_config.trainable_token_indices = trainable_code_rows(model, tokenizer)
 
-    push_arguments = take_push_arguments(training_args)
+    push_arguments = pop_push_arguments(training_args)
     trainer = AlignmentTrainer(
         model=model,
         args=training_args,
@@ -303,4 +303,4 @@ def cli(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(cli)
+    run_command(cli)

@@ -1,10 +1,10 @@
-"""Structured tokenization: give every tool of a catalogue a hierarchical code (ToolWeaver, section 3.1).
+"""Structured tokenization: give every tool of a catalog a hierarchical code (ToolWeaver, section 3.1).
 
 ```bash
 python recipes/tokenize_tools.py --catalog tools.jsonl --queries queries.train.jsonl --output_dir out/codes
 ```
 
-The folder then holds the RQ-VAE (`config.json`, `model.safetensors`), the codes (`tool_codes.json`), the catalogue, its
+The folder then holds the RQ-VAE (`config.json`, `model.safetensors`), the codes (`tool_codes.json`), the catalog, its
 embeddings and `metrics.json`.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
-from toolweaver_hf.cli import run
+from toolweaver_hf.cli import run_command
 from toolweaver_hf.codes.assignment import check_capacity
 from toolweaver_hf.codes.cousage import cousage_graph, hold_out_edges
 from toolweaver_hf.codes.embeddings import embed_catalog
@@ -28,7 +28,7 @@ from toolweaver_hf.configuration_rqvae import RQVAEConfig
 from toolweaver_hf.data.catalog import ToolCatalog
 from toolweaver_hf.data.queries import load_queries
 from toolweaver_hf.files import write_json
-from toolweaver_hf.hub.artifacts import push_folder, take_push_arguments
+from toolweaver_hf.hub.artifacts import pop_push_arguments, push_folder
 from toolweaver_hf.modeling_rqvae import RQVAEModel
 
 
@@ -38,10 +38,10 @@ class TokenizationArguments:
 
     Args:
         catalog (`str`):
-            The catalogue, in any of the formats that [`ToolCatalog.from_file`] reads: JSONL, function schemas, MCP's
+            The catalog, in any of the formats that [`ToolCatalog.from_file`] reads: JSONL, function schemas, MCP's
             tools/list, OpenAPI, ToolBench, a BEIR corpus.
         queries (`str`, *optional*):
-            Queries with their tools, from which is learnt which tools are used together.
+            Queries with their tools, from which is learned which tools are used together.
         qrels (`str`, *optional*):
             The relevance file of BEIR queries.
         encoder (`str`, *optional*):
@@ -60,7 +60,7 @@ class TokenizationArguments:
             their first code.
     """
 
-    catalog: str = field(metadata={"help": "The catalogue of tools (JSONL or JSON)."})
+    catalog: str = field(metadata={"help": "The catalog of tools (JSONL or JSON)."})
     queries: str | None = field(default=None, metadata={"help": "Queries with their tools (JSONL)."})
     qrels: str | None = field(default=None, metadata={"help": "Relevance file (TSV) of BEIR queries."})
     encoder: str | None = field(default=None, metadata={"help": "sentence-transformers model."})
@@ -88,7 +88,7 @@ class RQVAETrainingArguments(TrainingArguments):
     )
     learning_rate: float = field(default=1e-2, metadata={"help": "The peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate's schedule."})
-    max_steps: int = field(default=-1, metadata={"help": "Number of training steps, if not by the catalogue's size."})
+    max_steps: int = field(default=-1, metadata={"help": "Number of training steps, if not by the catalog's size."})
     per_device_train_batch_size: int = field(default=1024, metadata={"help": "Tools in a step, for each device."})
     logging_steps: float = field(default=100, metadata={"help": "Steps between two reports of the losses."})
     save_strategy: str = field(default="no", metadata={"help": "When checkpoints are written."})
@@ -114,7 +114,7 @@ def default_steps(num_tools: int) -> int:
 
 
 def main(args: TokenizationArguments, training_args: TrainingArguments) -> dict:
-    """Tokenize a catalogue into `training_args.output_dir`; print and return the metrics."""
+    """Tokenize a catalog into `training_args.output_dir`; print and return the metrics."""
     set_seed(training_args.seed)
     output_dir = training_args.output_dir
     catalog = ToolCatalog.from_file(args.catalog)
@@ -137,7 +137,7 @@ def main(args: TokenizationArguments, training_args: TrainingArguments) -> dict:
         collaborative_weight=args.collaborative_weight,
         codebook_update=args.codebook_update,
     )
-    push_arguments = take_push_arguments(training_args)
+    push_arguments = pop_push_arguments(training_args)
     trainer = RQVAETrainer(RQVAEModel(config), training_args, embeddings, cousage)
     if training_args.early_stopping_patience is not None:
         trainer.add_callback(CodesEarlyStoppingCallback(training_args.early_stopping_patience))
@@ -195,4 +195,4 @@ def cli(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(cli)
+    run_command(cli)

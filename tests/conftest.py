@@ -3,7 +3,7 @@ import os
 import shutil
 import tempfile
 
-from hub_server import MY_TOKEN, HubServer
+from servers.hub_server import MY_TOKEN, HubServer
 
 
 # huggingface_hub reads these when it is imported. No test reaches the real Hub or the user's cache.

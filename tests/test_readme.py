@@ -66,7 +66,7 @@ def workspace(tmp_path, base_tokenizer, monkeypatch, hub):
     return hub
 
 
-def test_catalogue_from_mcp_or_openapi(workspace):
+def test_catalog_from_mcp_or_openapi(workspace):
     catalog = run("### From MCP or OpenAPI")["catalog"]
     assert {"getBook", "read_file"} <= {*catalog.ids}
     assert list(ToolCatalog.from_file("tools.jsonl")) == list(catalog)

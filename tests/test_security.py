@@ -84,13 +84,13 @@ def mutations(document):
     return st.builds(mutate, st.sampled_from(paths), values, st.booleans())
 
 
-CATALOGUES = {path.name: path.read_bytes() for path in FIXTURES.glob("*.*") if path.suffix in (".json", ".yaml")}
+CATALOGS = {path.name: path.read_bytes() for path in FIXTURES.glob("*.*") if path.suffix in (".json", ".yaml")}
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".yaml"])
 @fuzz
 @given(data=st.data())
-def test_fuzz_catalogue(tmp_path_factory, suffix, data):
+def test_fuzz_catalog(tmp_path_factory, suffix, data):
     row = {"id": "a", "name": "b", "description": "c", "parameters": {"properties": {"d": {}}}, "metadata": {}}
     api = {"tool_name": "a", "api_name": "b", "required_parameters": [{"name": "c", "type": "d"}]}
     operation = {"parameters": [{"name": "a", "in": "query", "schema": {"$ref": "#/components/schemas/S"}}]}

@@ -189,14 +189,14 @@ def test_conversations_have_the_ids_of_the_chat_template(family):
 
 
 def test_loss_is_on_the_marked_messages_token_by_token(family):
-    """For each chat template: the tokens learnt are a message and the end of its turn, what comes before is the prompt."""
+    """For each chat template: the tokens learned are a message and the end of its turn, what comes before is the prompt."""
     _, _, tokenizer = family
     dataset, _ = tokenize_rows([{"id": "1", "messages": CONVERSATION}], tokenizer)
     assert len(dataset) == (1 if tokenizer.appends_messages else 2)
-    learnt = "".join(tokenizer.decode([label for label in row["labels"] if label != -100]) for row in dataset)
+    learned = "".join(tokenizer.decode([label for label in row["labels"] if label != -100]) for row in dataset)
     said = [message["content"] for message in CONVERSATION if message["role"] == "assistant"]
     expected = "".join(content + tokenizer.eos_token for content in said)
-    assert "".join(learnt.split()) == "".join(expected.split())
+    assert "".join(learned.split()) == "".join(expected.split())
     for row in dataset:
         assert [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label not in (-100, i)] == []
         # Up to each stretch of labels, the row is what the model is given when it has to answer.
@@ -207,7 +207,7 @@ def test_loss_is_on_the_marked_messages_token_by_token(family):
         for start, turn in zip(starts, turns, strict=True) if len(dataset) == 1 else ():
             prompt = tokenizer.encode_conversation(CONVERSATION[:turn], add_generation_prompt=True)["input_ids"]
             assert row["input_ids"][:start] == prompt
-    # A message that is marked otherwise is learnt or left out accordingly.
+    # A message that is marked otherwise is learned or left out accordingly.
     flags = [False, False, False, False, True]
     marked = [{**message, "loss": loss} for message, loss in zip(CONVERSATION, flags, strict=True)]
     (row,) = tokenize_rows([{"id": "1", "messages": marked}], tokenizer)[0]
@@ -223,9 +223,9 @@ def test_assistant_mask_covers_what_the_assistant_says(tokenizer):
         {"role": "assistant", "content": "Yes."},
     ]
     encoded = tokenizer.encode_conversation(messages)
-    learnt = [i for i, mask in zip(encoded["input_ids"], encoded["assistant_mask"], strict=True) if mask]
+    learned = [i for i, mask in zip(encoded["input_ids"], encoded["assistant_mask"], strict=True) if mask]
     eos = tokenizer.eos_token
-    assert tokenizer.decode(learnt) == f'I look.\n<a_0><b_0>{{"city": "Oslo"}}{eos}Yes.{eos}'
+    assert tokenizer.decode(learned) == f'I look.\n<a_0><b_0>{{"city": "Oslo"}}{eos}Yes.{eos}'
     prompt = tokenizer.encode_conversation(messages[:3], add_generation_prompt=True)["input_ids"]
     assert encoded["input_ids"][: len(prompt)] == prompt
 

@@ -7,7 +7,7 @@ import torch
 interface = pytest.importorskip("vllm.v1.worker.gpu.sample.logits_processor.interface", exc_type=ImportError)
 
 from toolweaver_hf import CodeTrie, ToolCodeLogitsProcessor, ToolCodes, ToolWeaverTokenizer  # noqa: E402
-from toolweaver_hf.vllm import ToolCodeLogitsProcessor as VLLMProcessor  # noqa: E402
+from toolweaver_hf.vllm import VLLMToolCodeLogitsProcessor as VLLMProcessor  # noqa: E402
 
 
 def test_rows_are_masked_as_generate_masks_them(base_tokenizer, tmp_path):

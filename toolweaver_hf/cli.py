@@ -7,19 +7,25 @@ from collections.abc import Callable
 
 
 COMMANDS = {
-    "quickstart": ("toolweaver_hf.quickstart", "run the whole method on the demo catalogue, or on your own data"),
-    "tokenize": ("toolweaver_hf.recipes.tokenize_tools", "learn the codes of a catalogue's tools"),
-    "inspect": ("toolweaver_hf.report", "draw a report of learnt codes"),
+    "quickstart": (
+        "toolweaver_hf.recipes.quickstart",
+        "run the whole method on the demo catalog, or on your own data",
+    ),
+    "tokenize": ("toolweaver_hf.recipes.tokenize_tools", "learn the codes of a catalog's tools"),
+    "inspect": ("toolweaver_hf.codes.report", "draw a report of learned codes"),
     "sft": ("toolweaver_hf.recipes.sft", "align a language model with the codes"),
     "evaluate": ("toolweaver_hf.recipes.evaluate", "measure retrieval next to BM25 and a dense encoder"),
     "evaluate-agent": ("toolweaver_hf.recipes.evaluate_agent", "measure what an agent does, with a judge or without"),
-    "serve-tools": ("toolweaver_hf.simulated_tools", "serve recorded and simulated answers of tools over MCP"),
-    "compare": ("toolweaver_hf.runs", "put the evaluations of several models in one table"),
-    "push": ("toolweaver_hf.hub", "push what a step has made to the Hugging Face Hub, with its card"),
+    "serve-tools": (
+        "toolweaver_hf.evaluation.simulated_tools",
+        "serve recorded and simulated answers of tools over MCP",
+    ),
+    "compare": ("toolweaver_hf.evaluation.runs", "put the evaluations of several models in one table"),
+    "push": ("toolweaver_hf.hub.artifacts", "push what a step has made to the Hugging Face Hub, with its card"),
 }
 
 
-def run(command: Callable[[], None]) -> None:
+def run_command(command: Callable[[], None]) -> None:
     """Run a command; bad input (`ValueError`, `OSError`) ends it with one line on stderr and exit status 2."""
     try:
         command()
@@ -46,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     sys.argv[0] = f"toolweaver {args.command}"  # the name that the command's own usage message shows
     module = importlib.import_module(COMMANDS[args.command][0])
-    run(lambda: module.cli(args.options))
+    run_command(lambda: module.cli(args.options))
 
 
 if __name__ == "__main__":

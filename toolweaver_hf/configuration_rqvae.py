@@ -23,7 +23,7 @@ class RQVAEConfig(PreTrainedConfig):
         commitment_weight (`float`, *optional*, defaults to 0.25):
             Weight of the commitment loss beside the codebook loss.
         assignment_weight (`float`, *optional*, defaults to 1.0):
-            Weight of the assignment loss, by which the encoder learns codes that are given to be the nearest ones.
+            Weight of the assignment loss, cross-entropy that makes each tool's assigned code its nearest one.
         collaborative_weight (`float`, *optional*, defaults to 1.0):
             Weight of the collaborative loss, which draws tools that are used together to common codes.
         codebook_update (`str`, *optional*, defaults to `"gradient"`):

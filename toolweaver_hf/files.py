@@ -29,7 +29,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a file's writer another name to write to, which becomes `path` once all is written."""
+    """Yield a temporary path that replaces `path` on success, and is deleted on failure."""
     path = Path(path)
     partial = path.with_name(f"{path.stem}.partial{path.suffix}")
     try:

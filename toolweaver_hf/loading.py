@@ -1,4 +1,4 @@
-"""Loading an aligned model, or refusing what is none before it takes memory."""
+"""Load an aligned model; reject an invalid folder before allocating memory for it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def load_aligned_model(folder: str | os.PathLike, **kwargs) -> PreTrainedModel:
         return _load_adapter(folder, kwargs)
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # what a configuration of wrong values leads to is no narrower
+    except Exception as error:  # a malformed configuration can raise almost any exception
         raise ValueError(f"{folder} holds no valid model: {error}") from error
 
 

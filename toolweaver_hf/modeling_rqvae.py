@@ -120,7 +120,7 @@ class RQVAEMLP(nn.Module):
 
 
 class RQVAECodebook(nn.Module):
-    """The vectors of one level, learnt by gradients or as moving averages of the residuals that chose them."""
+    """The vectors of one level, learned by gradients or as moving averages of the residuals that chose them."""
 
     def __init__(self, size: int, config: RQVAEConfig):
         super().__init__()
@@ -350,8 +350,8 @@ class RQVAEModel(RQVAEPreTrainedModel):
         `codes` are given: the encoder cannot change these, and learns to find them by the commitment and the assignment
         loss. The commitment is to the whole code. (To commit the latents to the sum of each level and those before it as
         well would draw them towards the first level's vectors, and leave little for the levels after it to tell apart.)
-        A squared distance leaves many a latent nearer to the code of another tool, above all where documents are much
-        alike; the assignment loss acts on those. The gradients of the collaborative loss reach the codebook vectors
+        With squared distance alone, many latents stay closer to another tool's code, mostly for near-duplicate
+        documents; the assignment loss acts on those. The gradients of the collaborative loss reach the codebook vectors
         alone: an encoder that had to give the latents of co-used tools, whose documents differ, would lose both the
         nearest codes and the reconstruction.
 
@@ -378,7 +378,7 @@ class RQVAEModel(RQVAEPreTrainedModel):
                 assignment_loss = self.quantizer.assignment_loss(residuals, codes)
             quantized = sum(vectors) if given else latents - latents.detach() + sum(vectors)
             if neighbor_codes is not None:
-                # The last level tells apart what is alike, so it is left out where there are others.
+                # The last level separates near-duplicates, so it is skipped unless it is the only one.
                 levels = max(1, len(vectors) - 1)
                 others = self.quantizer(latents, neighbor_codes, num_levels=levels)[2]
                 losses = [

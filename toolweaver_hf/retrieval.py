@@ -25,11 +25,11 @@ class RetrievedTool(NamedTuple):
 
 class ToolRetriever:
     r"""
-    Ranks the tools of a catalogue for a query with an aligned language model.
+    Ranks the tools of a catalog for a query with an aligned language model.
 
     The model reads the query as a user's message and is asked for the code that answers it. A beam search over the
     trie of the codes finds the most probable ones. The score of a tool is the log-probability of its code given the
-    query: the sum over the levels, each among the tokens that go on to a tool of the catalogue, as in training. So the
+    query: the sum over the levels, each among the tokens that go on to a tool of the catalog, as in training. So the
     probabilities of all tools add up to 1, and an allow list leaves the scores of its tools as they are.
 
     Args:
@@ -110,7 +110,7 @@ class ToolRetriever:
             batch_size (`int`, *optional*, defaults to 32):
                 Queries in one forward pass.
             exhaustive (`bool`, *optional*, defaults to `False`):
-                Whether to score every tool instead of searching, for small catalogues. Queries go one by one then.
+                Whether to score every tool instead of searching, for small catalogs. Queries go one by one then.
             show_progress_bar (`bool`, *optional*, defaults to `False`):
                 Whether to show a progress bar over the batches.
 
@@ -203,14 +203,16 @@ class ToolRetriever:
     ) -> tuple[torch.LongTensor, torch.FloatTensor]:
         device, batch = self.model.device, len(input_ids)
         input_ids, mask, nodes = input_ids.to(device), mask.to(device), roots[:, None]
-        every = torch.zeros_like(nodes)  # where the same prefixes are in the trie of all tools, which scores them
+        full_nodes = torch.zeros_like(
+            nodes
+        )  # the same prefixes in the unrestricted trie, whose children normalize scores
         scores = torch.zeros((batch, 1), device=device)
         cache = DynamicCache(config=self.model.config)
         for level in range(trie.num_levels):
             position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
             inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
             logits, first = self._logits(inputs, cache, level)
-            tokens, present = self.trie.children(every.flatten(), self.trie.max_children[level])
+            tokens, present = self.trie.children(full_nodes.flatten(), self.trie.max_children[level])
             of_all = logits.gather(1, torch.where(present, tokens - first, 0)).masked_fill(~present, -torch.inf)
             width = trie.max_children[level]
             tokens, present = trie.children(nodes.flatten(), width)
@@ -222,7 +224,7 @@ class ToolRetriever:
             tokens = tokens.view(batch, -1).gather(1, best)
             nodes = trie.step(nodes.gather(1, beam).flatten(), tokens.flatten()).view(batch, -1)
             nodes = torch.where(scores > -torch.inf, nodes, -1)
-            every = self.trie.step(every.gather(1, beam).flatten(), tokens.flatten()).view(batch, -1)
+            full_nodes = self.trie.step(full_nodes.gather(1, beam).flatten(), tokens.flatten()).view(batch, -1)
             if level + 1 < trie.num_levels:
                 rows = (torch.arange(batch, device=device)[:, None] * (len(mask) // batch) + beam).flatten()
                 cache.batch_select_indices(rows)

@@ -286,7 +286,7 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
             `ValueError`: if the tool has no code.
         """
         if tool_id not in self._tool_ids:
-            raise ValueError(f"the tool {tool_id!r} has no code; learn codes for a catalogue that holds it")
+            raise ValueError(f"the tool {tool_id!r} has no code; learn codes for a catalog that holds it")
         return list(self._tool_ids[tool_id])
 
     def decode_tool(self, token_ids: Iterable[int]) -> str:
@@ -362,23 +362,23 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
     def encode_conversation(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
     ) -> dict[str, list[int]]:
-        """Tokenize a conversation by the chat template, and mark what is to be learnt in it.
+        """Tokenize a conversation by the chat template, and mark what is to be learned in it.
 
         The ids are those of the rendered text, as `apply_chat_template` gives them, with two exceptions. What users
         and tools say is never read as a control token: where it holds the spelling of one, it is tokenized by
-        [`~ToolWeaverTokenizer.encode_data`]. And no token reaches from the prompt into a turn that is learnt, since
+        [`~ToolWeaverTokenizer.encode_data`]. And no token reaches from the prompt into a turn that is learned, since
         none can when the turn is generated.
 
         Args:
             messages (`Sequence[Mapping[str, Any]]`):
                 Messages with a `role` and a plain `content`, and optionally a `loss`: whether to learn the message.
-                Without it the assistant's messages are learnt and no others.
+                Without it the assistant's messages are learned and no others.
             add_generation_prompt (`bool`, *optional*, defaults to `False`):
                 Whether to open the assistant's next turn at the end. Nothing is marked then.
 
         Returns:
             `dict[str, list[int]]`: `input_ids`, and `assistant_mask` with a 1 for every token of the contents that
-            are to be learnt and of the ends of their turns.
+            are to be learned and of the ends of their turns.
 
         Raises:
             `ValueError`: if the template writes a conversation differently once it goes on, so that the turns to
@@ -395,8 +395,8 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
                 message["content"] = f"{mark}{len(data) - 1}\ue001"
             shown.append(message)
         text = self._render(shown, add_generation_prompt)
-        learnt = [] if add_generation_prompt else self._learnt_spans(shown, text)
-        cuts = [cut for span in learnt for cut in span]
+        learned = [] if add_generation_prompt else self._learned_spans(shown, text)
+        cuts = [cut for span in learned for cut in span]
         input_ids: list[int] = []
         mask: list[int] = []
         position = 0
@@ -409,7 +409,7 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
                 length = len(piece)
             for token_id, start, _ in spans:
                 input_ids.append(token_id)
-                mask.append(int(any(first <= position + start < last for first, last in learnt)))
+                mask.append(int(any(first <= position + start < last for first, last in learned)))
             position += length
         return {"input_ids": input_ids, "assistant_mask": mask}
 
@@ -431,7 +431,7 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
             token_ids (`Iterable[int]`):
                 Tokens of a text. Control tokens among them stay whole.
             share (`float`):
-                How many of the tokens to split, at a random place, between 0 and 1.
+                Fraction of the tokens to split, each at a random place.
             generator (`random.Random`):
                 What draws them.
         """
@@ -450,12 +450,12 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
         return any(i in self._control_ids for i, *_ in self._spans(text))
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
-        # Templates of models that think aloud at will write that they do not; others ignore the argument.
+        # Templates of hybrid reasoning models add their "no thinking" marker; others ignore the argument.
         return self.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
         )
 
-    def _learnt_spans(self, messages: list[dict[str, Any]], text: str) -> list[tuple[int, int]]:
+    def _learned_spans(self, messages: list[dict[str, Any]], text: str) -> list[tuple[int, int]]:
         """Where in the rendered text the messages to learn start and end."""
         spans = []
         for i, message in enumerate(messages):
@@ -485,11 +485,11 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
         """`bool`: Whether the chat template leaves a conversation as it is when it goes on.
 
         Where it does not, as with models whose earlier thoughts are dropped, only the last turn of a conversation
-        can be learnt as it will be generated.
+        can be learned as it will be generated.
         """
         messages = [{"role": role, "content": f"a {role}"} for role in ("user", "assistant", "tool", "assistant")]
         try:
-            self._learnt_spans(messages, self._render(messages))
+            self._learned_spans(messages, self._render(messages))
         except ValueError:
             return False
         return True

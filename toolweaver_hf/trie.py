@@ -105,7 +105,7 @@ class CodeTrie:
     def restrict(self, tool_sets: Sequence[Sequence[int]]) -> CodeTrie:
         """Return a forest in which each row of a batch has a root of its own, above the tools that it may reach.
 
-        Equal sets share a root. The cost grows with the sets, not with the catalogue: nothing is sorted again.
+        Equal sets share a root. The cost grows with the sets, not with the catalog: nothing is sorted again.
 
         Args:
             tool_sets (`Sequence[Sequence[int]]`): For each row the tools, as rows of `tool_code_ids`.

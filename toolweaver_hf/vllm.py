@@ -4,7 +4,7 @@ It works from a model's folder, where this package is not installed:
 
 ```bash
 PYTHONPATH=out/agent vllm serve out/agent --trust-remote-code \\
-    --logits-processors custom_generate.vllm:ToolCodeLogitsProcessor
+    --logits-processors custom_generate.vllm:VLLMToolCodeLogitsProcessor
 ```
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcRequestState
 
 
-class ToolCodeLogitsProcessor(LogitsProcessor):
+class VLLMToolCodeLogitsProcessor(LogitsProcessor):
     """Free text with whole codes in every request, as [`logits_process.ToolCodeLogitsProcessor`] in its mode
     `"trajectory"`, for vLLM's model runner 2.
 

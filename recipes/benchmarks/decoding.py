@@ -1,7 +1,7 @@
 """What constrained decoding costs in a step, next to two usual ways of doing it.
 
 ```bash
-python recipes/benchmark_decoding.py --model HuggingFaceTB/SmolLM2-135M-Instruct --output_dir out/benchmark
+python recipes/benchmarks/decoding.py --model HuggingFaceTB/SmolLM2-135M-Instruct --output_dir out/benchmark
 ```
 
 The rivals look prefixes up in a trie of nested dictionaries: one through transformers'
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, HfArgumentParser, PrefixConstrainedLogitsProcessor
 
-from toolweaver_hf.cli import run
+from toolweaver_hf.cli import run_command
 from toolweaver_hf.logits_process import ToolCodeLogitsProcessor
 from toolweaver_hf.retrieval import ToolRetriever
 from toolweaver_hf.trie import CodeTrie
@@ -45,7 +45,7 @@ class BenchmarkArguments:
 
     num_tools: list[int] = field(
         default_factory=lambda: [47_000, 1_000_000],
-        metadata={"help": "Sizes of catalogue, each on two levels of 1,024 codes."},
+        metadata={"help": "Sizes of catalog, each on two levels of 1,024 codes."},
     )
     num_beams: int = field(default=64, metadata={"help": "Rows of a step."})
     vocab_size: int = field(default=49152, metadata={"help": "Tokens of the base model."})
@@ -203,4 +203,4 @@ def cli(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(cli)
+    run_command(cli)

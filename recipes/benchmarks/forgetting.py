@@ -1,7 +1,7 @@
 """What tool training costs a language model: its perplexity on plain text before and after (ToolWeaver, table 3).
 
 ```bash
-python recipes/benchmark_forgetting.py --model HuggingFaceTB/SmolLM2-135M-Instruct --codes_dir out/codes \
+python recipes/benchmarks/forgetting.py --model HuggingFaceTB/SmolLM2-135M-Instruct --codes_dir out/codes \
     --queries queries.train.jsonl --replay chats.jsonl --text english.txt --max_steps 100 --output_dir out/forgetting
 ```
 
@@ -23,7 +23,7 @@ from trl import ModelConfig
 
 from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings
 from toolweaver_hf.alignment.record import TRAINING_FILE, TRAINING_VERSION
-from toolweaver_hf.cli import run
+from toolweaver_hf.cli import run_command
 from toolweaver_hf.codes.tool_codes import ToolCodes
 from toolweaver_hf.data.catalog import ToolCatalog
 from toolweaver_hf.evaluation.baselines import atomic_codes
@@ -250,4 +250,4 @@ def cli(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(cli)
+    run_command(cli)

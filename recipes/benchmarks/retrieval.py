@@ -1,7 +1,7 @@
-"""ToolWeaver and its rivals on one catalogue and one split, in one table (as the paper's Tables 1 and 6).
+"""ToolWeaver and its rivals on one catalog and one split, in one table (as the paper's Tables 1 and 6).
 
 ```bash
-python recipes/benchmark_retrieval.py --catalog tools.jsonl --train_queries train.jsonl --test_queries test.jsonl \
+python recipes/benchmarks/retrieval.py --catalog tools.jsonl --train_queries train.jsonl --test_queries test.jsonl \
     --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --num_train_epochs 2 --output_dir out/benchmark
 ```
 
@@ -11,7 +11,7 @@ puts the methods of several calls together.
 
 With `--held_out_tools 0.1` a tenth of the tools, their documents and their queries are kept from all training, and get
 codes afterwards. Their recall is the group `new`, for which a query's other tools do not count as relevant; the group
-`known` are the queries that need none of them. A model is measured as it is, after it has learnt the new tools'
+`known` are the queries that need none of them. A model is measured as it is, after it has learned the new tools'
 documents alone, and after as many rows of which half are training queries of the known tools.
 """
 
@@ -28,7 +28,7 @@ from transformers import set_seed
 from trl import ModelConfig, TrlParser
 
 from toolweaver_hf.alignment.trainer import AlignmentTrainingArguments
-from toolweaver_hf.cli import run
+from toolweaver_hf.cli import run_command
 from toolweaver_hf.codes.assignment import check_capacity
 from toolweaver_hf.codes.embeddings import EMBEDDINGS_FILE, default_encoder, embed_catalog
 from toolweaver_hf.codes.tool_codes import ToolCodes
@@ -64,9 +64,9 @@ NAMES = {
     "dense": "dense, zero-shot",
     "dense_tuned": "dense, fine-tuned",
 }
-LEARNT_CODES = ("toolweaver", "no_collaboration", "random_embeddings")
+LEARNED_CODES = ("toolweaver", "no_collaboration", "random_embeddings")
 OTHER_CODES = ("toolgen", "numeric", "random_codes")
-OPEN_CATALOGUES = ("toolweaver", "no_collaboration", "bm25", "dense", "dense_tuned")
+SUPPORT_NEW_TOOLS = ("toolweaver", "no_collaboration", "bm25", "dense", "dense_tuned")
 TOP_K = 10
 
 
@@ -103,7 +103,7 @@ class BenchmarkArguments:
             Passes over the documents of these tools; half of them where known queries are mixed in.
     """
 
-    catalog: str = field(metadata={"help": "The catalogue of tools."})
+    catalog: str = field(metadata={"help": "The catalog of tools."})
     train_queries: str = field(metadata={"help": "Training queries."})
     test_queries: str = field(metadata={"help": "Test queries."})
     train_qrels: str | None = field(default=None, metadata={"help": "Relevance file of BEIR training queries."})
@@ -127,11 +127,11 @@ class BenchmarkArguments:
     document_epochs: float = field(default=10, metadata={"help": "Passes over the documents of these tools."})
 
     def __post_init__(self):
-        closed = [method for method in self.methods if method not in OPEN_CATALOGUES]
+        closed = [method for method in self.methods if method not in SUPPORT_NEW_TOOLS]
         if self.held_out_tools and closed:
             raise ValueError(
                 f"{', '.join(closed)} cannot take tools in later: with --held_out_tools choose --methods among "
-                f"{', '.join(OPEN_CATALOGUES)}"
+                f"{', '.join(SUPPORT_NEW_TOOLS)}"
             )
         if not 0 <= self.held_out_tools < 1:
             raise ValueError(
@@ -218,16 +218,16 @@ class Benchmark:
         rankings = {name: ToolRetriever(load_aligned_model(model_dir), tokenizer)(texts, top_k=TOP_K)}
         documents = [Query(f"document of {tool.id}", tool.document, (tool.id,)) for tool in self.new]
         replayed = random.Random(self.seed).sample(self.train, min(len(documents), len(self.train)))
-        learnt = {
-            "documents": (f"{name}, documents learnt", documents, self.args.document_epochs),
+        learned = {
+            "documents": (f"{name}, documents learned", documents, self.args.document_epochs),
             "replay": (f"{name}, documents and known queries", documents + replayed, self.args.document_epochs / 2),
         }
-        for folder, (title, rows, num_epochs) in learnt.items():
-            queries, learnt_dir = self.folder / method / f"{folder}.jsonl", self.folder / method / folder
+        for folder, (title, rows, num_epochs) in learned.items():
+            queries, learned_dir = self.folder / method / f"{folder}.jsonl", self.folder / method / folder
             write_queries(queries, rows)
             budget = replace(self.training_args, num_train_epochs=num_epochs, max_steps=-1)
-            self.align(str(model_dir), codes_dir, queries, ["retrieval"], budget, learnt_dir)
-            rankings[title] = ToolRetriever.from_pretrained(learnt_dir)(texts, top_k=TOP_K)
+            self.align(str(model_dir), codes_dir, queries, ["retrieval"], budget, learned_dir)
+            rankings[title] = ToolRetriever.from_pretrained(learned_dir)(texts, top_k=TOP_K)
         return rankings
 
     def make_codes(self, method: str, codes_dir: Path) -> None:
@@ -285,7 +285,7 @@ class Benchmark:
         output_dir: Path,
     ) -> None:
         """Align a model with codes."""
-        learnt = (codes_dir / "config.json").exists()
+        learned = (codes_dir / "config.json").exists()
         # Made anew, these settle the precision, which the tokenization has in its own way
         training_args = replace(budget, output_dir=str(output_dir))
         sft.main(
@@ -293,7 +293,7 @@ class Benchmark:
                 codes_dir=str(codes_dir),
                 stages=stages,
                 queries=str(queries),
-                embedding_init="codebook" if learnt else "mean_description",
+                embedding_init="codebook" if learned else "mean_description",
                 augmentations=self.args.augmentations,
             ),
             training_args,
@@ -351,4 +351,4 @@ def cli(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(cli)
+    run_command(cli)

@@ -1,10 +1,10 @@
-"""What a catalogue's size costs: codes next to one token a tool (ToolGen), from hundreds of tools to a million.
+"""What a catalog's size costs: codes next to one token a tool (ToolGen), from hundreds of tools to a million.
 
 ```bash
-python recipes/benchmark_scale.py --model HuggingFaceTB/SmolLM2-135M-Instruct --output_dir out/scale
+python recipes/benchmarks/scale.py --model HuggingFaceTB/SmolLM2-135M-Instruct --output_dir out/scale
 ```
 
-The catalogues are synthetic: embeddings in clusters, names by number. What depends on the size alone is real: the new
+The catalogs are synthetic: embeddings in clusters, names by number. What depends on the size alone is real: the new
 rows are allocated and searched, the codes assigned by an RQ-VAE whose codebooks are started on the embeddings. Each
 size and method runs in a process of its own, for its peak memory. Learning the RQ-VAE and the language model is not
 in it.
@@ -25,7 +25,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings
-from toolweaver_hf.cli import run
+from toolweaver_hf.cli import run_command
 from toolweaver_hf.codes.assignment import assign_codes
 from toolweaver_hf.codes.start import start_model
 from toolweaver_hf.codes.tool_codes import ToolCodes
@@ -58,7 +58,7 @@ class ScaleArguments:
         model (`str`):
             The base model.
         num_tools (`list[int]`, *optional*):
-            Sizes of catalogue.
+            Sizes of catalog.
         repeats (`int`, *optional*, defaults to 10):
             Timed queries, of which the shortest counts.
         output_dir (`str`, *optional*):
@@ -67,7 +67,7 @@ class ScaleArguments:
 
     model: str = field(metadata={"help": "The base model."})
     num_tools: list[int] = field(
-        default_factory=lambda: [500, 5_000, 47_000, 200_000, 1_000_000], metadata={"help": "Sizes of catalogue."}
+        default_factory=lambda: [500, 5_000, 47_000, 200_000, 1_000_000], metadata={"help": "Sizes of catalog."}
     )
     repeats: int = field(default=10, metadata={"help": "Timed queries, of which the shortest counts."})
     output_dir: str | None = field(default=None, metadata={"help": "Folder for the results and the picture."})
@@ -105,7 +105,7 @@ def index_by_codes(num_tools: int) -> tuple[ToolCodes, list[torch.Tensor], float
 
 
 def measure(model_name: str, num_tools: int, method: str, repeats: int) -> dict[str, float]:
-    """Index a catalogue by one method and retrieve from it."""
+    """Index a catalog by one method and retrieve from it."""
     model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
     base = AutoTokenizer.from_pretrained(model_name)
     before, codebooks, seconds = model.num_parameters(), None, 0.0
@@ -206,4 +206,4 @@ def cli(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(cli)
+    run_command(cli)

@@ -1,8 +1,8 @@
 """What structured tokenization costs, next to a plain dense form of the same losses.
 
 ```bash
-python recipes/benchmark_tokenization.py --num_tools 5000 47000 200000 --output_dir out/benchmark
-python recipes/benchmark_tokenization.py --catalog tools.jsonl --queries queries.jsonl --steps 300 --output_dir out/real
+python recipes/benchmarks/tokenization.py --num_tools 5000 47000 200000 --output_dir out/benchmark
+python recipes/benchmarks/tokenization.py --catalog tools.jsonl --queries queries.jsonl --steps 300 --output_dir out/real
 ```
 
 The rival holds the similarity of all tools as a dense matrix, compares all pairs of a batch at every level, starts its
@@ -10,7 +10,7 @@ codebooks by k-means on the first batch, and mends collisions group by group: by
 token more where that is not enough. Model, embeddings, edges and batches are the same; its learning rate is the usual
 1e-3. Each run has a process of its own, whose peak memory is reported.
 
-Without a catalogue the tools are synthetic, and steps are timed after the first two. The time of the recipe's whole fit
+Without a catalog the tools are synthetic, and steps are timed after the first two. The time of the recipe's whole fit
 follows from theirs and from the assignment's, of which the recipe has one at the start and `ASSIGNMENTS` more, and the
 rival one. With one, both ways are fitted by the given steps to the end, and their codes are measured: a fifth of the
 co-used pairs is held out.
@@ -32,7 +32,7 @@ import torch
 from torch.nn.functional import mse_loss
 from transformers import HfArgumentParser, TrainerCallback, set_seed
 
-from toolweaver_hf.cli import run
+from toolweaver_hf.cli import run_command
 from toolweaver_hf.codes.cousage import cousage_graph, hold_out_edges
 from toolweaver_hf.codes.embeddings import embed_catalog
 from toolweaver_hf.codes.measures import measure_codes
@@ -52,21 +52,21 @@ class BenchmarkArguments:
     num_tools: list[int] = field(default_factory=lambda: [5000, 47000, 200000], metadata={"help": "Synthetic sizes."})
     edges_per_tool: int = field(default=6, metadata={"help": "Co-used tools drawn for each tool."})
     codebook_size: int = field(default=1024, metadata={"help": "Codes on each of two levels."})
-    catalog: str | None = field(default=None, metadata={"help": "A catalogue in place of synthetic tools."})
+    catalog: str | None = field(default=None, metadata={"help": "A catalog in place of synthetic tools."})
     queries: str | None = field(default=None, metadata={"help": "Queries with its tools."})
     qrels: str | None = field(default=None, metadata={"help": "Relevance file (TSV) of BEIR queries."})
     encoder: str | None = field(default=None, metadata={"help": "sentence-transformers model."})
-    steps: int = field(default=10, metadata={"help": "Timed steps of the fit; with a catalogue all its steps."})
+    steps: int = field(default=10, metadata={"help": "Timed steps of the fit; with a catalog all its steps."})
     threads: int = field(default=2, metadata={"help": "CPU threads."})
     output_dir: str | None = field(default=None, metadata={"help": "Folder for benchmark_tokenization.json."})
 
 
 def synthetic_tools(num_tools: int, edges_per_tool: int) -> tuple[torch.Tensor, scipy.sparse.csr_array, None]:
-    """Embeddings around one centre for some twenty tools, and edges half inside these groups, half anywhere."""
+    """Embeddings around one center for some twenty tools, and edges half inside these groups, half anywhere."""
     generator = np.random.default_rng(0)
     groups = generator.integers(0, max(1, num_tools // 20), num_tools)
-    centres = generator.standard_normal((groups.max() + 1, 384), dtype=np.float32)
-    embeddings = centres[groups]
+    centers = generator.standard_normal((groups.max() + 1, 384), dtype=np.float32)
+    embeddings = centers[groups]
     embeddings += 0.5 * generator.standard_normal(embeddings.shape, dtype=np.float32)
     embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
     order = np.argsort(groups, kind="stable")
@@ -81,7 +81,7 @@ def synthetic_tools(num_tools: int, edges_per_tool: int) -> tuple[torch.Tensor, 
 
 
 def real_tools(args: BenchmarkArguments, folder: str) -> tuple[torch.Tensor, scipy.sparse.csr_array, np.ndarray]:
-    """Embeddings of a catalogue, its co-used pairs without a fifth of them, and that fifth."""
+    """Embeddings of a catalog, its co-used pairs without a fifth of them, and that fifth."""
     catalog = ToolCatalog.from_file(args.catalog)
     uses = [] if args.queries is None else [query.tools for query in load_queries(args.queries, args.qrels)]
     graph, held_out = hold_out_edges(cousage_graph(catalog, uses), 0.2)
@@ -170,7 +170,7 @@ def fit_dense(
 
 
 def measure(way: str, load: Callable[[], tuple], args: BenchmarkArguments) -> dict:
-    """Fit and assign in this process; return seconds, the peak memory in GiB, and with a catalogue the codes' measures."""
+    """Fit and assign in this process; return seconds, the peak memory in GiB, and with a catalog the codes' measures."""
     torch.set_num_threads(args.threads)
     set_seed(0)
     embeddings, graph, held_out = load()
@@ -183,7 +183,7 @@ def measure(way: str, load: Callable[[], tuple], args: BenchmarkArguments) -> di
 
 
 def main(args: BenchmarkArguments) -> dict[str, dict]:
-    """Measure both ways for every size or for the catalogue, print tables and return the measures by size and way."""
+    """Measure both ways for every size or for the catalog, print tables and return the measures by size and way."""
     results = {}
     context = get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -223,7 +223,7 @@ def main(args: BenchmarkArguments) -> dict[str, dict]:
 
 
 def print_codes(results: dict[str, dict]) -> None:
-    """Print a table of what the codes of a catalogue are like."""
+    """Print a table of what the codes of a catalog are like."""
     print()
     print(
         "| tools, way | reconstruction loss | codes used | collisions, nearest codes | in the end | held-out pairs with the "
@@ -244,4 +244,4 @@ def cli(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(cli)
+    run_command(cli)

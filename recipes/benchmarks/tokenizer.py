@@ -1,7 +1,7 @@
 """What the tools' codes cost the tokenizer: speed on text without a code against the base's, and the time to load.
 
 ```bash
-python recipes/benchmark_tokenizer.py --base HuggingFaceTB/SmolLM2-135M-Instruct --num_tools 47000
+python recipes/benchmarks/tokenizer.py --base HuggingFaceTB/SmolLM2-135M-Instruct --num_tools 47000
 ```
 """
 
@@ -27,7 +27,7 @@ class BenchmarkArguments:
         base (`str`):
             Id or path of the base tokenizer.
         num_tools (`int`, *optional*, defaults to 47000):
-            Size of the catalogue.
+            Size of the catalog.
         codebook_size (`int`, *optional*, defaults to 1024):
             Codes of each of the two levels.
         rounds (`int`, *optional*, defaults to 50):
@@ -35,7 +35,7 @@ class BenchmarkArguments:
     """
 
     base: str = field(metadata={"help": "Id or path of the base tokenizer."})
-    num_tools: int = field(default=47000, metadata={"help": "Size of the catalogue."})
+    num_tools: int = field(default=47000, metadata={"help": "Size of the catalog."})
     codebook_size: int = field(default=1024, metadata={"help": "Codes of each of the two levels."})
     rounds: int = field(default=50, metadata={"help": "Measurements; the fastest counts."})
 

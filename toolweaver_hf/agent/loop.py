@@ -53,7 +53,7 @@ class ToolAgent:
         logits_processor (`LogitsProcessorList`, *optional*): Applied before the constraints, such as a temperature.
 
     Raises:
-        `ValueError`: for functions of tools that the catalogue lacks or that have no code.
+        `ValueError`: for functions of tools that the catalog lacks or that have no code.
 
     Example:
 
@@ -80,12 +80,12 @@ class ToolAgent:
     ):
         unknown = [tool_id for tool_id in functions if tool_id not in catalog]
         if unknown:
-            raise ValueError(f"functions are given for tools that the catalogue lacks: {', '.join(unknown[:5])}")
+            raise ValueError(f"functions are given for tools that the catalog lacks: {', '.join(unknown[:5])}")
         uncoded = [tool_id for tool_id in functions if not tokenizer.has_tool(tool_id)]
         if uncoded:
             raise ValueError(
                 f"these tools have no code, so that the model cannot name them: {', '.join(uncoded[:5])}; align it with "
-                "a catalogue that holds them, or give functions without them"
+                "a catalog that holds them, or give functions without them"
             )
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -116,7 +116,7 @@ class ToolAgent:
         catalog: ToolCatalog | None = None,
         **kwargs,
     ) -> ToolAgent:
-        """Load model, tokenizer and catalogue from a folder that `recipes/sft.py` wrote, or a repository of the Hub.
+        """Load model, tokenizer and catalog from a folder that `recipes/sft.py` wrote, or a repository of the Hub.
 
         Args:
             folder (`str`): The folder or repository.

@@ -64,7 +64,9 @@ def last_checkpoint(folder: str | os.PathLike) -> str | None:
     )
     for checkpoint in checkpoints:
         try:
-            TrainerState.load_from_json(checkpoint / TRAINER_STATE_NAME)  # what a checkpoint is completed by
+            TrainerState.load_from_json(
+                checkpoint / TRAINER_STATE_NAME
+            )  # written last: present only in complete checkpoints
             return str(checkpoint)
         except (OSError, ValueError, TypeError):
             continue

@@ -36,9 +36,9 @@ def initialize_code_embeddings(
             For each level the codebook, of shape `(codebook_size, code_dim)`, for `"codebook"`.
         method (`str`, *optional*, defaults to `"codebook"`):
             `"codebook"`: a projection of the codebook vectors (ToolWeaver, section 3.2), around the mean of the
-            embeddings that are there: with a catalogue the linear one of each level by which the rows of a tool's code
-            add up to what the mean embedding of its document, weighted by inverse document frequency, has apart from
-            all tools'; without one a random one that keeps distances, at half an embedding's length.
+            embeddings that are there. With a catalog it is the least-squares projection: the rows of a tool's code sum
+            to its document's IDF-weighted mean embedding minus the mean over tools. Without one it is a random
+            projection that keeps distances, at half an embedding's length.
             `"mean_description"`: the mean embedding of the documents under a code. `"random"`: random directions, at
             half an embedding's length.
         catalog ([`ToolCatalog`], *optional*):
@@ -53,7 +53,7 @@ def initialize_code_embeddings(
     if method not in ("codebook", "mean_description", "random"):
         raise ValueError(f"method must be 'codebook', 'mean_description' or 'random', not {method!r}")
     if method == "mean_description" and catalog is None:
-        raise ValueError("the method 'mean_description' needs the catalogue")
+        raise ValueError("the method 'mean_description' needs the catalog")
     if method == "codebook":
         if codebooks is None:
             raise ValueError("the method 'codebook' needs the codebooks")

@@ -73,7 +73,7 @@ def trajectory_rows(trajectories: Iterable[dict[str, Any]], tokenizer: ToolWeave
     return rows
 
 
-def leave_out_words(row: dict[str, Any], generator: random.Random) -> dict[str, Any]:
+def drop_words(row: dict[str, Any], generator: random.Random) -> dict[str, Any]:
     """Copy a row with some words of the user's messages alone, in their order.
 
     Half to all of a query's words stay; of a document no more than a query has, 16.
@@ -115,9 +115,9 @@ def tokenize_rows(
             Whether to learn of an answer its codes alone, and end the row with them, since retrieval decodes a code
             and nothing else.
         split_share (`float`, *optional*, defaults to 0):
-            How many of the tokens that are not learnt to write as shorter ones, at random.
+            Fraction of unlabeled tokens to re-split at random (as in BPE-dropout).
         seed (`int`, *optional*, defaults to 0):
-            Seed of these.
+            Seed of the re-splitting.
 
     Returns:
         `tuple[Dataset, int]`: the dataset with the columns `id`, `input_ids` and `labels` (-100 where no loss is
@@ -151,7 +151,7 @@ def tokenize_rows(
 
 
 def _learnable(messages: list[dict[str, Any]], tokenizer: ToolWeaverTokenizer) -> list[list[dict[str, Any]]]:
-    """Cut a conversation where the chat template requires it, so that every turn is learnt as it will be generated."""
+    """Cut a conversation where the chat template requires it, so that every turn is learned as it will be generated."""
     if tokenizer.appends_messages:
         return [messages]
     return [
@@ -161,7 +161,7 @@ def _learnable(messages: list[dict[str, Any]], tokenizer: ToolWeaverTokenizer) -
     ]
 
 
-def weigh_rows(dataset: Dataset, weight: float, seed: int) -> Dataset:
+def repeat_rows(dataset: Dataset, weight: float, seed: int) -> Dataset:
     """Repeat a dataset's rows so that each is seen `weight` times an epoch: 2 is twice, 0.5 is half of the rows."""
     copies, rest = divmod(weight, 1)
     some = random.Random(seed).sample(range(len(dataset)), round(rest * len(dataset)))
@@ -184,8 +184,8 @@ def share_prompts(dataset: Dataset) -> Dataset:
     """
     groups: dict[tuple[int, ...], list[tuple[str, list[int]]]] = {}
     for row in dataset:
-        learnt = [i for i, label in enumerate(row["labels"]) if label != -100]
-        prompt, answer = row["input_ids"][: learnt[0]], row["input_ids"][learnt[0] : learnt[-1] + 1]
+        learned = [i for i, label in enumerate(row["labels"]) if label != -100]
+        prompt, answer = row["input_ids"][: learned[0]], row["input_ids"][learned[0] : learned[-1] + 1]
         groups.setdefault(tuple(prompt), []).append((row["id"], answer))
     columns: dict[str, list] = {"id": [], "input_ids": [], "labels": [], "seq_lengths": []}
     for prompt, answers in groups.items():

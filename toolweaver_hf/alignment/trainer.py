@@ -24,8 +24,7 @@ from ..trie import CodeTrie
 
 @dataclass
 class AlignmentTrainingArguments(SFTConfig):
-    """[`SFTConfig`] that leaves out on a machine without a GPU what only a GPU can do, and picks the best checkpoint
-    by retrieval.
+    """[`SFTConfig`] with CPU-safe defaults, which selects the best checkpoint by retrieval.
 
     Args:
         embedding_learning_rate (`float`, *optional*):
@@ -60,7 +59,7 @@ class AlignmentTrainingArguments(SFTConfig):
 
 
 def can_share_prompts(model: PreTrainedModel | PeftModel) -> bool:
-    """Whether all that tells a model which tokens may see each other is a mask, so that answers can share a prompt."""
+    """Whether the attention mask alone decides which tokens attend to each other, so that answers can share a prompt."""
     config = model.config.get_text_config()
     return (
         config._attn_implementation == "sdpa"

@@ -47,12 +47,12 @@ def assign_codes(
     latents: torch.Tensor,
     codebooks: Sequence[torch.Tensor],
     taken: np.ndarray | None = None,
-    pull: scipy.sparse.csr_array | None = None,
+    cousage_weights: scipy.sparse.csr_array | None = None,
     codes: np.ndarray | None = None,
 ) -> np.ndarray:
     """Give every tool a code of its own.
 
-    Every level takes the nearest codebook vector; with `pull`, every level but the last takes the codes that
+    Every level takes the nearest codebook vector; with `cousage_weights`, every level but the last takes the codes that
     [`choose_codes`] finds. Two things make tools move from there, and no other tool moves:
 
     - A prefix that would hold more tools than it has codes passes the ones that lose least on to the nearest prefix
@@ -69,7 +69,7 @@ def assign_codes(
             For each level the codebook, of shape `(codebook_size, code_dim)`.
         taken (`np.ndarray` of shape `(num_taken, num_levels)`, *optional*):
             Codes that are not to be given.
-        pull (`scipy.sparse.csr_array` of shape `(num_tools, num_tools)`, *optional*):
+        cousage_weights (`scipy.sparse.csr_array` of shape `(num_tools, num_tools)`, *optional*):
             Which tools are used together, as in [`choose_codes`].
         codes (`np.ndarray` of shape `(num_tools, num_levels)`, *optional*):
             The codes that the tools have so far, from which those of their neighbors are improved.
@@ -93,9 +93,9 @@ def assign_codes(
     before, codes = codes, np.empty((len(latents), len(sizes)), dtype=np.int64)
     for level, codebook in enumerate(codebooks):
         taken_index = taken[:, level]
-        if level < len(sizes) - 1 and pull is not None and pull.nnz:
-            index = choose_codes(residual, codebook, pull, None if before is None else before[:, level])
-            pull = within(pull, index)
+        if level < len(sizes) - 1 and cousage_weights is not None and cousage_weights.nnz:
+            index = choose_codes(residual, codebook, cousage_weights, None if before is None else before[:, level])
+            cousage_weights = edges_within_codes(cousage_weights, index)
         else:
             index = nearest(residual, codebook)[0].cpu().numpy()
         if level < len(sizes) - 1:
@@ -119,7 +119,10 @@ def nearest(points: torch.Tensor, centers: torch.Tensor) -> tuple[torch.LongTens
 
 @torch.no_grad()
 def choose_codes(
-    residual: torch.Tensor, codebook: torch.Tensor, pull: scipy.sparse.csr_array, index: np.ndarray | None = None
+    residual: torch.Tensor,
+    codebook: torch.Tensor,
+    cousage_weights: scipy.sparse.csr_array,
+    index: np.ndarray | None = None,
 ) -> np.ndarray:
     r"""
     Choose a level's codes with the graph in view, so that tools that are used together have the same one.
@@ -132,7 +135,7 @@ def choose_codes(
     Args:
         residual (`torch.Tensor` of shape `(num_tools, code_dim)`): What the levels before left of the latents.
         codebook (`torch.Tensor` of shape `(codebook_size, code_dim)`): The level's codebook.
-        pull (`scipy.sparse.csr_array` of shape `(num_tools, num_tools)`):
+        cousage_weights (`scipy.sparse.csr_array` of shape `(num_tools, num_tools)`):
             \\(A\\), of degree 1 on average ([`~cousage.unit_degree`]), times the collaborative weight.
         index (`np.ndarray` of shape `(num_tools,)`, *optional*): Codes to start from. Defaults to the nearest ones.
 
@@ -140,7 +143,7 @@ def choose_codes(
         `np.ndarray` of shape `(num_tools,)`: the codes.
     """
     alone, alone_cost = (part.cpu().numpy() for part in nearest(residual, codebook))
-    degree = np.diff(pull.indptr)
+    degree = np.diff(cousage_weights.indptr)
     index = np.where(degree > 0, alone if index is None else index, alone)
     norms, variance = codebook.square().sum(1), float(residual.var(0, correction=0).sum())
     draw = np.random.default_rng(0)
@@ -153,8 +156,9 @@ def choose_codes(
         chosen = np.flatnonzero((degree > 0) & (draw.random(len(index)) < 0.5))
         best = alone_cost.astype(np.float64)
         for tools in np.split(chosen, range(CHUNK_SIZE, len(chosen), CHUNK_SIZE)):
-            # Of the codes that no neighbor has, the nearest is the best: beside it only those that one has are looked at.
-            votes = pull[tools] @ held
+            # Candidates are the tool's nearest code and the codes its neighbors hold; any other code is farther
+            # and gains no agreement.
+            votes = cousage_weights[tools] @ held
             row, column = np.repeat(tools, np.diff(votes.indptr)), votes.indices.astype(np.int64)
             points, centers = (torch.from_numpy(i).to(residual.device) for i in (row, column))
             distance = norms[centers] - 2 * (residual[points] * codebook[centers]).sum(1)
@@ -166,7 +170,7 @@ def choose_codes(
     return index
 
 
-def within(graph: scipy.sparse.csr_array, index: np.ndarray) -> scipy.sparse.csr_array:
+def edges_within_codes(graph: scipy.sparse.csr_array, index: np.ndarray) -> scipy.sparse.csr_array:
     """Return the part of a graph whose edges join tools with the same code."""
     graph = graph.tocoo()
     row, column = graph.coords
@@ -257,7 +261,7 @@ def _spill(points: torch.Tensor, centers: torch.Tensor, choice: np.ndarray, room
         rows = np.flatnonzero((counts > room)[choice])
         if not len(rows):
             return choice
-        # Nobody may enter a full center any more; it keeps those who would lose most elsewhere.
+        # Full centers accept no more points; they keep the points whose next-best center is farthest.
         open_centers &= counts < room
         elsewhere = np.flatnonzero(open_centers)
         moving = points[torch.from_numpy(rows).to(points.device)]

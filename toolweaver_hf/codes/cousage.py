@@ -12,7 +12,7 @@ from ..data.catalog import ToolCatalog
 
 def cousage_graph(catalog: ToolCatalog, uses: Iterable[Sequence[str]], min_cousage: int = 2) -> scipy.sparse.csr_array:
     r"""
-    Build the collaborative similarity \\(A_{uv} = C_{uv} / \sqrt{C_{uu} C_{vv}}\\) of a catalogue's tools, where
+    Build the collaborative similarity \\(A_{uv} = C_{uv} / \sqrt{C_{uu} C_{vv}}\\) of a catalog's tools, where
     \\(C_{uv}\\) counts how often \\(u\\) and \\(v\\) are used together (ToolWeaver, section 3.1).
 
     Args:
@@ -21,15 +21,14 @@ def cousage_graph(catalog: ToolCatalog, uses: Iterable[Sequence[str]], min_cousa
         uses (`Iterable[Sequence[str]]`):
             For each query or trajectory the ids of the tools that it uses.
         min_cousage (`int`, *optional*, defaults to 2):
-            How often at least two tools have to be used together. Once may be chance, and counts for as much as always
-            where either tool is hardly ever used: where queries are few, such pairs drown the meaning of the codes.
-            The paper has 1.
+            How often at least two tools have to be used together. A single shared query is often
+            chance, and the normalization gives it full weight for rare tools. The paper has 1.
 
     Returns:
         `scipy.sparse.csr_array` of shape `(num_tools, num_tools)`: symmetric, with an empty diagonal.
 
     Raises:
-        `ValueError`: if a tool is not in the catalogue, or `min_cousage` is below 1.
+        `ValueError`: if a tool is not in the catalog, or `min_cousage` is below 1.
     """
     if min_cousage < 1:
         raise ValueError(f"min_cousage must be at least 1, not {min_cousage}")
@@ -38,7 +37,7 @@ def cousage_graph(catalog: ToolCatalog, uses: Iterable[Sequence[str]], min_cousa
     for use in uses:
         unknown = [tool_id for tool_id in use if tool_id not in position]
         if unknown:
-            raise ValueError(f"the catalogue lacks the tool {unknown[0]!r}, which is used in {list(use)}")
+            raise ValueError(f"the catalog lacks the tool {unknown[0]!r}, which is used in {list(use)}")
         members = {position[tool_id] for tool_id in use}
         tools.extend(members)
         lengths.append(len(members))

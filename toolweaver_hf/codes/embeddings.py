@@ -37,7 +37,7 @@ def embed_catalog(
     cache_dir: str | os.PathLike | None = None,
     batch_size: int = 64,
 ) -> np.ndarray:
-    """Embed the documents of a catalogue's tools.
+    """Embed the documents of a catalog's tools.
 
     Args:
         catalog ([`ToolCatalog`]):
@@ -45,7 +45,7 @@ def embed_catalog(
         encoder (`str`, *optional*):
             Id or path of a sentence-transformers model. Defaults to [`default_encoder`].
         cache_dir (`str`, *optional*):
-            Folder whose `embeddings.safetensors` is used if encoder and catalogue are the same, and written otherwise.
+            Folder whose `embeddings.safetensors` is used if encoder and catalog are the same, and written otherwise.
         batch_size (`int`, *optional*, defaults to 64):
             Documents in one forward pass.
 

@@ -24,7 +24,7 @@ def measure_codes(
     cousage: scipy.sparse.csr_array,
     held_out: np.ndarray | None = None,
 ) -> dict:
-    """Measure the codes of a catalogue.
+    """Measure the codes of a catalog.
 
     Args:
         model ([`RQVAEModel`]): The fitted model.

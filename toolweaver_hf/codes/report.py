@@ -19,13 +19,13 @@ from .tool_codes import ToolCodes
 def inspect_codes(folder: str | os.PathLike, catalog: str | os.PathLike | None = None) -> Path:
     """Draw a report of the codes in a folder that `recipes/tokenize_tools.py` wrote.
 
-    The page shows the losses of the training, the use of each level's codes, a map of the tools coloured by their
+    The page shows the losses of the training, the use of each level's codes, a map of the tools colored by their
     first code, and the tools of the largest prefixes. The groups are written to `report.json` as well.
 
     Args:
         folder (`str`): The folder.
-        catalog (`str`, *optional*): A catalogue of today. `report.json` then has, as `changes`, the names of its tools
-            that are `added` since the codes were learnt, or whose documents are `changed`, and of those `removed`.
+        catalog (`str`, *optional*): A catalog of today. `report.json` then has, as `changes`, the names of its tools
+            that are `added` since the codes were learned, or whose documents are `changed`, and of those `removed`.
 
     Returns:
         `Path`: the picture, `report.png` in the folder.
@@ -35,11 +35,11 @@ def inspect_codes(folder: str | os.PathLike, catalog: str | os.PathLike | None =
 
     folder = Path(folder)
     codes = ToolCodes.from_pretrained(folder)
-    learnt = ToolCatalog.from_file(folder / "catalog.jsonl")
+    learned = ToolCatalog.from_file(folder / "catalog.jsonl")
     metrics = read_json(folder / METRICS_FILE, METRICS_VERSION)
     codebooks = [codebook.numpy() for codebook in RQVAEModel.from_pretrained(folder).codebooks()]
     matrix = codes.matrix
-    names = [learnt[tool_id].name if tool_id in learnt else tool_id for tool_id in codes]
+    names = [learned[tool_id].name if tool_id in learned else tool_id for tool_id in codes]
 
     groups: dict[int, list[str]] = {}
     for first, name in zip(matrix[:, 0].tolist(), names, strict=True):
@@ -50,7 +50,7 @@ def inspect_codes(folder: str | os.PathLike, catalog: str | os.PathLike | None =
     if catalog is not None:
         present = ToolCatalog.from_file(catalog)
         report["changes"] = {
-            kind: [(present if tool_id in present else learnt)[tool_id].name for tool_id in tool_ids]
+            kind: [(present if tool_id in present else learned)[tool_id].name for tool_id in tool_ids]
             for kind, tool_ids in codes.compare(present)._asdict().items()
         }
     write_json(folder / "report.json", report, METRICS_VERSION)
@@ -87,11 +87,11 @@ def inspect_codes(folder: str | os.PathLike, catalog: str | os.PathLike | None =
     _, _, main_axes = np.linalg.svd(points[:: -(-len(points) // 20000)], full_matrices=False)
     plane = points @ main_axes[:2].T if len(main_axes) > 1 else np.pad(points @ main_axes[:1].T, ((0, 0), (0, 1)))
     size = max(2, min(40, 8000 / len(plane)))
-    shown = {first for first, _ in (largest if len(largest) <= 100 else largest[:10])}  # more colours tell nothing
-    coloured = np.isin(matrix[:, 0], list(shown))
-    axes.scatter(*plane[~coloured].T, c="0.85", s=size)
-    axes.scatter(*plane[coloured].T, c=matrix[coloured, 0], cmap="gist_rainbow", s=size, alpha=0.8)
-    axes.set(title="Tools by their quantized vectors, coloured by first code", xticks=[], yticks=[])
+    shown = {first for first, _ in (largest if len(largest) <= 100 else largest[:10])}  # more colors tell nothing
+    colored = np.isin(matrix[:, 0], list(shown))
+    axes.scatter(*plane[~colored].T, c="0.85", s=size)
+    axes.scatter(*plane[colored].T, c=matrix[colored, 0], cmap="gist_rainbow", s=size, alpha=0.8)
+    axes.set(title="Tools by their quantized vectors, colored by first code", xticks=[], yticks=[])
     for first, _ in largest[:10]:
         axes.annotate(f"a_{first}", plane[matrix[:, 0] == first].mean(0), fontsize=9, weight="bold", ha="center")
 
@@ -120,9 +120,9 @@ def _shortened(names: list[str], length: int) -> str:
 
 
 def cli(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Draw a report of learnt codes: report.png and report.json.")
+    parser = argparse.ArgumentParser(description="Draw a report of learned codes: report.png and report.json.")
     parser.add_argument("folder", help="output folder of `toolweaver tokenize`")
-    parser.add_argument("--catalog", help="a catalogue of today: tell which of its tools are new, changed or gone")
+    parser.add_argument("--catalog", help="a catalog of today: tell which of its tools are new, changed or gone")
     args = parser.parse_args(argv)
     picture = inspect_codes(args.folder, args.catalog)
     if args.catalog:

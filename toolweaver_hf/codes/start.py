@@ -6,7 +6,7 @@ import scipy.sparse
 import torch
 
 from ..modeling_rqvae import RQVAEModel
-from .assignment import choose_codes, encode_tools, nearest, within
+from .assignment import choose_codes, edges_within_codes, encode_tools, nearest
 
 
 SAMPLE_SIZE = 32768  # tools that k-means and the revival of codes look at
@@ -18,7 +18,7 @@ def start_model(
     model: RQVAEModel,
     embeddings: torch.Tensor,
     generator: torch.Generator | None = None,
-    pull: scipy.sparse.csr_array | None = None,
+    cousage_weights: scipy.sparse.csr_array | None = None,
 ) -> torch.LongTensor:
     """Set a model to the best linear solution: principal axes, and k-means level by level on the residuals.
 
@@ -30,7 +30,7 @@ def start_model(
         model ([`RQVAEModel`]): Its encoder, decoder and codebooks are changed; its mean and scale must be set.
         embeddings (`torch.Tensor` of shape `(num_tools, input_dim)`): The data, of which a sample is looked at.
         generator (`torch.Generator`, *optional*): Source of randomness, on the CPU.
-        pull (`scipy.sparse.csr_array` of shape `(num_tools, num_tools)`, *optional*): As in [`choose_codes`].
+        cousage_weights (`scipy.sparse.csr_array` of shape `(num_tools, num_tools)`, *optional*): As in [`choose_codes`].
 
     Returns:
         `torch.LongTensor` of shape `(num_tools, num_levels)`: the codes.
@@ -48,15 +48,20 @@ def start_model(
 
     residual, codes = encode_tools(model, embeddings), []
     for level, codebook in enumerate(model.quantizer.codebooks):
-        collaborative = pull is not None and level < len(model.quantizer.codebooks) - 1
-        smoothed = _smooth(residual, SMOOTHING * pull) if collaborative else residual
+        collaborative = cousage_weights is not None and level < len(model.quantizer.codebooks) - 1
+        smoothed = _smooth(residual, SMOOTHING * cousage_weights) if collaborative else residual
         centers = kmeans(smoothed[sample], len(codebook.weight), generator)
         index, _ = nearest(smoothed, centers)
         if collaborative:
             for _ in range(3):
                 centers = _means(residual, index, centers)[0]
-                index = torch.from_numpy(choose_codes(residual, centers, pull, index.cpu().numpy())).to(index.device)
-            centers, pull = _means(residual, index, centers)[0], within(pull, index.cpu().numpy())
+                index = torch.from_numpy(choose_codes(residual, centers, cousage_weights, index.cpu().numpy())).to(
+                    index.device
+                )
+            centers, cousage_weights = (
+                _means(residual, index, centers)[0],
+                edges_within_codes(cousage_weights, index.cpu().numpy()),
+            )
         codebook.set_rows(slice(None), centers)
         residual = residual - centers[index]
         codes.append(index)

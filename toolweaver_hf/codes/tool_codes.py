@@ -22,7 +22,7 @@ from .card import TAGS, codes_facts, model_card
 
 
 class CatalogChanges(NamedTuple):
-    """How a catalogue differs from the one that codes were learnt for: the ids of the tools concerned."""
+    """How a catalog differs from the one that codes were learned for: the ids of the tools concerned."""
 
     added: list[str]
     removed: list[str]
@@ -38,7 +38,7 @@ class ToolCodes(PushToHubMixin, Mapping[str, tuple[int, ...]]):
         codes (`Mapping[str, Sequence[int]]`):
             For each tool id its code. No two tools share one.
         checksums (`Mapping[str, str]`, *optional*):
-            [`Tool.checksum`] of each tool when its code was learnt.
+            [`Tool.checksum`] of each tool when its code was learned.
         retired (`Sequence[Sequence[int]]`, *optional*):
             Codes of tools that were removed; they are not given to other tools.
 
@@ -87,9 +87,9 @@ class ToolCodes(PushToHubMixin, Mapping[str, tuple[int, ...]]):
         return np.array(list(self._codes.values()), dtype=np.int64)
 
     def compare(self, catalog: ToolCatalog) -> CatalogChanges:
-        """Tell how a catalogue differs from the tools that have a code here.
+        """Tell how a catalog differs from the tools that have a code here.
 
-        Tools count as `changed` if their document is another than when their code was learnt.
+        Tools count as `changed` if their document is another than when their code was learned.
         """
         return CatalogChanges(
             added=[tool.id for tool in catalog if tool.id not in self],
@@ -113,11 +113,11 @@ class ToolCodes(PushToHubMixin, Mapping[str, tuple[int, ...]]):
             tools (`Sequence[Tool]`):
                 The new tools.
             model ([`RQVAEModel`]):
-                The model that the codes were learnt with.
+                The model that the codes were learned with.
             embeddings (`np.ndarray` or `torch.Tensor` of shape `(len(tools), input_dim)`):
                 Embeddings of their documents by the encoder that the model was fitted on.
             reuse_retired (`bool`, *optional*, defaults to `False`):
-                Whether codes of removed tools may be given again, to a model that has not learnt them, or unlearns them.
+                Whether codes of removed tools may be given again, to a model that has not learned them, or unlearns them.
 
         Raises:
             `ValueError`: naming a tool that has a code or whose embedding is not finite, or if no room is left for
@@ -146,7 +146,7 @@ class ToolCodes(PushToHubMixin, Mapping[str, tuple[int, ...]]):
             self.retired.discard(tuple(code))
 
     def remove(self, *tool_ids: str) -> None:
-        """Take tools out. Their codes are retired: a model has learnt that they mean these tools.
+        """Take tools out. Their codes are retired: a model has learned that they mean these tools.
 
         Raises:
             `ValueError`: naming a tool that has no code; then none is removed.

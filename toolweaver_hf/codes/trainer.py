@@ -75,18 +75,18 @@ class RQVAETrainer(Trainer):
 
     The fit starts from the linear solution: encoder and decoder project on the embeddings' principal axes, and the
     codebooks are set by k-means, level by level on the residuals. Then two things take turns. [`assign_codes`] gives
-    every tool of the catalogue a code of its own, with the graph in view, and codes that no tool has are revived; for
+    every tool of the catalog a code of its own, with the graph in view, and codes that no tool has are revived; for
     the steps up to the next time, encoder, codebooks and decoder learn these codes. In the last tenth of the training
-    the codes stay as they are: so the decoder has learnt the codes that the tools keep, and the encoder to find them.
+    the codes stay as they are: so the decoder has learned the codes that the tools keep, and the encoder to find them.
 
     This is the paper's uniform mapping of the last level and its collaborative regularization (section 3.1), over the
-    whole catalogue and its whole graph at a time instead of a batch.
+    whole catalog and its whole graph at a time instead of a batch.
 
     Batches and draws depend on the seed and the step alone: a training that is resumed, or that several processes
     share, takes the same steps as an unbroken one on one process with the same number of tools a step. A step never
     waits for the device.
 
-    [`~RQVAETrainer.evaluate`] measures the codes of the whole catalogue.
+    [`~RQVAETrainer.evaluate`] measures the codes of the whole catalog.
 
     Args:
         model ([`RQVAEModel`]):
@@ -135,7 +135,7 @@ class RQVAETrainer(Trainer):
 
         args.remove_unused_columns = False  # the batches hold the tools' positions alone
         args.logging_nan_inf_filter = False  # looking for NaN would wait for the device in every step
-        # A batch larger than the catalogue would hold tools twice.
+        # A batch larger than the catalog would hold tools twice.
         args.per_device_train_batch_size = min(args.per_device_train_batch_size, -(-num_tools // args.world_size))
         tools = _ToolIndices(num_tools)
         super().__init__(
@@ -143,10 +143,13 @@ class RQVAETrainer(Trainer):
         )
         self.embeddings = embeddings.to(args.device)
         self.codes: torch.LongTensor | None = None
-        self.pull = self.neighbors = None
+        self.cousage_weights = self.neighbors = None
         if cousage is not None and cousage.nnz and model.config.collaborative_weight > 0:
             graph = unit_degree(cousage)
-            self.pull, self.neighbors = model.config.collaborative_weight * graph, _Neighbors(graph, args.device)
+            self.cousage_weights, self.neighbors = (
+                model.config.collaborative_weight * graph,
+                _Neighbors(graph, args.device),
+            )
         self._generator = torch.Generator(args.device)
         self._sums: dict[str, torch.Tensor] = {}
         self._steps_summed = 0
@@ -211,19 +214,19 @@ class RQVAETrainer(Trainer):
         """
         model = self.accelerator.unwrap_model(self.model)
         generator = torch.Generator().manual_seed(_seed(self.args.seed, self.state.global_step))
-        codes = start_model(model, self.embeddings, generator, self.pull) if start else self.codes
+        codes = start_model(model, self.embeddings, generator, self.cousage_weights) if start else self.codes
         latents = encode_tools(model, self.embeddings)
         if not start:
             sample = torch.randperm(len(latents), generator=generator)[:SAMPLE_SIZE].to(self.args.device)
             revive_codes(model, latents[sample], codes[sample], generator)
-        codes = assign_codes(latents, model.codebooks(), None, self.pull, codes.cpu().numpy())
+        codes = assign_codes(latents, model.codebooks(), None, self.cousage_weights, codes.cpu().numpy())
         self.codes = torch.from_numpy(codes).to(self.args.device)
         if self.args.world_size > 1:  # all processes go on with the model and the codes of the first
             broadcast([*model.state_dict().values(), self.codes])
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Measure the nearest codes of the whole catalogue.
+        """Measure the nearest codes of the whole catalog.
 
         Returns:
             `dict[str, float]`: `eval_reconstruction_loss`, of the codes in training where there are any;

@@ -1,4 +1,4 @@
-"""The catalogue: which tools there are, and what each one does."""
+"""The catalog: which tools there are, and what each one does."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Tool:
 
     Args:
         id (`str`):
-            Identifier, unique in its catalogue. Codes, queries and trajectories refer to the tool by it.
+            Identifier, unique in its catalog. Codes, queries and trajectories refer to the tool by it.
         description (`str`):
             What the tool does, in natural language.
         name (`str`, *optional*, defaults to `id`):
@@ -93,7 +93,7 @@ class Tool:
         return hashlib.sha256(self.document.encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the tool as a row of a catalogue file."""
+        """Return the tool as a row of a catalog file."""
         row = {"id": self.id, "name": self.name, "description": self.description, "parameters": self.parameters}
         if self.category:
             row["category"] = self.category
@@ -171,7 +171,7 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
         self._tools = list(tools)
         self._position = {tool.id: position for position, tool in enumerate(self._tools)}
         if not self._tools:
-            raise ValueError("the catalogue is empty; it needs at least one tool")
+            raise ValueError("the catalog is empty; it needs at least one tool")
         if len(self._position) < len(self._tools):
             twin = next(tool.id for i, tool in enumerate(self._tools) if self._position[tool.id] != i)
             raise ValueError(f"two tools have the id {twin!r}; ids must be unique")
@@ -214,7 +214,7 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
 
     @classmethod
     def from_functions(cls, functions: Iterable[dict[str, Any]]) -> ToolCatalog:
-        """Build a catalogue from function schemas: OpenAI's `tools` list, or the `tools` of an MCP server.
+        """Build a catalog from function schemas: OpenAI's `tools` list, or the `tools` of an MCP server.
 
         Raises:
             `ValueError`: naming the first item that is wrong.
@@ -230,7 +230,7 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> ToolCatalog:
-        """Read a catalogue.
+        """Read a catalog.
 
         A `.jsonl` file has one tool a line. Any other is one document of JSON, or of YAML where it is named so:
 
@@ -274,7 +274,7 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
 
         Args:
             folder (`str`): The folder or repository.
-            repo_type (`str`, *optional*, defaults to `"dataset"`): `"model"` for the catalogue beside a model.
+            repo_type (`str`, *optional*, defaults to `"dataset"`): `"model"` for the catalog beside a model.
             hub_kwargs: As for every `from_pretrained`: `revision`, `token`, `cache_dir`, ...
 
         Raises:
@@ -291,12 +291,12 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
             ) from None
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write the catalogue as `catalog.jsonl` in `folder`."""
+        """Write the catalog as `catalog.jsonl` in `folder`."""
         os.makedirs(folder, exist_ok=True)
         self.to_jsonl(Path(folder) / CATALOG_FILE)
 
     def to_jsonl(self, path: str | os.PathLike) -> None:
-        """Write the catalogue, one tool a line, as [`ToolCatalog.from_file`] reads it back."""
+        """Write the catalog, one tool a line, as [`ToolCatalog.from_file`] reads it back."""
         with atomic_write(path) as partial, open(partial, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(tool.to_dict(), ensure_ascii=False) + "\n" for tool in self)
 

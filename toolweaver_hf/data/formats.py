@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from .openapi import join_texts, openapi_tools
+from .openapi import join_sentences, openapi_tools
 
 
 def json_lines(text: str, path: Path) -> Iterator[tuple[str, Any]]:
@@ -35,7 +35,7 @@ def parse_document(text: str, path: Path) -> Any:
             raise ValueError("aliases are not read: write it as JSON")
         return json.loads(json.dumps(yaml.load(text, _JsonLikeLoader)))
     except (ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path} is not YAML that JSON could say as well: {error}") from None
+        raise ValueError(f"{path} is not JSON-compatible YAML: {error}") from None
 
 
 class _JsonLikeLoader(yaml.CSafeLoader):
@@ -112,7 +112,7 @@ def toolbench_fields(row: dict[str, Any]) -> dict[str, Any]:
             if kind == "required_parameters":
                 required.append(parameter["name"])
     parameters = {"type": "object", "properties": properties}
-    description = join_texts(row.get("api_description") or row.get("description"), row.get("tool_description"))
+    description = join_sentences(row.get("api_description") or row.get("description"), row.get("tool_description"))
     return {
         "id": f"<<{tool}&&{api}>>",
         "name": f"{tool}: {api}",

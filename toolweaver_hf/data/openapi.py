@@ -1,4 +1,4 @@
-"""From an OpenAPI 3 document to the rows of a catalogue: one tool for each operation."""
+"""From an OpenAPI 3 document to the rows of a catalog: one tool for each operation."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 
 METHODS = ("get", "put", "post", "delete", "patch", "head", "options", "trace")
-BODY = "body"  # argument of a request body that is no object, or whose properties are named like parameters
+BODY = "body"  # argument name for a request body that is not an object, or whose property names clash with parameters
 MAX_DEFINITIONS = 1000  # schemas that one operation may refer to
 
 
 def openapi_tools(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Turn an OpenAPI 3.0 or 3.1 document into rows of a catalogue.
+    """Turn an OpenAPI 3.0 or 3.1 document into rows of a catalog.
 
     An operation's id is the tool's id, or method and path where it has none. Its parameters, and the properties of its
     JSON request body, are the tool's arguments; schemas that are referred to stand under `$defs`. `metadata` tells
@@ -92,7 +92,7 @@ def _tool(document: dict[str, Any], method: str, path: str, item: dict[str, Any]
     tool_id = operation.get("operationId") or re.sub(r"[\W_]+", "_", f"{method}_{path}").strip("_")
     return {
         "id": tool_id,
-        "description": join_texts(operation.get("summary"), operation.get("description"))
+        "description": join_sentences(operation.get("summary"), operation.get("description"))
         or f"{method.upper()} {path}",
         "parameters": parameters,
         "category": tags[0] if tags else None,
@@ -100,8 +100,8 @@ def _tool(document: dict[str, Any], method: str, path: str, item: dict[str, Any]
     }
 
 
-def join_texts(*texts: Any) -> str:
-    """Join what is a text with something in it as sentences."""
+def join_sentences(*texts: Any) -> str:
+    """Join the non-empty strings as sentences."""
     present = list(dict.fromkeys(text.strip() for text in texts if _is_text(text)))
     return " ".join(text if text[-1] in ".!?" or text == present[-1] else f"{text}." for text in present)
 

@@ -38,7 +38,7 @@ def load_trajectories(path: str | os.PathLike) -> list[dict[str, Any]]:
     ShareGPT has them, of `from` and `value` or `role` and `content`. A tool call stands in an assistant message's
     `tool_calls` as `{"type": "function", "function": {"name": TOOL_ID, "arguments": {...}}}`, with the thought as its
     `content`, or in its text as ToolGen's token `<<tool&&api>>`; the observation follows as a message of the role
-    `tool`. A message may say by `loss`, true or false, whether it is to be learnt. A row of Seal-Tools becomes the query,
+    `tool`. A message may say by `loss`, true or false, whether it is to be learned. A row of Seal-Tools becomes the query,
     a turn for each call of its `calling`, observed by the call's `responses`, and an empty answer, which ends the run.
 
     Returns:
@@ -142,7 +142,7 @@ def render_calls(messages: Sequence[dict[str, Any]], tokenizer: ToolWeaverTokeni
         flags = {"loss": message["loss"]} if "loss" in message else {}
         if message["role"] == "tool" and waiting and rendered[-1]["role"] == "tool":
             rendered.append(waiting.pop(0))
-        elif message["role"] != "tool":  # calls that nothing was observed of
+        elif message["role"] != "tool":  # calls without an observation
             rendered += waiting
             waiting = []
         if message["role"] == "assistant":

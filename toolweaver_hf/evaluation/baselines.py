@@ -95,7 +95,7 @@ def fine_tune_encoder(
 def atomic_codes(catalog: ToolCatalog) -> ToolCodes:
     """Give each tool one token of its own, as ToolGen (arXiv 2410.03439) does: codes of one level, without an RQ-VAE.
 
-    To align a model with them, save them and the catalogue in one folder and pass it to `recipes/sft.py` as
+    To align a model with them, save them and the catalog in one folder and pass it to `recipes/sft.py` as
     `--codes_dir`, with `--embedding_init mean_description`.
 
     Args:
@@ -105,7 +105,7 @@ def atomic_codes(catalog: ToolCatalog) -> ToolCodes:
 
 
 def numeric_codes(catalog: ToolCatalog) -> ToolCodes:
-    """Give each tool the digits of its place in the catalogue, a level for each, as in ToolGen's ablation.
+    """Give each tool the digits of its place in the catalog, a level for each, as in ToolGen's ablation.
 
     Args:
         catalog ([`ToolCatalog`]): The tools.

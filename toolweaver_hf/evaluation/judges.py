@@ -1,4 +1,4 @@
-"""Judges of an agent's runs, and the pass rate and win rate that their judgements make (SoPR and SoWR of
+"""Judges of an agent's runs, and the pass rate and win rate that their judgments make (SoPR and SoWR of
 StableToolBench, arXiv 2403.07714, after ToolEval of ToolLLM, arXiv 2307.16789)."""
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .tasks import AgentTask, call_counts, calls_of, observations_of
 
 
 SCORES = {"solved": 1.0, "unsure": 0.5, "unsolved": 0.0}
-"""What a task counts for by its judgement."""
+"""What a task counts for by its judgment."""
 
 MAX_TRANSCRIPT = 20_000
 """Characters of a run that a judge reads."""
 
 
-class Judgement(NamedTuple):
+class Judgment(NamedTuple):
     """What a judge says, and what it took.
 
     Args:
@@ -48,19 +48,19 @@ class Judgement(NamedTuple):
 class Judge(Protocol):
     """Whatever tells whether a run solves its task, and which of two runs is the better one.
 
-    `vote` numbers the judgements that are asked for of the same thing, from 0.
+    `vote` numbers the judgments that are asked for of the same thing, from 0.
     """
 
     num_workers: int
-    """Judgements that may be asked for at once."""
+    """Judgments that may be asked for at once."""
 
-    def solves(self, task: AgentTask, run: AgentRun, vote: int) -> Judgement: ...
+    def solves(self, task: AgentTask, run: AgentRun, vote: int) -> Judgment: ...
 
-    def prefers(self, task: AgentTask, candidate: AgentRun, reference: AgentRun, vote: int) -> Judgement: ...
+    def prefers(self, task: AgentTask, candidate: AgentRun, reference: AgentRun, vote: int) -> Judgment: ...
 
 
 class AnswerChecker:
-    """A judge that computes its judgements from the ground truth of a task: the same ones every time, for nothing.
+    """A judge that computes its judgments from the ground truth of a task: the same ones every time, for nothing.
 
     A run solves a task whose ground-truth answer tells something that its tools answered, if its own answer tells all
     of that, and its own tools have answered it. Where the answer tells nothing that could be checked, a run that made
@@ -75,33 +75,33 @@ class AnswerChecker:
 
     num_workers = 1
 
-    def solves(self, task: AgentTask, run: AgentRun, vote: int = 0) -> Judgement:
+    def solves(self, task: AgentTask, run: AgentRun, vote: int = 0) -> Judgment:
         if task.calls is None:
             raise ValueError(
                 f"the task {task.id!r} has no ground-truth calls to check a run against: give a judge's endpoint"
             )
         same_calls = call_counts(task.calls) == call_counts([*calls_of(run)])
         if not task.answer:
-            return Judgement("solved" if same_calls else "unsolved", "by the calls alone")
+            return Judgment("solved" if same_calls else "unsolved", "by the calls alone")
         if not run.answer:
-            return Judgement("unsolved", "no final answer")
+            return Judgment("unsolved", "no final answer")
         facts = [fact for fact in _facts(task.observations) if _tells(task.answer, fact)]
         if not facts:
-            return Judgement("unsure" if same_calls else "unsolved", "nothing in the answer can be checked")
+            return Judgment("unsure" if same_calls else "unsolved", "nothing in the answer can be checked")
         answered = set(_facts(observations_of(run)))
         missing = [fact for fact in facts if not (_tells(run.answer, fact) and fact in answered)]
         if missing:
-            return Judgement("unsolved", f"not told, or not learnt from a tool: {', '.join(missing)}")
-        return Judgement("solved", f"tells {', '.join(facts)}")
+            return Judgment("unsolved", f"not told, or not learned from a tool: {', '.join(missing)}")
+        return Judgment("solved", f"tells {', '.join(facts)}")
 
-    def prefers(self, task: AgentTask, candidate: AgentRun, reference: AgentRun, vote: int = 0) -> Judgement:
+    def prefers(self, task: AgentTask, candidate: AgentRun, reference: AgentRun, vote: int = 0) -> Judgment:
         ranks = [(SCORES[self.solves(task, run).value], -len([*calls_of(run)])) for run in (candidate, reference)]
         value = "tie" if ranks[0] == ranks[1] else "candidate" if ranks[0] > ranks[1] else "reference"
-        return Judgement(value, "solves more, or as much with fewer calls")
+        return Judgment(value, "solves more, or as much with fewer calls")
 
 
 def _facts(observations: Iterable[str]) -> list[str]:
-    """List the numbers and texts that tools answered, each once, without what any answer may tell by chance."""
+    """List the distinct numbers and strings that tools answered; booleans and blanks are skipped."""
     facts: dict[str, None] = {}
 
     def collect(value: Any) -> None:
@@ -154,7 +154,7 @@ Reply with one JSON object: {"reason": "one or two sentences", "better": 0 or 1}
 class ChatJudge:
     """A judge that asks a chat model, in the way of ToolEval.
 
-    A run without a final answer is `unsolved`, unasked. Otherwise the model sees query and answer; where these leave
+    A run without a final answer is `unsolved`; the judge is not called. Otherwise the model sees query and answer; where these leave
     it unsure, it sees the whole run. Of two runs it sees both, in an order that changes from vote to vote; of equal
     runs neither is better. A model whose replies cannot be read counts as unsure, or as a tie.
 
@@ -167,9 +167,9 @@ class ChatJudge:
         self.endpoint = endpoint
         self.num_workers = num_workers
 
-    def solves(self, task: AgentTask, run: AgentRun, vote: int = 0) -> Judgement:
+    def solves(self, task: AgentTask, run: AgentRun, vote: int = 0) -> Judgment:
         if not run.answer:
-            return Judgement("unsolved", "no final answer")
+            return Judgment("unsolved", "no final answer")
         prompt_tokens = completion_tokens = 0
         value, reason = "unsure", "the judge's reply cannot be read"
         for shown in ({"answer": run.answer}, {"steps": _transcript(run)}):
@@ -182,19 +182,19 @@ class ChatJudge:
                 value, reason = status, str(reply.content.get("reason", ""))
             if value != "unsure":
                 break
-        return Judgement(value, reason, prompt_tokens, completion_tokens)
+        return Judgment(value, reason, prompt_tokens, completion_tokens)
 
-    def prefers(self, task: AgentTask, candidate: AgentRun, reference: AgentRun, vote: int = 0) -> Judgement:
+    def prefers(self, task: AgentTask, candidate: AgentRun, reference: AgentRun, vote: int = 0) -> Judgment:
         shown = {"candidate": _transcript(candidate), "reference": _transcript(reference)}
         if shown["candidate"] == shown["reference"]:
-            return Judgement("tie", "the two runs are the same")
+            return Judgment("tie", "the two runs are the same")
         order = ("candidate", "reference") if vote % 2 == 0 else ("reference", "candidate")
         question = {"query": task.query, "0": shown[order[0]], "1": shown[order[1]]}
         reply = self.endpoint.ask(BETTER_INSTRUCTIONS, json.dumps(question, ensure_ascii=False), seed=vote)
         better = str((reply.content or {}).get("better")).strip()
         if better not in ("0", "1"):
-            return Judgement("tie", "the judge's reply cannot be read", *reply[1:])
-        return Judgement(order[int(better)], str(reply.content.get("reason", "")), *reply[1:])
+            return Judgment("tie", "the judge's reply cannot be read", *reply[1:])
+        return Judgment(order[int(better)], str(reply.content.get("reason", "")), *reply[1:])
 
 
 def _transcript(run: AgentRun) -> str:
@@ -217,18 +217,19 @@ def _transcript(run: AgentRun) -> str:
 def judge_runs(
     judge: Judge, tasks: Sequence[AgentTask], runs: Mapping[str, AgentRun], votes: int, path: str | os.PathLike
 ) -> list[dict[str, Any]]:
-    """Ask a judge whether each run solves its task, `votes` times. A task without a run is unsolved, unasked.
+    """Ask a judge whether each run solves its task, `votes` times. A task without a run counts as
+    unsolved; the judge is not called.
 
     Args:
-        path (`str`): JSONL file of the judgements, to which each is added at once; what it holds is not asked again.
+        path (`str`): JSONL file of the judgments, to which each is added at once; what it holds is not asked again.
 
     Returns:
-        `list[dict]`: a row for each task and vote: `id`, `vote`, and the fields of [`Judgement`].
+        `list[dict]`: a row for each task and vote: `id`, `vote`, and the fields of [`Judgment`].
     """
 
-    def ask(task: AgentTask, vote: int) -> Judgement:
+    def ask(task: AgentTask, vote: int) -> Judgment:
         run = runs.get(task.id)
-        return Judgement("unsolved", "no run") if run is None else judge.solves(task, run, vote)
+        return Judgment("unsolved", "no run") if run is None else judge.solves(task, run, vote)
 
     return _ask_all(ask, tasks, votes, judge.num_workers, path, "Judging")
 
@@ -250,34 +251,34 @@ def judge_pairs(
 
     Args:
         verdicts, reference_verdicts (`list[dict]`): What [`judge_runs`] returned for the two.
-        path (`str`): JSONL file of the judgements, as for [`judge_runs`].
+        path (`str`): JSONL file of the judgments, as for [`judge_runs`].
 
     Returns:
         `list[dict]`: rows as of [`judge_runs`], whose `value` is `candidate`, `reference` or `tie`.
     """
     scores, reference_scores = _task_scores(verdicts), _task_scores(reference_verdicts)
 
-    def ask(task: AgentTask, vote: int) -> Judgement:
+    def ask(task: AgentTask, vote: int) -> Judgment:
         if task.id not in runs or task.id not in references:
             done = [name for name, held in (("candidate", runs), ("reference", references)) if task.id in held]
-            return Judgement(done[0] if done else "tie", "the only run")
+            return Judgment(done[0] if done else "tie", "the only run")
         ours, theirs = scores[task.id], reference_scores[task.id]
         if min(ours, theirs) < 0.5 < max(ours, theirs):
-            return Judgement("candidate" if ours > theirs else "reference", "the only one that passes")
+            return Judgment("candidate" if ours > theirs else "reference", "the only one that passes")
         return judge.prefers(task, runs[task.id], references[task.id], vote)
 
     return _ask_all(ask, tasks, votes, judge.num_workers, path, "Comparing")
 
 
 def _ask_all(
-    ask: Callable[[AgentTask, int], Judgement],
+    ask: Callable[[AgentTask, int], Judgment],
     tasks: Sequence[AgentTask],
     votes: int,
     num_workers: int,
     path: str | os.PathLike,
     title: str,
 ) -> list[dict[str, Any]]:
-    """Gather the judgements that a file lacks, several at once, and return those of these tasks and votes in order."""
+    """Gather the judgments that a file lacks, several at once, and return those of these tasks and votes in order."""
     truncate_partial_line(path)
     rows = {(row["id"], row["vote"]): row for _, row in read_rows(path)} if os.path.exists(path) else {}
     wanted = [(task, vote) for task, vote in product(tasks, range(votes))]
@@ -285,8 +286,8 @@ def _ask_all(
     with open(path, "a", encoding="utf-8") as file, ThreadPoolExecutor(num_workers) as pool:
         try:
             answers = pool.map(ask, *zip(*missing, strict=True)) if missing else ()
-            for (task, vote), judgement in zip(missing, tqdm(answers, title, len(missing)), strict=True):
-                row = {"id": task.id, "vote": vote, **judgement._asdict()}
+            for (task, vote), judgment in zip(missing, tqdm(answers, title, len(missing)), strict=True):
+                row = {"id": task.id, "vote": vote, **judgment._asdict()}
                 rows[task.id, vote] = row
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
@@ -335,7 +336,7 @@ def win_rate(preferences: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {"SoWR": wins, "ties": 1 - wins - losses, "losses": losses}
 
 
-def token_counts(judgements: Iterable[dict[str, Any]]) -> dict[str, int]:
-    """Add up the tokens that judgements took: `prompt_tokens` and `completion_tokens`."""
-    judgements = list(judgements)
-    return {name: sum(row[name] for row in judgements) for name in ("prompt_tokens", "completion_tokens")}
+def token_counts(judgments: Iterable[dict[str, Any]]) -> dict[str, int]:
+    """Add up the tokens that judgments took: `prompt_tokens` and `completion_tokens`."""
+    judgments = list(judgments)
+    return {name: sum(row[name] for row in judgments) for name in ("prompt_tokens", "completion_tokens")}

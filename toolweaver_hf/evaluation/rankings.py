@@ -60,7 +60,7 @@ def measure_queries(queries: Sequence[Query], rankings: Sequence[Sequence[Retrie
 def check_ground_truth(queries: Sequence[Query], tool_ids: Iterable[str], source: str) -> None:
     """Warn of ground-truth tools that will not be ranked, so that no system can find them.
 
-    They stay in the ground truth and count as missed, as ToolBench's queries name some that its catalogues lack.
+    They stay in the ground truth and count as missed, as ToolBench's queries name some that its catalogs lack.
 
     Args:
         queries (`Sequence[Query]`): The queries.
@@ -68,7 +68,7 @@ def check_ground_truth(queries: Sequence[Query], tool_ids: Iterable[str], source
         source (`str`): Where these come from, for the message.
 
     Raises:
-        `ValueError`: if none of the ground-truth tools will be ranked: then the ids are of another catalogue.
+        `ValueError`: if none of the ground-truth tools will be ranked: then the ids are of another catalog.
     """
     needed = {tool for query in queries for tool in query.tools}
     missing = sorted(needed.difference(tool_ids))

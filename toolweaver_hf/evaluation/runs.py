@@ -107,7 +107,7 @@ def _hardware() -> dict[str, Any]:
 
 
 @dataclass
-class Run:
+class EvaluationRun:
     """What a run's folder holds of its rankings.
 
     Args:
@@ -185,7 +185,7 @@ def _trec_lines(rows: Sequence[tuple]) -> str:
     return "".join(" ".join(row) + "\n" for row in rows)
 
 
-def load_run(folder: str | os.PathLike) -> Run:
+def load_evaluation(folder: str | os.PathLike) -> EvaluationRun:
     """Read a folder that [`save_run`] wrote.
 
     Raises:
@@ -212,7 +212,7 @@ def load_run(folder: str | os.PathLike) -> Run:
                 raise ValueError(f"{folder / name}.run ranks tools for {query_id!r}, which {QRELS_FILE} lacks")
             ranked[query_id].append(RetrievedTool(tool_id, -float(len(ranked[query_id]))))
         rankings[name] = list(ranked.values())
-    return Run(folder, queries, rankings, checksums)
+    return EvaluationRun(folder, queries, rankings, checksums)
 
 
 def _read_trec(path: Path, num_fields: int) -> list[list[str]]:
@@ -239,7 +239,7 @@ def compare_runs(folders: Sequence[str | os.PathLike], seed: int = 0) -> dict[st
     Raises:
         `ValueError`: if a folder is no run, or one of other queries or another ground truth than the first.
     """
-    runs = [load_run(folder) for folder in folders]
+    runs = [load_evaluation(folder) for folder in folders]
     first, *others = runs
     for run in others:
         if run.checksums["queries"] != first.checksums["queries"]:
@@ -257,7 +257,7 @@ def compare_runs(folders: Sequence[str | os.PathLike], seed: int = 0) -> dict[st
     return {"queries": queries_name, **compare_rankings(first.queries, rankings, seed)}
 
 
-def _in_order(run: Run, name: str, queries: Sequence[Query]) -> list[list[RetrievedTool]]:
+def _in_order(run: EvaluationRun, name: str, queries: Sequence[Query]) -> list[list[RetrievedTool]]:
     ranking_of_query = dict(zip((query.id for query in run.queries), run.rankings[name], strict=True))
     return [ranking_of_query[query.id] for query in queries]
 
@@ -288,7 +288,7 @@ def draw_chart(metrics: Mapping[str, Any], path: str | os.PathLike) -> None:
         len(groups), figsize=(10, 1 + 2.6 * len(groups)), sharey=True, squeeze=False, layout="constrained"
     )
     width = 0.85 / len(results)
-    colours = plt.get_cmap("tab20" if len(results) > 10 else "tab10").colors
+    colors = plt.get_cmap("tab20" if len(results) > 10 else "tab10").colors
     for axes, group in zip(panels[:, 0], groups, strict=True):
         for i, name in enumerate(results):
             values = 100 * np.array([results[name][group][measure] for measure in CHART_MEASURES])
@@ -296,7 +296,7 @@ def draw_chart(metrics: Mapping[str, Any], path: str | os.PathLike) -> None:
             # Of a skewed sample an interval may not hold its mean.
             errors = np.maximum(0, [values - ends[:, 0], ends[:, 1] - values])
             places = np.arange(len(CHART_MEASURES)) + (i - (len(results) - 1) / 2) * width
-            axes.bar(places, values, 0.92 * width, yerr=errors, label=name, color=colours[i % 20], ecolor="0.3")
+            axes.bar(places, values, 0.92 * width, yerr=errors, label=name, color=colors[i % 20], ecolor="0.3")
         axes.set_xticks(range(len(CHART_MEASURES)), CHART_MEASURES)
         axes.set(title=f"{group} ({results[name][group]['queries']:,} queries)", ylabel="percent")
         axes.spines[["top", "right"]].set_visible(False)

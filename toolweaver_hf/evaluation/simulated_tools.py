@@ -34,7 +34,7 @@ where there is one, and is short."""
 
 
 class SimulatedTools(Mapping[str, Callable[..., Any]]):
-    """The tools of a catalogue as functions that an agent calls, with answers that are the same in every run.
+    """The tools of a catalog as functions that an agent calls, with answers that are the same in every run.
 
     A call is answered by the first of these that there is: a recorded answer to the same tool and arguments; the
     tool's real function; a chat model's; an answer made up by the tool's `metadata["output_schema"]`, drawn by a seed
@@ -107,7 +107,7 @@ class SimulatedTools(Mapping[str, Callable[..., Any]]):
 
         Raises:
             `ValueError`: for arguments that break the tool's schema.
-            `KeyError`: for a tool that the catalogue lacks.
+            `KeyError`: for a tool that the catalog lacks.
         """
         key = _key(tool_id, arguments)
         if key in self._answers:
@@ -232,7 +232,7 @@ class ServeToolsArguments:
 
     Args:
         catalog (`str`):
-            The catalogue's file.
+            The catalog's file.
         recordings (`str`, *optional*):
             JSONL file of recorded answers, to which a model's are added.
         trajectories (`str`, *optional*):
@@ -249,7 +249,7 @@ class ServeToolsArguments:
             Port to listen on.
     """
 
-    catalog: str = field(metadata={"help": "The catalogue's file."})
+    catalog: str = field(metadata={"help": "The catalog's file."})
     recordings: str | None = field(default=None, metadata={"help": "Recorded answers (JSONL)."})
     trajectories: str | None = field(default=None, metadata={"help": "Trajectories whose observations are recorded."})
     model: str | None = field(default=None, metadata={"help": "Chat model that makes up other answers."})

@@ -77,7 +77,7 @@ def load_tasks(path: str | os.PathLike) -> list[AgentTask]:
     return list(tasks.values())
 
 
-def load_runs(path: str | os.PathLike) -> dict[str, AgentRun]:
+def load_agent_runs(path: str | os.PathLike) -> dict[str, AgentRun]:
     """Read the runs of an agent, by the id of their tasks: trajectories, with a `stop_reason` or without.
 
     Raises:
@@ -158,7 +158,7 @@ def evaluate_runs(
 
         and of all runs
 
-        - `parse_rate`: runs of which every turn came to its end and every call names a tool of the catalogue with
+        - `parse_rate`: runs of which every turn came to its end and every call names a tool of the catalog with
           arguments that obey its schema;
         - `answered`: runs that end with an answer;
         - `steps`: calls in a run, the mean.

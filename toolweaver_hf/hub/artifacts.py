@@ -47,7 +47,7 @@ def push_folder(
     Args:
         folder (`str`):
             Output folder of `toolweaver tokenize` or `toolweaver sft`, a saved tokenizer, or a folder with a
-            catalogue, queries or trajectories. The last becomes a dataset repository.
+            catalog, queries or trajectories. The last becomes a dataset repository.
         repo_id (`str`):
             The repository, `user/name`; a name alone is one of the user who is logged in.
         private (`bool`, *optional*):
@@ -61,7 +61,7 @@ def push_folder(
         create_pr (`bool`, *optional*, defaults to `False`):
             Whether to open a pull request instead of committing to the branch.
         license (`str`, *optional*):
-            For the card: identifier of the licence.
+            For the card: identifier of the license.
         datasets (`Sequence[str]`, *optional*):
             For the card: ids of the datasets that the model was trained on.
 
@@ -94,7 +94,7 @@ def push_folder(
     )
 
 
-def take_push_arguments(args: TrainingArguments) -> dict[str, Any] | None:
+def pop_push_arguments(args: TrainingArguments) -> dict[str, Any] | None:
     """Take out of training arguments whether and where to push, for one [`push_folder`] at the end of a run.
 
     The Trainer would push all along, without a card, and its arguments with the token in them as a pickle.
@@ -142,7 +142,7 @@ def cli(argv: list[str] | None = None) -> None:
     parser.add_argument("--token", help="token to authenticate with (default: the one of `hf auth login`)")
     parser.add_argument("--commit-message", help="first line of the commit")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
-    parser.add_argument("--license", help="for the card: identifier of the licence")
+    parser.add_argument("--license", help="for the card: identifier of the license")
     parser.add_argument("--datasets", nargs="+", help="for the card: datasets that the model was trained on")
     commit = push_folder(**vars(parser.parse_args(argv)))
     print(f"Pushed: {commit.pr_url or commit.commit_url}")

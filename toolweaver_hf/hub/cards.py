@@ -38,7 +38,7 @@ def artifact_kind(folder: str | os.PathLike) -> Literal["model", "codes", "token
 
     Returns:
         `str`: `"model"` (an aligned model, or adapters of one), `"codes"` (codes, with or without their RQ-VAE),
-        `"tokenizer"`, or `"dataset"` (a catalogue, queries or trajectories).
+        `"tokenizer"`, or `"dataset"` (a catalog, queries or trajectories).
 
     Raises:
         `ValueError`: if it is none of these.
@@ -73,7 +73,7 @@ def create_card(
     Args:
         folder (`str`): The folder, as for [`push_folder`].
         repo_id (`str`): The repository that it will be pushed to.
-        license (`str`, *optional*): Identifier of the licence.
+        license (`str`, *optional*): Identifier of the license.
         datasets (`Sequence[str]`, *optional*): Ids of the datasets that the model was trained on.
 
     Returns:
@@ -175,7 +175,7 @@ def _encoder(folder: Path) -> str | None:
 
 
 def _first_description(folder: Path) -> str | None:
-    """Return the description of the catalogue's first tool, as an example of a query."""
+    """Return the description of the catalog's first tool, as an example of a query."""
     path = folder / CATALOG_FILE
     return ToolCatalog.from_file(path)[0].description if path.exists() else None
 

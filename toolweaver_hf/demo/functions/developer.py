@@ -93,15 +93,15 @@ def explain_cron(expression: str) -> dict:
     return {"runs": ", ".join(f"{n} {f}" for n, f in zip(names, fields, strict=True) if f != "*") or "every minute"}
 
 
-def hex_to_rgb(colour: str) -> dict:
-    """Convert a colour from hexadecimal to red, green and blue.
+def hex_to_rgb(color: str) -> dict:
+    """Convert a color from hexadecimal to red, green and blue.
 
     Args:
-        colour: The colour, such as #ff8800.
+        color: The color, such as #ff8800.
     """
-    digits = colour.lstrip("#")
+    digits = color.lstrip("#")
     if not re.fullmatch(r"[0-9a-fA-F]{6}", digits):
-        raise ValueError("write the colour with six hexadecimal digits")
+        raise ValueError("write the color with six hexadecimal digits")
     return {"red": int(digits[:2], 16), "green": int(digits[2:4], 16), "blue": int(digits[4:], 16)}
 
 
@@ -213,7 +213,7 @@ def search_logs(service: str, word: str = "error") -> dict:
 
 
 def check_license(package: str) -> dict:
-    """Tell under which licence a software package is published.
+    """Tell under which license a software package is published.
 
     Args:
         package: Name of the package.

@@ -220,7 +220,7 @@ def track_parcel(order: str) -> dict:
         order: Order number.
     """
     days = int(6 * draw("parcel", order))
-    place = ("out for delivery", "in the sorting centre", "in customs")[int(3 * draw("where", order))]
+    place = ("out for delivery", "in the sorting center", "in customs")[int(3 * draw("where", order))]
     return {"status": place, "arrives": str(TODAY + datetime.timedelta(days))}
 
 

@@ -127,7 +127,7 @@ def packing_list(destination: str, purpose: str = "holiday") -> dict:
 
 
 def airport_transfer(city: str) -> dict:
-    """Tell how to get from the airport into the centre of a city, with time and price.
+    """Tell how to get from the airport into the center of a city, with time and price.
 
     Args:
         city: Name of the city.

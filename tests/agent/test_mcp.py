@@ -13,7 +13,9 @@ from transformers import LogitsProcessorList
 from toolweaver_hf import MCPTools, ToolAgent, ToolCodes, ToolWeaverTokenizer
 
 
-SERVER = StdioServerParameters(command=sys.executable, args=[str(Path(__file__).with_name("mcp_server.py"))])
+SERVER = StdioServerParameters(
+    command=sys.executable, args=[str(Path(__file__).parents[1] / "servers" / "mcp_server.py")]
+)
 
 
 @pytest.fixture(scope="module")

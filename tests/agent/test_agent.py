@@ -345,7 +345,7 @@ def test_the_cache_changes_nothing(tokenizer):
 
 
 def test_errors(tokenizer):
-    with pytest.raises(ValueError, match="the catalogue lacks: snow"):
+    with pytest.raises(ValueError, match="the catalog lacks: snow"):
         make_agent(tokenizer, [], {"snow": print})
     codes = ToolCodes([2, 2], {"rain": [0, 0]})
     with pytest.raises(ValueError, match="no code, so that the model cannot name them: wind"):

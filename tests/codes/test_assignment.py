@@ -131,11 +131,13 @@ def graph(num_tools, edges):
 def test_a_code_is_chosen_by_distance_and_by_the_codes_of_co_used_tools():
     codebook = torch.tensor([[0.0], [10.0]])
     residual = torch.tensor([[0.0], [4.0], [6.0], [10.0], [4.9]])
-    pull = unit_degree(graph(5, [(1, 2)]))
-    assert choose_codes(residual, codebook, 0 * pull).tolist() == [0, 0, 1, 1, 0]  # the nearest
-    first = choose_codes(residual, codebook, 3 * pull)  # the two that are used together agree, and nobody else moves
+    cousage_weights = unit_degree(graph(5, [(1, 2)]))
+    assert choose_codes(residual, codebook, 0 * cousage_weights).tolist() == [0, 0, 1, 1, 0]  # the nearest
+    first = choose_codes(
+        residual, codebook, 3 * cousage_weights
+    )  # the two that are used together agree, and nobody else moves
     assert first[1] == first[2] and first[[0, 3, 4]].tolist() == [0, 1, 0]
-    assert choose_codes(residual, codebook, 1e-3 * pull).tolist() == [0, 0, 1, 1, 0]
+    assert choose_codes(residual, codebook, 1e-3 * cousage_weights).tolist() == [0, 0, 1, 1, 0]
     far = choose_codes(torch.tensor([[0.0], [10.0]]), codebook, 0.1 * unit_degree(graph(2, [(0, 1)])))
     assert far.tolist() == [0, 1]  # what they share does not outweigh the distance
 
@@ -145,17 +147,17 @@ def test_a_code_is_chosen_by_distance_and_by_the_codes_of_co_used_tools():
 def test_choosing_with_neighbors_lowers_the_objective(seed, weight):
     generator = torch.Generator().manual_seed(seed)
     residual, codebook = torch.randn(60, 4, generator=generator), torch.randn(6, 4, generator=generator)
-    pull = weight * unit_degree(graph(60, torch.randint(60, (90, 2), generator=generator).tolist()))
+    cousage_weights = weight * unit_degree(graph(60, torch.randint(60, (90, 2), generator=generator).tolist()))
 
     def objective(index):
         left = (residual - codebook[torch.from_numpy(index)]).square().sum() / residual.var(0, correction=0).sum()
-        row, column = pull.nonzero()
-        return left + 0.5 * pull.data[index[row] != index[column]].sum()
+        row, column = cousage_weights.nonzero()
+        return left + 0.5 * cousage_weights.data[index[row] != index[column]].sum()
 
-    nearest = choose_codes(residual, codebook, 0 * pull)
-    chosen = choose_codes(residual, codebook, pull)
+    nearest = choose_codes(residual, codebook, 0 * cousage_weights)
+    chosen = choose_codes(residual, codebook, cousage_weights)
     assert objective(chosen) <= objective(nearest)
-    assert np.array_equal(chosen, choose_codes(residual, codebook, pull))
+    assert np.array_equal(chosen, choose_codes(residual, codebook, cousage_weights))
 
 
 def test_codes_of_co_used_tools_are_unique_at_any_number_of_levels():
@@ -165,10 +167,10 @@ def test_codes_of_co_used_tools_are_unique_at_any_number_of_levels():
     row, column = edges.nonzero()
     for sizes in ([128], [16, 16], [8, 8, 8]):
         codebooks = [torch.randn(size, 4, generator=generator) for size in sizes]
-        codes = assign_codes(latents, codebooks, pull=edges)
+        codes = assign_codes(latents, codebooks, cousage_weights=edges)
         assert len(np.unique(codes, axis=0)) == 100
         same = np.mean((codes[row] == codes[column])[:, : max(1, len(sizes) - 1)].all(1))
-        apart = assign_codes(latents, codebooks, pull=0 * edges)
+        apart = assign_codes(latents, codebooks, cousage_weights=0 * edges)
         assert np.array_equal(apart, assign_codes(latents, codebooks))
         before = np.mean((apart[row] == apart[column])[:, : max(1, len(sizes) - 1)].all(1))
         assert same > 3 * before if len(sizes) > 1 else same == before

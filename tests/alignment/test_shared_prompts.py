@@ -1,4 +1,4 @@
-"""Answers that share a prompt are learnt exactly as in rows of their own."""
+"""Answers that share a prompt are learned exactly as in rows of their own."""
 
 import pytest
 import torch
@@ -58,8 +58,8 @@ def test_a_query_is_read_once(tokenizer):
     dataset, _ = tokenize_rows(retrieval_rows(queries, tokenizer), tokenizer, codes_alone=True)
     shared = share_prompts(dataset)
     assert shared["id"] == ["both", "one"]
-    learnt = [[label for label in row if label != -100] for row in shared["labels"]]
-    assert learnt == [tokenizer.encode_tool("rain") + tokenizer.encode_tool("wind"), tokenizer.encode_tool("fx")]
+    learned = [[label for label in row if label != -100] for row in shared["labels"]]
+    assert learned == [tokenizer.encode_tool("rain") + tokenizer.encode_tool("wind"), tokenizer.encode_tool("fx")]
     assert shared[1]["input_ids"] == dataset[2]["input_ids"]
 
 

@@ -321,7 +321,7 @@ def test_two_processes_have_the_losses_of_one(tmp_path):
 
 @pytest.mark.parametrize("num_tools", [1, 3, 10])
 @pytest.mark.parametrize("identical", [False, True])
-def test_tiny_and_identical_catalogues(tmp_path, num_tools, identical):
+def test_tiny_and_identical_catalogs(tmp_path, num_tools, identical):
     embeddings = torch.randn(num_tools, 32, generator=torch.Generator().manual_seed(0))
     if identical:
         embeddings = embeddings[:1].repeat(num_tools, 1)

@@ -13,10 +13,10 @@ import pytest
 import torch
 from conftest import small_llama
 from datasets import load_dataset
-from hub_server import MY_TOKEN
 from huggingface_hub import DatasetCard, HfApi, ModelCard, RepoCard, constants, hf_hub_download
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from servers.hub_server import MY_TOKEN
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 from trl import ModelConfig
 
@@ -273,7 +273,7 @@ def test_adapters(hub, tokenizer, model_dir, tmp_path):
 
 
 def test_a_dataset(hub, tmp_path):
-    """Catalogue, queries and trajectories: `load_dataset` reads the splits by the card's configurations."""
+    """Catalog, queries and trajectories: `load_dataset` reads the splits by the card's configurations."""
     for path in DEMO_FOLDER.glob("*.jsonl"):
         rows = path.read_text(encoding="utf-8").splitlines(keepends=True)[:20]
         (tmp_path / path.name).write_text("".join(rows), encoding="utf-8")

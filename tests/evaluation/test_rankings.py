@@ -20,13 +20,13 @@ from toolweaver_hf.evaluation.rankings import (
     markdown_table,
     measure_queries,
 )
-from toolweaver_hf.evaluation.runs import compare_runs, load_run, save_run
+from toolweaver_hf.evaluation.runs import compare_runs, load_evaluation, save_run
 from toolweaver_hf.hub.cards import create_card
 from toolweaver_hf.recipes import evaluate
 from toolweaver_hf.retrieval import RetrievedTool
 
 
-GOLDEN = Path(__file__).parent / "fixtures" / "golden"
+GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 
 
 def ranking(*tool_ids):
@@ -109,7 +109,7 @@ def test_a_run_is_read_back_and_compared(tmp_path, capsys):
 
     record = json.loads((tmp_path / "one" / "run.json").read_text())
     assert record["config"] == {"seed": 3} and record["versions"]["torch"] and record["hardware"]["cores"] >= 1
-    run = load_run(tmp_path / "one")
+    run = load_evaluation(tmp_path / "one")
     assert run.queries == [replace(query, text="") for query in queries]
     assert evaluate_rankings(run.queries, run.rankings["good"]) == metrics["results"]["good"]
     # ir-measures reads what is written, as does every tool for TREC's formats.
@@ -146,7 +146,7 @@ def test_runs_that_cannot_be_compared(tmp_path, capsys):
     assert "nothing" in capsys.readouterr().err
     (tmp_path / "one" / "good.run").write_text("1 Q0 tool 1\n")
     with pytest.raises(ValueError, match=r"good\.run, line 1: expected 6 fields"):
-        load_run(tmp_path / "one")
+        load_evaluation(tmp_path / "one")
 
 
 def test_rivals_alone_in_and_out_of_domain(tmp_path, caplog):
@@ -164,12 +164,12 @@ def test_rivals_alone_in_and_out_of_domain(tmp_path, caplog):
     assert (counts["all"], counts["G1_tool"], counts["G2_tool"]) == (10, 4, 6)
     own = tmp_path / "in domain"
     evaluate.main(evaluate.EvaluationArguments(queries, corpus=corpus, in_domain=True, output_dir=str(own)))
-    ranked = load_run(own).rankings["BM25"]
+    ranked = load_evaluation(own).rankings["BM25"]
     assert {tool.tool_id for tools in ranked for tool in tools} <= needed
     assert all(len(tools) == min(10, len(needed)) for tools in ranked)
     compare_runs([tmp_path / "all", own])
 
-    # A tool that is not there is missed; where none is there, the catalogue is a wrong one
+    # A tool that is not there is missed; where none is there, the catalog is a wrong one
     catalog = ToolCatalog.from_file(corpus)
     lacking = next(iter(needed))
     ToolCatalog(tool for tool in catalog if tool.id != lacking).to_jsonl(tmp_path / "less.jsonl")

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 
 import pytest
-from chat_server import ChatServer
+from servers.chat_server import ChatServer
 
 from toolweaver_hf import AgentRun
 from toolweaver_hf.demo import DEMO_FOLDER
@@ -18,7 +18,7 @@ from toolweaver_hf.evaluation.judges import (
     token_counts,
     win_rate,
 )
-from toolweaver_hf.evaluation.tasks import AgentTask, load_runs, load_tasks
+from toolweaver_hf.evaluation.tasks import AgentTask, load_agent_runs, load_tasks
 
 
 TASKS = [AgentTask(str(i), [{"role": "user", "content": f"Question {i}?"}], ["weather"]) for i in range(4)]
@@ -128,7 +128,7 @@ def test_missing_runs_lose(tmp_path):
 
 
 def test_an_endpoint_that_fails_for_a_moment(monkeypatch):
-    monkeypatch.setattr("toolweaver_hf.chat_endpoint.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("toolweaver_hf.evaluation.chat_endpoint.time.sleep", lambda seconds: None)
     replies = iter([503, 429, '{"status": "Solved"}', 401])
     with ChatServer(lambda _: next(replies)) as server:
         endpoint = ChatEndpoint("judge", server.url)
@@ -142,7 +142,7 @@ def test_an_endpoint_that_fails_for_a_moment(monkeypatch):
 
 def test_ground_truth_of_the_demo_is_solved_and_answers_of_others_are_not():
     path = DEMO_FOLDER / "trajectories.test.jsonl"
-    tasks, runs, checker = load_tasks(path), load_runs(path), AnswerChecker()
+    tasks, runs, checker = load_tasks(path), load_agent_runs(path), AnswerChecker()
     verdicts = [checker.solves(task, runs[task.id]).value for task in tasks]
     assert set(verdicts) <= {"solved", "unsure"} and verdicts.count("solved") > 0.95 * len(tasks)
     swapped = [checker.solves(task, runs[other.id]).value for task, other in zip(tasks, tasks[1:], strict=False)]
@@ -155,7 +155,7 @@ def test_ground_truth_of_the_demo_is_solved_and_answers_of_others_are_not():
         ('{"c": 12.5, "sky": "clear"}', "Clear skies at 12.5 degrees.", "solved"),
         ('{"c": 12.5, "sky": "clear"}', "Clear skies.", "unsolved"),  # half of it
         ('{"c": 12.5, "sky": "clear"}', "Clear skies at 112.5 degrees, or 12.55.", "unsolved"),
-        ('{"error": "no such city"}', "Clear skies at 12.5 degrees.", "unsolved"),  # not learnt from a tool
+        ('{"error": "no such city"}', "Clear skies at 12.5 degrees.", "unsolved"),  # not learned from a tool
     ],
 )
 def test_answers_are_checked_against_what_the_tools_answer(observation, text, value):

@@ -119,7 +119,7 @@ def perplexity(model, tokenizer, texts):
 
 
 def test_plain_text_stays_as_probable(base_tokenizer):
-    """New rows take less than 1 % off the probability of plain text, here in a small model that has learnt some."""
+    """New rows take less than 1 % off the probability of plain text, here in a small model that has learned some."""
     texts = ToolCatalog.from_file(DEMO_FOLDER / "catalog.jsonl").documents
     ids = torch.tensor([i for text in texts for i in base_tokenizer.encode(text)])
     ids = ids[: len(ids) // 64 * 64].view(-1, 64)
@@ -161,7 +161,7 @@ def test_errors(tokenizer, base_tokenizer, codebooks):
     model = small_llama(len(base_tokenizer))
     with pytest.raises(ValueError, match="method must be"):
         initialize_code_embeddings(model, tokenizer, codebooks, method="zeros")
-    with pytest.raises(ValueError, match="needs the catalogue"):
+    with pytest.raises(ValueError, match="needs the catalog"):
         initialize_code_embeddings(model, tokenizer, codebooks, method="mean_description")
     with pytest.raises(ValueError, match="needs the codebooks"):
         initialize_code_embeddings(model, tokenizer)

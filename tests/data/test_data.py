@@ -3,7 +3,7 @@ import json
 import pytest
 
 from toolweaver_hf import ToolCodes, ToolWeaverTokenizer
-from toolweaver_hf.alignment.rows import retrieval_rows, tokenize_rows, trajectory_rows, weigh_rows
+from toolweaver_hf.alignment.rows import repeat_rows, retrieval_rows, tokenize_rows, trajectory_rows
 from toolweaver_hf.data.queries import Query, load_queries
 from toolweaver_hf.data.trajectories import load_trajectories, render_calls
 
@@ -136,7 +136,7 @@ def atomic(base_tokenizer):
 
 
 def test_sharegpt_rows_and_their_loss_flags(tmp_path, atomic):
-    """ToolGen's end-to-end rows: the action alone is learnt in the first turn, all of the second."""
+    """ToolGen's end-to-end rows: the action alone is learned in the first turn, all of the second."""
     conversation = [
         {"from": "system", "value": "You call tools."},
         {"from": "human", "value": "Rain in Oslo? 1 << 2"},
@@ -162,8 +162,8 @@ def test_sharegpt_rows_and_their_loss_flags(tmp_path, atomic):
     assert row["messages"][4]["content"] == "<a_0><b_0>"
     assert row["messages"][5]["content"] == "<<Weather&&rain>> says yes"  # what others say stays as it is
     dataset, too_long = tokenize_rows([row], atomic)
-    learnt = atomic.decode([label for label in dataset[0]["labels"] if label != -100])
-    assert learnt == f"<a_0><b_0>{atomic.eos_token}<<Finish>> Yes.{atomic.eos_token}" and too_long == 0
+    learned = atomic.decode([label for label in dataset[0]["labels"] if label != -100])
+    assert learned == f"<a_0><b_0>{atomic.eos_token}<<Finish>> Yes.{atomic.eos_token}" and too_long == 0
 
 
 def test_toolgen_rows_of_memorization_and_retrieval(tmp_path, atomic):
@@ -250,9 +250,9 @@ def test_weights(atomic):
     dataset, _ = tokenize_rows(
         retrieval_rows([Query(str(n), "x", ("Weather&&rain",)) for n in range(10)], atomic), atomic
     )
-    seen = weigh_rows(dataset, 2.3, seed=0)["id"]
+    seen = repeat_rows(dataset, 2.3, seed=0)["id"]
     assert len(seen) == 23 and all(seen.count(str(n)) in (2, 3) for n in range(10))
-    assert len(weigh_rows(dataset, 0.5, seed=0)) == 5
+    assert len(repeat_rows(dataset, 0.5, seed=0)) == 5
 
 
 def test_calls_of_one_message_become_turns(atomic):

@@ -6,7 +6,7 @@ import pytest
 
 from toolweaver_hf import AgentRun, ToolCatalog
 from toolweaver_hf.demo import DEMO_FOLDER
-from toolweaver_hf.evaluation.tasks import canonical, evaluate_runs, load_runs, load_tasks
+from toolweaver_hf.evaluation.tasks import canonical, evaluate_runs, load_agent_runs, load_tasks
 
 
 TRAJECTORIES = DEMO_FOLDER / "trajectories.test.jsonl"
@@ -29,7 +29,7 @@ def write(path, rows):
 
 
 def test_the_ground_truth_measures_best(catalog):
-    tasks, runs = load_tasks(TRAJECTORIES), load_runs(TRAJECTORIES)
+    tasks, runs = load_tasks(TRAJECTORIES), load_agent_runs(TRAJECTORIES)
     measures = evaluate_runs(tasks, runs, catalog)
     assert measures.pop("tasks") == len(tasks) == 125
     assert measures.pop("steps") == sum(len(task.calls) for task in tasks) / 125

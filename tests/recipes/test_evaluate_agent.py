@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from chat_server import ChatServer
 from conftest import small_llama
+from servers.chat_server import ChatServer
 
 from toolweaver_hf import ToolCatalog, ToolCodes, ToolWeaverTokenizer
 from toolweaver_hf.cli import main as toolweaver

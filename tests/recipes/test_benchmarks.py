@@ -82,7 +82,7 @@ def test_scale(base, tmp_path, capsys):
     assert (tmp_path / "scale.png").stat().st_size > 10_000
 
 
-def test_tokenization_of_synthetic_tools_and_of_a_catalogue(tmp_path, capsys):
+def test_tokenization_of_synthetic_tools_and_of_a_catalog(tmp_path, capsys):
     options = {"codebook_size": 16, "threads": 1, "output_dir": str(tmp_path)}
     args = benchmark_tokenization.BenchmarkArguments(steps=2, **options)
     for way in ("sparse", "dense"):

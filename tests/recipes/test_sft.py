@@ -33,7 +33,7 @@ from toolweaver_hf.demo import DEMO_FOLDER
 from toolweaver_hf.recipes import sft
 
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 ARGUMENTS = (sft.AlignmentArguments, AlignmentTrainingArguments, ModelConfig)
 
 
@@ -116,15 +116,15 @@ def loss_token_by_token(model, tokenizer, batch):
     logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
     codes = [tokenizer.encode_tool(tool_id) for tool_id in tokenizer.tool_ids]
     losses = []
-    for row, learnt in enumerate(labels.tolist()):
-        only_code = [label for label in learnt if label != -100] in codes
-        for i, label in enumerate(learnt):
+    for row, learned in enumerate(labels.tolist()):
+        only_code = [label for label in learned if label != -100] in codes
+        for i, label in enumerate(learned):
             if label == -100:
                 continue
             allowed = range(logits.shape[-1])
             for code in codes:
                 for depth in range(0 if only_code else 1, len(code)):
-                    if learnt[i - depth : i + 1] == code[: depth + 1]:
+                    if learned[i - depth : i + 1] == code[: depth + 1]:
                         allowed = sorted({other[depth] for other in codes if other[:depth] == code[:depth]})
             scores = logits[row, i - 1, list(allowed)]
             losses.append(scores.logsumexp(0) - scores[list(allowed).index(label)])
@@ -195,7 +195,7 @@ def test_ways_to_save_memory_learn_the_same(world, tmp_path, kwargs):
     assert losses[1] == pytest.approx(losses[0], rel=2e-2 if "bf16" in kwargs else 1e-3)
 
 
-def test_packed_rows_are_learnt(world, tmp_path):
+def test_packed_rows_are_learned(world, tmp_path):
     settings = {"packing": True, "max_length": 256, "save_strategy": "steps", "save_steps": 30, "max_steps": 30}
     losses = losses_of(run(world, tmp_path, **settings))
     assert losses[-1] < 0.7 * losses[0]
@@ -299,7 +299,7 @@ def test_what_stops_a_run_before_training(world, tmp_path):
     changed = ToolCatalog([Tool(tool.id, tool.description + (" New." if tool.id == "t3" else "")) for tool in catalog])
     ToolCodes.from_pretrained(world / "codes").save_pretrained(tmp_path / "codes")
     changed.to_jsonl(tmp_path / "codes" / "catalog.jsonl")
-    with pytest.raises(ValueError, match="learnt for: changed: t3"):
+    with pytest.raises(ValueError, match="learned for: changed: t3"):
         run(world, tmp_path / "out", codes_dir=str(tmp_path / "codes"))
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot be written"):

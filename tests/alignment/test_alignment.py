@@ -1,4 +1,4 @@
-"""Recipes, retrieval, evaluation and the agent on a tiny model and a small catalogue: the whole road, with real parts."""
+"""Recipes, retrieval, evaluation and the agent on a tiny model and a small catalog: the whole road, with real parts."""
 
 import json
 
@@ -141,14 +141,14 @@ def test_loss_is_on_the_assistant_alone(data, retrieval_dir):
     dataset, too_long = tokenize_rows(trajectory_rows(trajectories, tokenizer), tokenizer, max_length=4096)
     assert too_long == 0
     for row, trajectory in zip(dataset, trajectories, strict=True):
-        learnt = tokenizer.decode([label for label in row["labels"] if label != -100])
+        learned = tokenizer.decode([label for label in row["labels"] if label != -100])
         for message in trajectory["messages"]:
             if message["role"] == "assistant":
-                assert message["content"] in learnt
+                assert message["content"] in learned
                 for call in message.get("tool_calls", []):
-                    assert json.dumps(call["function"]["arguments"], ensure_ascii=False) in learnt
+                    assert json.dumps(call["function"]["arguments"], ensure_ascii=False) in learned
             elif message["role"] == "tool":
-                assert message["content"] not in learnt or message["content"] in str(trajectory["messages"][-1])
+                assert message["content"] not in learned or message["content"] in str(trajectory["messages"][-1])
 
 
 def test_agent_learns_whole_trajectories(data, codes_dir, retrieval_dir, tmp_path):
