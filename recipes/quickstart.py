@@ -10,16 +10,15 @@ from pathlib import Path
 from transformers import HfArgumentParser, set_seed
 from trl import ModelConfig
 
+from toolweaver_hf.agent.loop import ToolAgent
+from toolweaver_hf.codes.report import inspect_codes
+from toolweaver_hf.data.catalog import ToolCatalog
+from toolweaver_hf.data.queries import Query, load_queries
+from toolweaver_hf.data.trajectories import code_text, load_trajectories
+from toolweaver_hf.demo import DEMO_FOLDER, demo_functions
 from toolweaver_hf.demo.small_llama import build_small_llama
-
-from .agent.loop import ToolAgent
-from .codes.report import inspect_codes
-from .data.catalog import ToolCatalog
-from .data.queries import Query, load_queries
-from .data.trajectories import code_text, load_trajectories
-from .demo import DEMO_FOLDER, demo_functions
-from .recipes import evaluate, sft, tokenize_tools
-from .retrieval import ToolRetriever
+from toolweaver_hf.recipes import evaluate, sft, tokenize_tools
+from toolweaver_hf.retrieval import ToolRetriever
 
 
 SPLITS = ("train", "validation", "test")
