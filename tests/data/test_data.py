@@ -305,3 +305,29 @@ def test_rows_of_sealtools(tmp_path):
     path.write_text(json.dumps({"id": "easy-0", "query": "Score?", "calling": [{"api": "getScore"}]}))
     with pytest.raises(ValueError, match="line 1: the arguments of the call to 'getScore'"):
         load_trajectories(path)
+
+
+def test_parts_of_text_and_the_developers_role(tmp_path, tokenizer):
+    messages = [
+        {"role": "developer", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": [{"type": "text", "text": "Look:"}, "rain?"]},
+        {"role": "assistant", "content": None, "tool_calls": [call("rain", {})]},
+        {"role": "tool", "content": [{"type": "text", "text": "yes"}]},
+        {"role": "assistant", "content": []},
+    ]
+    path = write(tmp_path / "t.jsonl", [{"messages": messages}])
+    (row,) = load_trajectories(path)
+    read = [(message["role"], message["content"]) for message in row["messages"]]
+    assert read == [
+        ("system", "Be brief."),
+        ("user", "Look:\nrain?"),
+        ("assistant", ""),
+        ("tool", "yes"),
+        ("assistant", ""),
+    ]
+    # An agent is given a conversation as an API has it.
+    assert render_calls(messages, tokenizer) == render_calls(row["messages"], tokenizer)
+    messages[1]["content"].append({"type": "image_url", "image_url": {"url": "https://example.com/rain.png"}})
+    write(path, [{"messages": messages}])
+    with pytest.raises(ValueError, match=r"t\.jsonl, line 1: .*'image_url'.*only parts of text"):
+        load_trajectories(path)

@@ -19,8 +19,9 @@ ATOMIC_TOKEN = re.compile(r"<<(?:(?!<<).)+?(?:&&(?:(?!<<).)+?)?>>(?!>)")
 """How ToolGen writes a tool: one token, `<<tool&&api>>`."""
 
 
-SHAREGPT_ROLES = {
-    "human": "user",
+ROLES = {
+    "developer": "system",  # as OpenAI's newer models call it
+    "human": "user",  # ShareGPT's
     "gpt": "assistant",
     "function": "tool",
     "function_call": "assistant",
@@ -38,7 +39,7 @@ def load_trajectories(path: str | os.PathLike) -> list[dict[str, Any]]:
     ShareGPT has them, of `from` and `value` or `role` and `content`. A tool call stands in an assistant message's
     `tool_calls` as `{"type": "function", "function": {"name": TOOL_ID, "arguments": {...}}}`, with the thought as its
     `content`, or in its text as ToolGen's token `<<tool&&api>>`; the observation follows as a message of the role
-    `tool`. A message may say by `loss`, true or false, whether it is to be learned. A row of Seal-Tools becomes the query,
+    `tool`. A message's content is a text, or a list of text parts, which are joined. A message may say by `loss`, true or false, whether it is to be learned. A row of Seal-Tools becomes the query,
     a turn for each call of its `calling`, observed by the call's `responses`, and an empty answer, which ends the run.
 
     Returns:
@@ -76,12 +77,10 @@ def read_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
         if not isinstance(message, dict):
             raise ValueError("a message must be a JSON object")
         role = message.get("role", message.get("from"))
-        role = SHAREGPT_ROLES.get(role, role)
+        role = ROLES.get(role, role)
         if role not in ("system", "user", "assistant", "tool"):
             raise ValueError(f"every message needs a role: system, user, assistant or tool, not {role!r}")
-        content = message.get("content", message.get("value")) or ""
-        if not isinstance(content, str):
-            raise ValueError("a message's content must be a text")
+        content = content_text(message.get("content", message.get("value")))
         if not isinstance(message.get("loss", True), bool):
             raise ValueError("a message's loss must be true or false")
         calls = [_read_call(call, names) for call in message.get("tool_calls") or []]
@@ -93,6 +92,26 @@ def read_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
             "a trajectory needs at least one message to learn from: the assistant's, or one marked 'loss'"
         )
     return read
+
+
+def content_text(content: Any) -> str:
+    """Return a message's content as one text: `{"type": "text", "text": ...}` parts, as chat APIs have them, are joined.
+
+    Raises:
+        `ValueError`: naming the kind of a part that is no text, such as an image.
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise ValueError(f"a message's content must be a text or a list of parts, not {type(content).__name__}")
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise ValueError(f"a message's content has a part of the type {kind!r}: only parts of text can be read")
+        texts.append(text)
+    return "\n".join(texts)
 
 
 def _read_call(call: Any, names: set[str] | None) -> dict[str, Any]:
@@ -135,10 +154,18 @@ def render_calls(messages: Sequence[dict[str, Any]], tokenizer: ToolWeaverTokeni
     Raises:
         `ValueError`: if a call names a tool that has no code.
     """
+    messages = [
+        {
+            **message,
+            "role": ROLES.get(message["role"], message["role"]),
+            "content": content_text(message.get("content")),
+        }
+        for message in messages
+    ]
     rendered = [] if messages[0]["role"] == "system" else [{"role": "system", "content": TRAJECTORY_PROMPT}]
     waiting: list[dict[str, Any]] = []  # turns for the calls of the last assistant message that still lack theirs
     for message in messages:
-        content = message.get("content") or ""
+        content = message["content"]
         flags = {"loss": message["loss"]} if "loss" in message else {}
         if message["role"] == "tool" and waiting and rendered[-1]["role"] == "tool":
             rendered.append(waiting.pop(0))
