@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import linear
 from tqdm.auto import tqdm
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from .cache import DecodingState
 from .loading import load_aligned_model
 from .tokenization_toolweaver import HUB_KWARGS, ToolWeaverTokenizer
 from .trie import CodeTrie
@@ -207,11 +208,9 @@ class ToolRetriever:
             nodes
         )  # the same prefixes in the unrestricted trie, whose children normalize scores
         scores = torch.zeros((batch, 1), device=device)
-        cache = DynamicCache(config=self.model.config)
+        state = DecodingState(self.model)
         for level in range(trie.num_levels):
-            position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-            inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
-            logits, first = self._logits(inputs, cache, level)
+            logits, first = self._logits(state, input_ids, mask, level)
             tokens, present = self.trie.children(full_nodes.flatten(), self.trie.max_children[level])
             of_all = logits.gather(1, torch.where(present, tokens - first, 0)).masked_fill(~present, -torch.inf)
             width = trie.max_children[level]
@@ -226,17 +225,18 @@ class ToolRetriever:
             nodes = torch.where(scores > -torch.inf, nodes, -1)
             full_nodes = self.trie.step(full_nodes.gather(1, beam).flatten(), tokens.flatten()).view(batch, -1)
             if level + 1 < trie.num_levels:
-                rows = (torch.arange(batch, device=device)[:, None] * (len(mask) // batch) + beam).flatten()
-                cache.batch_select_indices(rows)
-                mask = torch.cat([mask[rows], mask.new_ones((len(rows), 1))], dim=1)
-                input_ids = tokens.view(-1, 1)
+                rows = torch.arange(batch, device=device)[:, None] * (len(input_ids) // batch) + beam
+                state.select(rows.flatten())
+                input_ids, mask = tokens.view(-1, 1), None
         return trie.tool_of(nodes), scores
 
-    def _logits(self, inputs: dict[str, torch.Tensor], cache: DynamicCache, level: int) -> tuple[torch.Tensor, int]:
+    def _logits(
+        self, state: DecodingState, input_ids: torch.LongTensor, mask: torch.LongTensor | None, level: int
+    ) -> tuple[torch.Tensor, int]:
         """Return the logits of the next token, and the token that they begin with."""
         if self.full_head:
-            return self.model(**inputs, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float(), 0
-        hidden = self.model.base_model(**inputs, cache=cache, use_cache=True).last_hidden_state[:, -1]
+            return state.read(input_ids, mask).float(), 0
+        hidden = state.read(input_ids, mask, self.model.base_model)
         head, first = self.model.get_output_embeddings(), self.tokenizer.level_offsets[level]
         rows = slice(first, first + self.tokenizer.codebook_sizes[level])
         return linear(hidden, head.weight[rows], None if head.bias is None else head.bias[rows]).float(), first

@@ -17,7 +17,14 @@ PIPELINE = {
         "type": "text",
     }
 }
-PIPELINE_FILES = ("pipeline_tool_retrieval.py", "retrieval.py", "loading.py", "trie.py", "tokenization_toolweaver.py")
+PIPELINE_FILES = (
+    "pipeline_tool_retrieval.py",
+    "retrieval.py",
+    "cache.py",
+    "loading.py",
+    "trie.py",
+    "tokenization_toolweaver.py",
+)
 GENERATE_FILES = ("logits_process.py", "trie.py", "tokenization_toolweaver.py", "vllm.py")
 
 

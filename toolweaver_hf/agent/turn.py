@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers.decoders import DecodeStream
-from transformers import DynamicCache
 
+from ..cache import DecodingState
 from ..data.trajectories import render_calls
 from ..logits_process import ToolCodeLogitsProcessor
 from .arguments import find_error
@@ -29,7 +29,7 @@ class Turn:
         self.ids: list[int] = tokenizer.encode_conversation(
             render_calls(run.messages, tokenizer), add_generation_prompt=True
         )["input_ids"]
-        self.cache = DynamicCache(config=agent.model.config)
+        self.state = DecodingState(agent.model)
         self.codes = {
             start: ToolCodeLogitsProcessor(
                 agent.trie,
@@ -72,7 +72,7 @@ class Turn:
         self.close(as_json({"error": self.arguments_error}))
         yield from self.generate(stream_tokens, begun=kept)
         del self.ids[length:]
-        self.cache = DynamicCache(config=self.agent.model.config)
+        self.state = DecodingState(self.agent.model)
 
     def close(self, observation: str) -> None:
         """Add the turn as it was generated, its end, the tool's answer as text, and the opening of the next turn."""
@@ -95,11 +95,9 @@ class Turn:
 
     @torch.inference_mode()
     def _next_token(self) -> int:
-        model, ids = self.agent.model, self.ids + self.new_ids
-        known = self.cache.get_seq_length()
-        input_ids = torch.tensor([ids], device=model.device)
-        logits = model(input_ids=input_ids[:, known:], cache=self.cache, use_cache=True, logits_to_keep=1).logits
-        scores = self.agent.logits_processor(input_ids, logits[:, -1].float())
+        input_ids = torch.tensor([self.ids + self.new_ids], device=self.agent.model.device)
+        logits = self.state.read(input_ids[:, self.state.length :])
+        scores = self.agent.logits_processor(input_ids, logits.float())
         new_ids = input_ids[:, len(self.ids) :]
         has_code = self._code_start() + self.num_levels <= len(self.new_ids)
         scores = self.codes["forbidden" if has_code else "allowed"](new_ids, scores)
