@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     pass
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -95,35 +95,48 @@ def truncate_partial_line(path: str | os.PathLike) -> None:
             os.truncate(path, whole)
 
 
-def read_rows(path: str | os.PathLike) -> list[tuple[str, dict[str, Any]]]:
+def read_rows(path: str | os.PathLike, bad_rows: list[str] | None = None) -> list[tuple[str, dict[str, Any]]]:
     """Read the rows of a JSONL file, or of a JSON file that holds a list, each with its place for error messages.
 
-    The file may be one of the Hub: `hf://datasets/user/name/file.jsonl`.
+    The file may be one of the Hub: `hf://datasets/user/name/file.jsonl`. Where `bad_rows` is given, a row that is not
+    a JSON object is left out, and what is wrong with it is added to this list.
 
     Raises:
         `ValueError`: naming the file and the line or item that is not a JSON object.
     """
-    rows: list[tuple[str, Any]] = []
+    rows: list[tuple[str, dict[str, Any]]] = []
+
+    def add(place: str, load: Callable[[], Any]) -> None:
+        try:
+            row = load()
+            if not isinstance(row, dict):
+                raise ValueError(f"{place}: expected a JSON object, not {type(row).__name__}")
+            rows.append((place, row))
+        except ValueError as error:
+            if bad_rows is None:
+                raise
+            bad_rows.append(str(error))
+
     with open(local_file(path), encoding="utf-8-sig") as file:
         if os.fspath(path).endswith(".json"):
-            try:
-                items = json.load(file)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path} is not valid JSON: {error}") from None
+            items = _parse(file.read(), str(path))
             if not isinstance(items, list):
                 raise ValueError(f"{path} holds no list of rows")
-            rows = [(f"{path}, item {number}", item) for number, item in enumerate(items, start=1)]
+            for number, item in enumerate(items, start=1):
+                add(f"{path}, item {number}", lambda item=item: item)
         else:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    try:
-                        rows.append((f"{path}, line {number}", json.loads(line)))
-                    except (ValueError, RecursionError) as error:
-                        raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from None
-    for place, row in rows:
-        if not isinstance(row, dict):
-            raise ValueError(f"{place}: expected a JSON object, not {type(row).__name__}")
+                    place = f"{path}, line {number}"
+                    add(place, lambda line=line, place=place: _parse(line, place))
     return rows
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is not valid JSON: {error}") from None
 
 
 def local_file(path: str | os.PathLike) -> str | os.PathLike:

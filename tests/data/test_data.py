@@ -1,6 +1,8 @@
+import itertools
 import json
 
 import pytest
+from transformers.utils import logging
 
 from toolweaver_hf import ToolCodes, ToolWeaverTokenizer
 from toolweaver_hf.alignment.rows import repeat_rows, retrieval_rows, tokenize_rows, trajectory_rows
@@ -284,6 +286,138 @@ def test_calls_without_observations_are_all_rendered(tokenizer):
     assert [message["content"] for message in rendered[2:]] == [written[0], "0", *written[1:]]
     rendered = render_calls([*messages, {"role": "user", "content": "?"}], tokenizer)
     assert [message["content"] for message in rendered[2:]] == [written[0], "0", *written[1:], "?"]
+
+
+def results_of(tmp_path, tokenizer, messages):
+    """The turns of a trajectory from a file, without the system prompt."""
+    path = write(tmp_path / "t.jsonl", [{"messages": messages}])
+    (row,) = trajectory_rows(load_trajectories(path), tokenizer)
+    return [message["content"] for message in row["messages"][1:]]
+
+
+def test_results_follow_their_calls_by_id(tmp_path, tokenizer):
+    """In whatever order they come, and also where a call has no result."""
+    first, second, third = (call("rain", {"day": i}) | {"id": f"c{i}"} for i in range(3))
+    user = {"role": "user", "content": "?"}
+
+    def results(*numbers):
+        return [{"role": "tool", "content": f"result {i}", "tool_call_id": f"c{i}"} for i in numbers]
+
+    written = [f'<a_0><b_0>{{"day": {i}}}' for i in range(3)]
+    calls = {"role": "assistant", "content": None, "tool_calls": [first, second, third]}
+    pairs = [written[0], "result 0", written[1], "result 1", written[2], "result 2"]
+    for order in itertools.permutations(range(3)):
+        assert results_of(tmp_path, tokenizer, [user, calls, *results(*order)]) == ["?", *pairs]
+    assert results_of(tmp_path, tokenizer, [user, calls, *results(2, 1)]) == ["?", written[0], *pairs[2:]]
+    # A result that comes late stands behind its call as well.
+    late = [user, calls, *results(1), {"role": "assistant", "content": "Wait."}, *results(0, 2)]
+    assert results_of(tmp_path, tokenizer, late) == ["?", *pairs, "Wait."]
+    # Without ids they are in the order of the calls.
+    plain = [{name: m[name] for name in ("role", "content")} for m in results(0, 1, 2)]
+    assert results_of(tmp_path, tokenizer, [user, calls, *plain]) == ["?", *pairs]
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ([{"role": "tool", "content": "x"}], "message 2 holds a tool's result without a call"),
+        ([{"role": "assistant", "content": "Hm."}, {"role": "tool", "content": "x"}], "message 3 holds"),
+        (
+            [
+                {"role": "assistant", "tool_calls": [call("rain", {}) | {"id": "c1"}]},
+                {"role": "tool", "content": "x", "tool_call_id": "c2"},
+            ],
+            "message 3 holds a tool's result, of the call 'c2', without a call",
+        ),
+        (
+            [{"role": "assistant", "tool_calls": [call("rain", {})]}] + [{"role": "tool", "content": "x"}] * 2,
+            "message 4 holds",
+        ),
+    ],
+)
+def test_a_result_without_a_call_is_refused(tmp_path, messages, says):
+    rows = [{"messages": [{"role": "user", "content": "?"}, *messages, {"role": "assistant", "content": "Yes."}]}]
+    path = write(tmp_path / "t.jsonl", rows)
+    with pytest.raises(ValueError, match=rf"t\.jsonl, line 1: {says}"):
+        load_trajectories(path)
+
+
+def test_old_forms_of_a_call_are_calls(tmp_path, tokenizer):
+    """ShareGPT's turns `function_call` and `observation`, and the field `function_call` of OpenAI's first API."""
+    value = json.dumps({"name": "rain", "arguments": {"city": "Oslo"}})
+    sharegpt = [
+        {"from": "human", "value": "Rain?"},
+        {"from": "function_call", "value": value},
+        {"from": "observation", "value": "yes"},
+        {"from": "gpt", "value": "It rains."},
+    ]
+    function_call = {"name": "rain", "arguments": '{"city": "Oslo"}'}
+    openai = [
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": None, "function_call": function_call, "refusal": None},
+        {"role": "function", "name": "rain", "content": "yes"},
+        {"role": "assistant", "content": "It rains."},
+    ]
+    path = write(tmp_path / "t.jsonl", [{"conversations": sharegpt}, {"messages": openai}])
+    rows = trajectory_rows(load_trajectories(path), tokenizer)
+    for row in rows:
+        written = [message["content"] for message in row["messages"][1:]]
+        assert written == ["Rain?", '<a_0><b_0>{"city": "Oslo"}', "yes", "It rains."]
+    sharegpt[1]["value"] = "rain(Oslo)"
+    with pytest.raises(ValueError, match="line 1: a turn 'function_call' must be JSON"):
+        load_trajectories(write(tmp_path / "t.jsonl", [{"conversations": sharegpt}]))
+
+
+def test_thoughts_are_read_wherever_they_stand(tmp_path):
+    answers = [
+        {"content": "Yes.", "reasoning_content": "Hm.\n"},
+        {"content": "Yes.", "reasoning": "Hm."},
+        {"content": "Yes.", "thinking": "Hm."},
+        {"content": "<think>\nHm.\n</think>\n\nYes."},
+        {"content": "Hm.</think>Yes."},
+    ]
+    user = {"role": "user", "content": "Rain?"}
+    rows = [{"messages": [user, {"role": "assistant", **answer}]} for answer in answers]
+    for row in load_trajectories(write(tmp_path / "t.jsonl", rows)):
+        assert row["messages"][1] == {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm."}
+
+
+def test_no_field_of_a_message_is_dropped_in_silence(tmp_path, caplog):
+    answer = {"role": "assistant", "content": "Yes.", "audio": None, "annotations": [], "mood": "glad"}
+    path = write(tmp_path / "t.jsonl", [{"messages": [{"role": "user", "content": "?"}, answer]}])
+    logging.get_logger("transformers").addHandler(caplog.handler)
+    try:
+        load_trajectories(path)
+    finally:
+        logging.get_logger("transformers").removeHandler(caplog.handler)
+    assert "the field 'mood' of messages is not read" in caplog.text
+    assert "audio" not in caplog.text and "annotations" not in caplog.text
+    wrong = {"role": "user", "content": "?", "tool_calls": [call("rain", {})]}
+    with pytest.raises(ValueError, match="line 1: a message of the role 'user' can neither call"):
+        load_trajectories(write(tmp_path / "t.jsonl", [{"messages": [wrong, answer]}]))
+
+
+def test_weights_of_messages_are_loss_flags(tmp_path):
+    answers = [
+        {"role": "assistant", "content": "No.", "weight": 0},
+        {"role": "assistant", "content": "Yes.", "weight": 1},
+    ]
+    path = write(tmp_path / "t.jsonl", [{"messages": [{"role": "user", "content": "?"}, *answers]}])
+    (row,) = load_trajectories(path)
+    assert [message.get("loss") for message in row["messages"]] == [None, False, True]
+
+
+def test_bad_rows_are_collected(tmp_path):
+    good = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Yes."}]}
+    path = write(tmp_path / "t.jsonl", [good, "{", "[]", {"messages": []}, good])
+    bad_rows = []
+    rows = load_trajectories(path, bad_rows)
+    assert [row["place"] for row in rows] == [f"{path}, line 1", f"{path}, line 5"]
+    assert [row.split(":")[0].removeprefix(f"{path}, ") for row in bad_rows] == [
+        "line 2 is not valid JSON",
+        "line 3",
+        "line 4",
+    ]
 
 
 def test_rows_of_sealtools(tmp_path):

@@ -8,11 +8,16 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from transformers.utils import logging
+
 from ..files import read_rows
 
 
 if TYPE_CHECKING:
     from ..tokenization_toolweaver import ToolWeaverTokenizer
+
+
+logger = logging.get_logger(__name__)
 
 
 ATOMIC_TOKEN = re.compile(r"<<(?:(?!<<).)+?(?:&&(?:(?!<<).)+?)?>>(?!>)")
@@ -29,32 +34,56 @@ ROLES = {
 }
 
 
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+"""Where chat APIs and chat templates put what a model thinks before it speaks."""
+MESSAGE_FIELDS = {"role", "from", "content", "value", "loss", "weight", "name", *REASONING_FIELDS}
+MESSAGE_FIELDS |= {"tool_calls", "function_call", "tool_call_id"}
+THOUGHT = re.compile(r"\s*(?:<think>)?((?:(?!<think>).)*?)</think>\s*", re.DOTALL)
+"""A thought at the start of a text, as reasoning models write it; its opening may have stood in the prompt."""
+
 TRAJECTORY_PROMPT = "Think, call tools by their code with JSON arguments, then answer."
 
 
-def load_trajectories(path: str | os.PathLike) -> list[dict[str, Any]]:
+def load_trajectories(path: str | os.PathLike, bad_rows: list[str] | None = None) -> list[dict[str, Any]]:
     """Read trajectories, or any other conversations.
 
     A row has `messages` in the conversational format of TRL, with `tools` beside it or not, or `conversations` as
-    ShareGPT has them, of `from` and `value` or `role` and `content`. A tool call stands in an assistant message's
-    `tool_calls` as `{"type": "function", "function": {"name": TOOL_ID, "arguments": {...}}}`, with the thought as its
-    `content`, or in its text as ToolGen's token `<<tool&&api>>`; the observation follows as a message of the role
-    `tool`. A message's content is a text, or a list of text parts, which are joined. A message may say by `loss`, true or false, whether it is to be learned. A row of Seal-Tools becomes the query,
-    a turn for each call of its `calling`, observed by the call's `responses`, and an empty answer, which ends the run.
+    ShareGPT has them, of `from` and `value` or `role` and `content`. A message's content is a text, or a list of text
+    parts, which are joined.
+
+    A tool call stands in an assistant message's `tool_calls` as `{"type": "function", "function": {"name": TOOL_ID,
+    "arguments": {...}}}`, with the thought as its `content`; or, in older forms, in its `function_call`, in ShareGPT's
+    turn `function_call`, or in its text as ToolGen's token `<<tool&&api>>`. The results follow as messages of the role
+    `tool`. A result belongs to the call whose `id` is its `tool_call_id`; where there are no ids, the first to the
+    first. A row of Seal-Tools becomes the query, a turn for each call of its `calling`, observed by the call's
+    `responses`, and an empty answer, which ends the run.
+
+    What a model thought stands in `reasoning_content` (or `reasoning`, or `thinking`), or at the start of its text as
+    `<think>...</think>`. A message of the assistant may say by `loss`, true or false (or by OpenAI's `weight`, 1 or 0),
+    whether it is to be learned.
+
+    Args:
+        path (`str`):
+            A JSONL file, or a JSON file that holds a list.
+        bad_rows (`list[str]`, *optional*):
+            Where it is given, a row that cannot be read is left out, and what is wrong with it is added to this list.
 
     Returns:
-        `list[dict]`: rows of an `id` and `messages`. Their `tools` are left out: the model knows the tools by their
-        codes.
+        `list[dict]`: rows of an `id`, `messages`, and the `place` in the file. Their `tools` are left out: the model
+        knows the tools by their codes.
 
     Raises:
-        `ValueError`: naming the file and line of a row that is not of that form, or calls a tool that its `tools` lack.
+        `ValueError`: naming the file and line of a row that is not of that form, that calls a tool that its `tools`
+            lack, or holds a result without a call.
     """
     rows = []
-    for place, row in read_rows(path):
+    for place, row in read_rows(path, bad_rows):
         try:
-            rows.append({"id": str(row.get("id", place)), "messages": read_messages(row)})
+            rows.append({"id": str(row.get("id", place)), "messages": read_messages(row), "place": place})
         except (ValueError, TypeError, AttributeError) as error:  # also of a value of another type than is asked for
-            raise ValueError(f"{place}: {error}") from None
+            if bad_rows is None:
+                raise ValueError(f"{place}: {error}") from None
+            bad_rows.append(f"{place}: {error}")
     return rows
 
 
@@ -72,26 +101,92 @@ def read_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
         raise ValueError("a trajectory needs 'messages' or 'conversations', a non-empty list")
     tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
     names = {(tool.get("function") or tool).get("name") for tool in tools} if tools else None
-    read = []
-    for message in messages:
-        if not isinstance(message, dict):
-            raise ValueError("a message must be a JSON object")
-        role = message.get("role", message.get("from"))
-        role = ROLES.get(role, role)
-        if role not in ("system", "user", "assistant", "tool"):
-            raise ValueError(f"every message needs a role: system, user, assistant or tool, not {role!r}")
-        content = content_text(message.get("content", message.get("value")))
-        if not isinstance(message.get("loss", True), bool):
-            raise ValueError("a message's loss must be true or false")
-        calls = [_read_call(call, names) for call in message.get("tool_calls") or []]
-        read.append({"role": role, "content": content} | ({"tool_calls": calls} if calls else {}))
-        if "loss" in message:
-            read[-1]["loss"] = message["loss"]
-    if not any(message.get("loss", message["role"] == "assistant") for message in read):
-        raise ValueError(
-            "a trajectory needs at least one message to learn from: the assistant's, or one marked 'loss'"
-        )
+    read = [_read_message(message, names) for message in messages]
+    if not any(message.get("loss", True) for message in read if message["role"] == "assistant"):
+        raise ValueError("a trajectory needs at least one message of the assistant to learn from")
+    find_results(read)
     return read
+
+
+def _read_message(message: Any, names: set[str] | None) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise ValueError("a message must be a JSON object")
+    said = message.get("role", message.get("from"))
+    role = ROLES.get(said, said)
+    if role not in ("system", "user", "assistant", "tool"):
+        raise ValueError(f"every message needs a role: system, user, assistant or tool, not {role!r}")
+    for name, value in message.items():
+        if value and name not in MESSAGE_FIELDS:
+            logger.warning_once(f"the field {name!r} of messages is not read")
+    content = content_text(message.get("content", message.get("value")))
+    calls = list(message.get("tool_calls") or [])
+    if message.get("function_call"):  # as OpenAI's API had it
+        calls.append({"function": message["function_call"]})
+    if said == "function_call":  # ShareGPT's
+        calls, content = [{"function": call} for call in _read_json_calls(content)], ""
+    thought = next((content_text(message[name]) for name in REASONING_FIELDS if message.get(name)), "")
+    if calls or thought:
+        if role != "assistant":
+            raise ValueError(f"a message of the role {role!r} can neither call tools nor think")
+    elif role == "assistant" and (found := THOUGHT.match(content)):
+        thought, content = found[1], content[found.end() :]
+    read: dict[str, Any] = {"role": role, "content": content}
+    if thought.strip():
+        read["reasoning_content"] = thought.strip()
+    if calls:
+        read["tool_calls"] = [_read_call(call, names) for call in calls]
+    if role == "tool" and message.get("tool_call_id") is not None:
+        read["tool_call_id"] = str(message["tool_call_id"])
+    loss = message.get("loss", message.get("weight"))
+    if loss is not None:
+        if loss not in (0, 1):
+            raise ValueError("a message's loss must be true or false")
+        if loss and role != "assistant":
+            raise ValueError(f"a message of the role {role!r} cannot be learned: the model does not write it")
+        read["loss"] = bool(loss)
+    return read
+
+
+def _read_json_calls(text: str) -> list[Any]:
+    try:
+        calls = json.loads(text)
+    except ValueError:
+        raise ValueError(
+            f"a turn 'function_call' must be JSON of a 'name' and 'arguments', not {text[:80]!r}"
+        ) from None
+    return calls if isinstance(calls, list) else [calls]
+
+
+def find_results(messages: Sequence[dict[str, Any]]) -> dict[tuple[int, int], int]:
+    """Find the result of each tool call in a conversation.
+
+    Returns:
+        `dict[tuple[int, int], int]`: for the place of a message and that of a call in its `tool_calls` the place of
+        the message that holds the result. Calls without a result are left out.
+
+    Raises:
+        `ValueError`: for a result without a call.
+    """
+    results: dict[tuple[int, int], int] = {}
+    waiting: dict[tuple[int, int], str | None] = {}  # calls without a result so far, with their ids
+    last = -1  # the last message of the assistant
+    for place, message in enumerate(messages):
+        if message["role"] == "assistant":
+            last = place
+            waiting |= {(place, i): call.get("id") for i, call in enumerate(message.get("tool_calls") or ())}
+        elif message["role"] == "tool":
+            call_id = message.get("tool_call_id")
+            if call_id is not None and any(waiting.values()):
+                found = [call for call, waiting_id in waiting.items() if waiting_id == call_id][-1:]
+            else:
+                found = [call for call in waiting if call[0] == last][:1]
+            if found:
+                results[found[0]] = place
+                del waiting[found[0]]
+            elif last < 0 or messages[last].get("tool_calls") or not ATOMIC_TOKEN.search(messages[last]["content"]):
+                named = "" if call_id is None else f", of the call {call_id!r},"
+                raise ValueError(f"message {place + 1} holds a tool's result{named} without a call before it")
+    return results
 
 
 def content_text(content: Any) -> str:
@@ -128,7 +223,8 @@ def _read_call(call: Any, names: set[str] | None) -> dict[str, Any]:
         raise ValueError(f"the arguments of the call to {name!r} must be a JSON object")
     if names is not None and name not in names:
         raise ValueError(f"the tool {name!r} is called but is not among the row's 'tools'")
-    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+    read = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return read if call.get("id") is None else read | {"id": str(call["id"])}
 
 
 def code_text(tool_id: str, tokenizer: ToolWeaverTokenizer) -> str:
@@ -163,24 +259,21 @@ def render_calls(messages: Sequence[dict[str, Any]], tokenizer: ToolWeaverTokeni
         for message in messages
     ]
     rendered = [] if messages[0]["role"] == "system" else [{"role": "system", "content": TRAJECTORY_PROMPT}]
-    waiting: list[dict[str, Any]] = []  # turns for the calls of the last assistant message that still lack theirs
-    for message in messages:
+    results = find_results(messages)
+    found = set(results.values())
+    for place, message in enumerate(messages):
         content = message["content"]
         flags = {"loss": message["loss"]} if "loss" in message else {}
-        if message["role"] == "tool" and waiting and rendered[-1]["role"] == "tool":
-            rendered.append(waiting.pop(0))
-        elif message["role"] != "tool":  # calls without an observation
-            rendered += waiting
-            waiting = []
         if message["role"] == "assistant":
             content = ATOMIC_TOKEN.sub(lambda match: _atomic_to_code(match[0], tokenizer), content)
-        calls = [
-            code_text(call["function"]["name"], tokenizer)
-            + json.dumps(call["function"].get("arguments", {}), ensure_ascii=False)
-            for call in message.get("tool_calls") or []
-        ]
-        if calls:
-            content = f"{content}\n{calls[0]}" if content else calls[0]
-            waiting = [{"role": "assistant", "content": call, **flags} for call in calls[1:]]
-        rendered.append({"role": message["role"], "content": content, **flags})
-    return rendered + waiting
+            content = "\n".join(text for text in (message.get("reasoning_content"), content) if text)
+        if place not in found and not message.get("tool_calls"):
+            rendered.append({"role": message["role"], "content": content, **flags})
+        for i, call in enumerate(message.get("tool_calls") or ()):
+            text = code_text(call["function"]["name"], tokenizer)
+            text += json.dumps(call["function"].get("arguments", {}), ensure_ascii=False)
+            text = f"{content}\n{text}" if content and i == 0 else text
+            rendered.append({"role": "assistant", "content": text, **flags})
+            if (place, i) in results:
+                rendered.append({"role": "tool", "content": messages[results[place, i]]["content"]})
+    return rendered

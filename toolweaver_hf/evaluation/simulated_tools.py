@@ -18,12 +18,10 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from ..agent.arguments import find_error
-from ..agent.run import AgentRun
 from ..data.catalog import Tool, ToolCatalog
-from ..data.trajectories import load_trajectories
+from ..data.trajectories import find_results, load_trajectories
 from ..files import read_rows, truncate_partial_line
 from .chat_endpoint import DEFAULT_URL, ChatEndpoint
-from .tasks import calls_of, observations_of
 
 
 SIMULATION_INSTRUCTIONS = """\
@@ -94,13 +92,14 @@ class SimulatedTools(Mapping[str, Callable[..., Any]]):
     def record_trajectories(self, trajectories: Iterable[dict[str, Any]]) -> None:
         """Take over what tools answered in trajectories (see [`~data.load_trajectories`]), without writing it down."""
         for row in trajectories:
-            run = AgentRun(row["messages"])
-            for (tool_id, arguments), observation in zip(calls_of(run), observations_of(run), strict=False):
+            messages = row["messages"]
+            for (place, i), result in find_results(messages).items():
+                function, observation = messages[place]["tool_calls"][i]["function"], messages[result]["content"]
                 try:
                     answer = json.loads(observation)
                 except ValueError:
                     answer = observation
-                self._answers.setdefault(_key(tool_id, arguments), answer)
+                self._answers.setdefault(_key(function["name"], function["arguments"]), answer)
 
     def call(self, tool_id: str, arguments: dict[str, Any]) -> Any:
         """Answer a call.
