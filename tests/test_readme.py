@@ -45,8 +45,9 @@ def run(heading, namespace=None):
 
 @pytest.fixture
 def workspace(tmp_path, base_tokenizer, monkeypatch, hub):
-    """A folder as the README's reader has it: `out` and `data`, of two tools for the park."""
-    catalog = ToolCatalog([Tool("weather", "Weather of a city."), Tool("air_quality", "Air quality of a city.")])
+    """A folder as the README's reader has it: `toolweaver-quickstart`, `out` and `data`, of two tools for the park."""
+    functions = {"weather": "weather.current_weather", "air_quality": "weather.air_quality"}
+    catalog = ToolCatalog(Tool(name, f"The {name}.", metadata={"function": functions[name]}) for name in functions)
     codes = ToolCodes([2, 2], {"weather": [0, 1], "air_quality": [0, 0]})
     tokenizer = ToolWeaverTokenizer.from_base(base_tokenizer, codes)
     model = small_llama(len(tokenizer))
@@ -55,6 +56,7 @@ def workspace(tmp_path, base_tokenizer, monkeypatch, hub):
         tokenizer.save_pretrained(tmp_path / "out" / name)
         catalog.save_pretrained(tmp_path / "out" / name)
         save_inference_code(tmp_path / "out" / name)
+    shutil.copytree(tmp_path / "out", tmp_path / "toolweaver-quickstart")
     codes.save_pretrained(tmp_path / "out" / "codes")
     RQVAEModel(RQVAEConfig(input_dim=4, codebook_sizes=[2, 2])).save_pretrained(tmp_path / "out" / "codes")
     catalog.save_pretrained(tmp_path / "data")
@@ -93,7 +95,7 @@ def test_ranked_tools(workspace):
 
 
 def test_the_agent(workspace):
-    run("### The agent", {"get_weather": lambda **_: "sunny", "get_air_quality": lambda **_: "good"})
+    assert [*run("### The agent")["agent"].functions] == ["weather", "air_quality"]
 
 
 MCP_SERVER = """#!{python}
