@@ -12,8 +12,8 @@ A folder in `recipes/results/` is one section of the page. It holds `run.json` a
 - `text` (optional): up to three sentences on what the figures show,
 - `wall_time` (optional): how long the commands took.
 
-A `metrics.json` can also hold any other measures, as `tables`: a list of `{"title", "columns", "rows"}`, with the cells as
-text. `"recorded_by_hand": true` in a `run.json` says that its figures were copied from an earlier run.
+A benchmark's `metrics.json` holds `tables`, a list of `{"title", "columns", "rows"}`
+([`~evaluation.runs.save_tables`]). `"recorded_by_hand": true` in a `run.json` says that its figures were copied from an earlier run.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from typing import Any
 
 from toolweaver_hf.cli import run_command
 from toolweaver_hf.evaluation.rankings import METRICS_FILE, METRICS_VERSION
-from toolweaver_hf.evaluation.runs import RUN_FILE, RUN_VERSION, tables
+from toolweaver_hf.evaluation.runs import RUN_FILE, RUN_VERSION, tables, text_table
 from toolweaver_hf.files import read_json, write_text
 
 
@@ -103,18 +103,13 @@ def render_tables(folder: str | os.PathLike) -> str:
             [name, f"{value:,}" if isinstance(value, int) else f"{value:.3f}"]
             for name, value in metrics["measures"].items()
         ]
-        return f"{metrics['tasks']}\n\n{_markdown(['measure', ''], rows)}"
+        return f"{metrics['tasks']}\n\n{text_table(['measure', ''], rows)}"
     if "tables" in metrics:
         return "\n\n".join(
-            "\n\n".join(part for part in (table.get("title"), _markdown(table["columns"], table["rows"])) if part)
+            "\n\n".join(part for part in (table.get("title"), text_table(table["columns"], table["rows"])) if part)
             for table in metrics["tables"]
         )
     raise ValueError(f"{path} has neither 'results' nor 'measures' nor 'tables'")
-
-
-def _markdown(columns: list[str], rows: list[list[str]]) -> str:
-    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def render_page(folder: str | os.PathLike = RESULTS_FOLDER) -> str:

@@ -11,11 +11,10 @@ timed as well: the floor that no way gets below, and the rivals' time over it th
 model that `recipes/sft.py` aligned, retrieval is timed as a whole.
 """
 
-import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import numpy as np
@@ -23,6 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, HfArgumentParser, PrefixConstrainedLogitsProcessor
 
 from toolweaver_hf.cli import run_command
+from toolweaver_hf.evaluation.runs import save_tables, text_table
 from toolweaver_hf.logits_process import ToolCodeLogitsProcessor
 from toolweaver_hf.retrieval import ToolRetriever
 from toolweaver_hf.trie import CodeTrie
@@ -31,6 +31,7 @@ from toolweaver_hf.trie import CodeTrie
 CODEBOOK_SIZE = 1024
 PROMPT_LENGTH = 16
 COPY = "a copy of the scores"
+DICTIONARY = "dictionary, row by row"
 STATES = {
     "retrieval, first level": ("retrieval", 0),
     "retrieval, second level": ("retrieval", 1),
@@ -51,7 +52,7 @@ class BenchmarkArguments:
     vocab_size: int = field(default=49152, metadata={"help": "Tokens of the base model."})
     model: str | None = field(default=None, metadata={"help": "Model whose forward pass is timed, too."})
     repeats: int = field(default=20, metadata={"help": "Timed calls, of which the shortest counts."})
-    output_dir: str | None = field(default=None, metadata={"help": "Folder for benchmark_decoding.json."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for run.json and metrics.json."})
 
 
 def least_milliseconds(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -129,7 +130,7 @@ def time_steps(num_tools: int, args: BenchmarkArguments) -> dict[str, dict[str, 
                 code_token_ids=range(args.vocab_size, args.vocab_size + 2 * CODEBOOK_SIZE),
             ),
             "PrefixConstrainedLogitsProcessor": PrefixConstrainedLogitsProcessor(rival.allowed_tokens, num_beams=1),
-            "dictionary, row by row": rival.loop,
+            DICTIONARY: rival.loop,
         }
         input_ids = torch.cat([prompts, begun[:, :depth]], dim=1)
         expected = rival.loop(input_ids, scores)
@@ -171,30 +172,31 @@ def main(args: BenchmarkArguments) -> dict[str, dict]:
     model_times = time_model(args) if args.model else {}
     forward = model_times.get("forward pass")
     results: dict[str, dict] = {"model": model_times}
-    print(
-        f"{args.num_beams} beams, {args.vocab_size + 2 * CODEBOOK_SIZE} tokens, the shortest of {args.repeats} calls"
-    )
+    tables = []
     for num_tools in args.num_tools:
         results[str(num_tools)] = steps = time_steps(num_tools, args)
-        building = steps["building"]["ToolCodeLogitsProcessor"]
-        print(f"\n{num_tools:,} tools (the trie is built in {building:.0f} ms)\n")
-        print(
-            f"| a step | ms | of a forward pass | PrefixConstrainedLogitsProcessor | dictionary, row by row | {COPY} |"
-        )
-        print("|---|---:|---:|---:|---:|---:|")
+        rows = []
         for state in STATES:
-            ours, *rivals, copy = steps[state].values()
+            ours, *others, copy = steps[state].values()
             share = f"{ours / forward:.2%}" if forward else ""
-            ratios = " | ".join(f"{rival:.2f} ms, {rival / ours:.1f} times" for rival in rivals)
-            print(f"| {state} | {ours:.2f} | {share} | {ratios} | {copy:.2f} ms |")
+            ratios = [f"{other:.2f} ms, {other / ours:.1f} times" for other in others]
+            rows.append([state, f"{ours:.2f}", share, *ratios, f"{copy:.2f} ms"])
+        building = steps["building"]["ToolCodeLogitsProcessor"]
+        tables.append(
+            {
+                "title": f"{num_tools:,} tools, {args.num_beams} beams, {args.vocab_size + 2 * CODEBOOK_SIZE:,} tokens, "
+                f"the shortest of {args.repeats} calls; the trie is built in {building:.0f} ms",
+                "columns": ["a step", "ms", "of a forward pass", "PrefixConstrainedLogitsProcessor", DICTIONARY, COPY],
+                "rows": rows,
+            }
+        )
     if model_times:
-        print("\n| the model | ms |\n|---|---:|")
-        for name, value in model_times.items():
-            print(f"| {name} | {value:.0f} |")
+        rows = [[name, f"{value:.0f}"] for name, value in model_times.items()]
+        tables.append({"title": "The model", "columns": ["", "ms"], "rows": rows})
+    for table in tables:
+        print(f"\n{table['title']}\n\n{text_table(table['columns'], table['rows'])}")
     if args.output_dir:
-        os.makedirs(args.output_dir, exist_ok=True)
-        with open(os.path.join(args.output_dir, "benchmark_decoding.json"), "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=2)
+        save_tables(args.output_dir, tables, asdict(args))
     return results
 
 

@@ -12,9 +12,11 @@ from transformers import AutoConfig
 
 from toolweaver_hf import RQVAEConfig, RQVAEModel, Tool, ToolCatalog, ToolCodes
 from toolweaver_hf.demo import DEMO_FOLDER
+from toolweaver_hf.recipes.benchmarks import decoding as benchmark_decoding
 from toolweaver_hf.recipes.benchmarks import forgetting as benchmark_forgetting
 from toolweaver_hf.recipes.benchmarks import scale as benchmark_scale
 from toolweaver_hf.recipes.benchmarks import tokenization as benchmark_tokenization
+from toolweaver_hf.recipes.results import render_tables
 
 
 @pytest.fixture
@@ -110,3 +112,12 @@ def test_tokenization_of_synthetic_tools_and_of_a_catalog(tmp_path, capsys):
         assert result["held_out"]["pairs"] + result["cousage"]["pairs"] == 59
         assert 0 < result["reconstruction_loss"] < 1.5
     assert capsys.readouterr().out.count("\n| 60, ") == 2
+
+
+def test_a_step_of_decoding_becomes_a_table(tmp_path, capsys):
+    args = benchmark_decoding.BenchmarkArguments([500], 3, 1000, repeats=1, output_dir=str(tmp_path))
+    steps = benchmark_decoding.main(args)["500"]
+    assert [*steps] == ["building", *benchmark_decoding.STATES]
+    table = render_tables(tmp_path)
+    assert table in capsys.readouterr().out
+    assert f"| trajectory, free text | {steps['trajectory, free text']['ToolCodeLogitsProcessor']:.2f} |" in table

@@ -169,6 +169,25 @@ def save_run(
     return metrics
 
 
+def save_tables(folder: str | os.PathLike, tables: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> None:
+    """Write the tables of a benchmark into a folder, with `run.json` ([`describe_run`]) beside them.
+
+    Args:
+        folder (`str`): The folder.
+        tables (`Sequence[Mapping]`): Each with a `title`, its `columns` and its `rows`, the cells as text.
+        config (`Mapping[str, Any]`): The run's arguments.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_json(Path(folder) / RUN_FILE, describe_run(config), RUN_VERSION)
+    write_json(Path(folder) / METRICS_FILE, {"tables": list(tables)}, METRICS_VERSION)
+
+
+def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out cells of text in Markdown, all columns but the first aligned to the right."""
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def _write_results(folder: Path, metrics: dict[str, Any]) -> None:
     write_text(folder / TABLES_FILE, tables(metrics))
     draw_chart(metrics, folder / CHART_FILE)
