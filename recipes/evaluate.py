@@ -8,23 +8,20 @@ The model's whole catalog is ranked (multi-domain). `--in_domain` ranks only the
 tools.jsonl` only those of a file. Without `--model` the rivals are measured alone, on the tools of `--corpus`.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import HfArgumentParser
+from toolweaver_hf.cli import parse_arguments, run_command
 
-from toolweaver_hf.cli import run_command
-from toolweaver_hf.codes.embeddings import default_encoder
-from toolweaver_hf.data.catalog import ToolCatalog
-from toolweaver_hf.data.queries import Query, load_queries
-from toolweaver_hf.evaluation.baselines import BM25Retriever, DenseRetriever
-from toolweaver_hf.evaluation.rankings import check_ground_truth, compare_rankings
-from toolweaver_hf.evaluation.runs import save_run, tables
-from toolweaver_hf.hub.cards import EVALUATION_FOLDER
-from toolweaver_hf.retrieval import ToolRetriever
+
+if TYPE_CHECKING:
+    from toolweaver_hf.data.catalog import ToolCatalog
+    from toolweaver_hf.data.queries import Query
 
 
 TOP_K = 10
@@ -74,6 +71,8 @@ class EvaluationArguments:
 
 def load_test_queries(paths: Sequence[str], qrels: str | None = None) -> list[Query]:
     """Read one file of queries, or several as groups that are named after their files."""
+    from toolweaver_hf.data.queries import load_queries
+
     if len(paths) == 1:
         return load_queries(paths[0], qrels)
     return [
@@ -85,6 +84,9 @@ def load_test_queries(paths: Sequence[str], qrels: str | None = None) -> list[Qu
 
 def load_candidates(args: EvaluationArguments, queries: Sequence[Query]) -> ToolCatalog:
     """Return the tools to rank, each as the model's catalog describes it."""
+    from toolweaver_hf.data.catalog import ToolCatalog
+    from toolweaver_hf.evaluation.rankings import check_ground_truth
+
     if args.model is None:
         catalog = ToolCatalog.from_file(args.corpus)
     else:
@@ -101,6 +103,13 @@ def load_candidates(args: EvaluationArguments, queries: Sequence[Query]) -> Tool
 
 def main(args: EvaluationArguments) -> dict[str, Any]:
     """Evaluate, print a table for each group of queries, and return what [`~evaluation.compare_rankings`] does."""
+    from toolweaver_hf.codes.embeddings import default_encoder
+    from toolweaver_hf.evaluation.baselines import BM25Retriever, DenseRetriever
+    from toolweaver_hf.evaluation.rankings import compare_rankings
+    from toolweaver_hf.evaluation.runs import save_run, tables
+    from toolweaver_hf.hub.cards import EVALUATION_FOLDER
+    from toolweaver_hf.retrieval import ToolRetriever
+
     queries = load_test_queries(args.queries, args.qrels)
     candidates = load_candidates(args, queries)
     texts = [query.text for query in queries]
@@ -124,7 +133,7 @@ def main(args: EvaluationArguments) -> dict[str, Any]:
 
 
 def cli(argv: list[str] | None = None) -> None:
-    main(*HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses(argv))
+    main(*parse_arguments(argv, EvaluationArguments))
 
 
 if __name__ == "__main__":

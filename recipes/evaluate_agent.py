@@ -7,36 +7,22 @@ python recipes/evaluate_agent.py --model out/agent --tasks trajectories.test.jso
 The same command goes on with a run that was cut off.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tqdm.auto import tqdm
-from transformers import HfArgumentParser
+from toolweaver_hf.cli import parse_arguments, run_command
 
-from toolweaver_hf.agent.loop import ToolAgent
-from toolweaver_hf.agent.run import AgentRun
-from toolweaver_hf.cli import run_command
-from toolweaver_hf.data.catalog import ToolCatalog
-from toolweaver_hf.data.trajectories import load_trajectories
-from toolweaver_hf.demo import demo_functions
-from toolweaver_hf.evaluation.chat_endpoint import DEFAULT_URL, ChatEndpoint
-from toolweaver_hf.evaluation.judges import (
-    AnswerChecker,
-    ChatJudge,
-    judge_pairs,
-    judge_runs,
-    pass_rate,
-    token_counts,
-    win_rate,
-)
-from toolweaver_hf.evaluation.runs import RUN_FILE, RUN_VERSION, describe_run
-from toolweaver_hf.evaluation.simulated_tools import SimulatedTools
-from toolweaver_hf.evaluation.tasks import AgentTask, evaluate_runs, load_agent_runs, load_tasks
-from toolweaver_hf.files import local_file, read_json, truncate_partial_line, write_json
+
+if TYPE_CHECKING:
+    from toolweaver_hf.agent.run import AgentRun
+    from toolweaver_hf.data.catalog import ToolCatalog
+    from toolweaver_hf.evaluation.tasks import AgentTask
 
 
 METRICS_VERSION = 1  # schema_version of metrics.json
@@ -89,7 +75,7 @@ class AgentEvaluationArguments:
     recordings: str | None = field(default=None, metadata={"help": "Recorded answers of tools (JSONL)."})
     simulator_model: str | None = field(default=None, metadata={"help": "Chat model that makes up other answers."})
     judge_model: str | None = field(default=None, metadata={"help": "Chat model that judges."})
-    url: str = field(default=DEFAULT_URL, metadata={"help": "OpenAI-compatible endpoint of both."})
+    url: str = field(default="https://api.openai.com/v1", metadata={"help": "OpenAI-compatible endpoint of both."})
     votes: int = field(default=3, metadata={"help": "How often the judge is asked about each run."})
     prices: list[float] | None = field(
         default=None, metadata={"help": "Cost of a million prompt and a million completion tokens of the judge."}
@@ -116,6 +102,9 @@ class AgentEvaluationArguments:
 
 def check_settings(args: AgentEvaluationArguments, path: Path) -> dict[str, Any]:
     """Write down and return all that a run's results depend on, or refuse to go on where that was something else."""
+    from toolweaver_hf.evaluation.runs import RUN_VERSION, describe_run
+    from toolweaver_hf.files import local_file, read_json, write_json
+
     settings = asdict(args)
     for name in ("tasks", "runs", "reference", "catalog"):
         if settings[name] is not None:
@@ -139,6 +128,16 @@ def run_agent(
     args: AgentEvaluationArguments, catalog: ToolCatalog, tasks: list[AgentTask], path: Path
 ) -> dict[str, AgentRun]:
     """Let the model do the tasks that the file `path` has no run of; add each run to it at once."""
+    from tqdm.auto import tqdm
+
+    from toolweaver_hf.agent.loop import ToolAgent
+    from toolweaver_hf.data.trajectories import load_trajectories
+    from toolweaver_hf.demo import demo_functions
+    from toolweaver_hf.evaluation.chat_endpoint import ChatEndpoint
+    from toolweaver_hf.evaluation.simulated_tools import SimulatedTools
+    from toolweaver_hf.evaluation.tasks import load_agent_runs
+    from toolweaver_hf.files import truncate_partial_line
+
     truncate_partial_line(path)
     done = load_agent_runs(path) if path.exists() and path.stat().st_size else {}
     missing = [task for task in tasks if task.id not in done]
@@ -160,6 +159,21 @@ def run_agent(
 
 def main(args: AgentEvaluationArguments) -> dict[str, float]:
     """Run, measure and judge; print a table, write `metrics.json` and return the measures."""
+    from toolweaver_hf.data.catalog import ToolCatalog
+    from toolweaver_hf.evaluation.chat_endpoint import ChatEndpoint
+    from toolweaver_hf.evaluation.judges import (
+        AnswerChecker,
+        ChatJudge,
+        judge_pairs,
+        judge_runs,
+        pass_rate,
+        token_counts,
+        win_rate,
+    )
+    from toolweaver_hf.evaluation.runs import RUN_FILE, RUN_VERSION, describe_run
+    from toolweaver_hf.evaluation.tasks import evaluate_runs, load_agent_runs, load_tasks
+    from toolweaver_hf.files import write_json
+
     tasks = load_tasks(args.tasks)[: args.max_tasks]
     catalog = (
         ToolCatalog.from_file(args.catalog)
@@ -204,7 +218,7 @@ def main(args: AgentEvaluationArguments) -> dict[str, float]:
 
 
 def cli(argv: list[str] | None = None) -> None:
-    main(*HfArgumentParser(AgentEvaluationArguments).parse_args_into_dataclasses(argv))
+    main(*parse_arguments(argv, AgentEvaluationArguments))
 
 
 if __name__ == "__main__":

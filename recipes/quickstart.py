@@ -6,19 +6,15 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import HfArgumentParser, set_seed
-from trl import ModelConfig
-
-from toolweaver_hf.agent.loop import ToolAgent
-from toolweaver_hf.codes.report import inspect_codes
-from toolweaver_hf.data.catalog import ToolCatalog
-from toolweaver_hf.data.queries import Query, load_queries
-from toolweaver_hf.data.trajectories import code_text, load_trajectories
-from toolweaver_hf.demo import DEMO_FOLDER, demo_functions
-from toolweaver_hf.demo.small_llama import build_small_llama
+from toolweaver_hf.cli import parse_arguments, run_command
 from toolweaver_hf.recipes import evaluate, sft, tokenize_tools
-from toolweaver_hf.retrieval import ToolRetriever
+
+
+if TYPE_CHECKING:
+    from toolweaver_hf.data.catalog import ToolCatalog
+    from toolweaver_hf.data.queries import Query
 
 
 SPLITS = ("train", "validation", "test")
@@ -55,6 +51,10 @@ def load_data(folder: Path) -> tuple[ToolCatalog, dict[str, list[Query]], dict[s
     Raises:
         `ValueError`: naming the file that is wrong, or the tool that the catalog lacks.
     """
+    from toolweaver_hf.data.catalog import ToolCatalog
+    from toolweaver_hf.data.queries import load_queries
+    from toolweaver_hf.data.trajectories import load_trajectories
+
     catalog = ToolCatalog.from_file(folder / "catalog.jsonl")
     queries = {split: load_queries(folder / f"queries.{split}.jsonl") for split in SPLITS}
     trajectories = {split: load_trajectories(folder / f"trajectories.{split}.jsonl") for split in SPLITS}
@@ -74,6 +74,18 @@ def load_data(folder: Path) -> tuple[ToolCatalog, dict[str, list[Query]], dict[s
 
 def main(args: QuickstartArguments) -> None:
     """Run the quick start and print what it found."""
+    from transformers import set_seed
+    from trl import ModelConfig
+
+    from toolweaver_hf.agent.loop import ToolAgent
+    from toolweaver_hf.alignment.trainer import AlignmentTrainingArguments
+    from toolweaver_hf.codes.report import inspect_codes
+    from toolweaver_hf.codes.trainer import RQVAETrainingArguments
+    from toolweaver_hf.data.trajectories import code_text
+    from toolweaver_hf.demo import DEMO_FOLDER, demo_functions
+    from toolweaver_hf.demo.small_llama import build_small_llama
+    from toolweaver_hf.retrieval import ToolRetriever
+
     started = time.perf_counter()
     data, output = Path(args.data or DEMO_FOLDER), Path(args.output_dir)
     catalog, queries, trajectories = load_data(data)
@@ -88,7 +100,7 @@ def main(args: QuickstartArguments) -> None:
         tokenize_tools.TokenizationArguments(
             catalog=str(data / "catalog.jsonl"), queries=str(data / "queries.train.jsonl"), encoder=args.encoder
         ),
-        tokenize_tools.RQVAETrainingArguments(output_dir=str(codes_dir), seed=args.seed),
+        RQVAETrainingArguments(output_dir=str(codes_dir), seed=args.seed),
     )
     picture = inspect_codes(codes_dir)
 
@@ -123,7 +135,7 @@ def main(args: QuickstartArguments) -> None:
             queries=str(data / "queries.train.jsonl"),
             augmentations=20 if scratch else 0,
         ),
-        sft.AlignmentTrainingArguments(
+        AlignmentTrainingArguments(
             output_dir=str(output / "retrieval"),
             learning_rate=1e-3 if scratch else 5e-4,
             num_train_epochs=2 if scratch else 3,
@@ -138,7 +150,7 @@ def main(args: QuickstartArguments) -> None:
         sft.AlignmentArguments(
             codes_dir=str(codes_dir), stages=["trajectory"], trajectories=str(data / "trajectories.train.jsonl")
         ),
-        sft.AlignmentTrainingArguments(
+        AlignmentTrainingArguments(
             output_dir=str(output / "agent"),
             learning_rate=1e-3 if scratch else 2e-4,
             num_train_epochs=16 if scratch else 2,
@@ -181,4 +193,8 @@ def main(args: QuickstartArguments) -> None:
 
 
 def cli(argv: list[str] | None = None) -> None:
-    main(*HfArgumentParser(QuickstartArguments).parse_args_into_dataclasses(argv))
+    main(*parse_arguments(argv, QuickstartArguments))
+
+
+if __name__ == "__main__":
+    run_command(cli)

@@ -20,46 +20,27 @@ The next stage starts from the last one's output: `--model_name_or_path out/retr
 my_trajectories.jsonl --output_dir out/agent`.
 """
 
-import os
+from __future__ import annotations
+
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from accelerate.logging import get_logger
-from datasets import Dataset, concatenate_datasets
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, set_seed
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.utils import cached_file
-from transformers.utils.peft_utils import find_adapter_config_file
-from trl import ModelConfig, TrlParser, get_peft_config
-
-from toolweaver_hf.alignment.checkpoints import check_disk_space, check_writable, last_checkpoint, size_on_disk
-from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings, trainable_code_rows
-from toolweaver_hf.alignment.record import record_training
-from toolweaver_hf.alignment.rows import (
-    drop_words,
-    memorization_rows,
-    repeat_rows,
-    retrieval_rows,
-    share_prompts,
-    tokenize_rows,
-    trajectory_rows,
-)
-from toolweaver_hf.alignment.trainer import AlignmentTrainer, AlignmentTrainingArguments, can_share_prompts
-from toolweaver_hf.cli import run_command
-from toolweaver_hf.codes.tool_codes import ToolCodes
-from toolweaver_hf.data.catalog import ToolCatalog
-from toolweaver_hf.data.queries import Query, load_queries
-from toolweaver_hf.data.trajectories import load_trajectories
-from toolweaver_hf.evaluation.rankings import ranking_metrics
-from toolweaver_hf.hub.artifacts import pop_push_arguments, push_folder
-from toolweaver_hf.modeling_rqvae import RQVAEModel
-from toolweaver_hf.serving import save_inference_code
-from toolweaver_hf.tokenization_toolweaver import TOOL_CODES_FILE, ToolWeaverTokenizer
+from toolweaver_hf.cli import parse_arguments, run_command
 
 
-logger = get_logger(__name__)
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+    from trl import ModelConfig
+
+    from toolweaver_hf.alignment.trainer import AlignmentTrainingArguments
+    from toolweaver_hf.data.catalog import ToolCatalog
+    from toolweaver_hf.data.queries import Query
+    from toolweaver_hf.tokenization_toolweaver import ToolWeaverTokenizer
+
 
 STAGES = ("memorization", "retrieval", "trajectory", "replay")
 
@@ -149,6 +130,16 @@ def load_model_and_tokenizer(
     catalog: ToolCatalog,
 ) -> tuple[PreTrainedModel | PeftModel, ToolWeaverTokenizer]:
     """Load an aligned model as it is; give a base model the code tokens and their embeddings."""
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import cached_file
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings
+    from toolweaver_hf.codes.tool_codes import ToolCodes
+    from toolweaver_hf.modeling_rqvae import RQVAEModel
+    from toolweaver_hf.tokenization_toolweaver import TOOL_CODES_FILE, ToolWeaverTokenizer
+
     codes = ToolCodes.from_pretrained(args.codes_dir)
     changes = codes.compare(catalog)
     if any(changes):
@@ -202,6 +193,22 @@ def load_rows(
     shared_prompts: bool = False,
 ) -> Dataset:
     """Build the rows of every stage: conversations, then tokens with the loss on the turns to learn."""
+    from accelerate.logging import get_logger
+    from datasets import concatenate_datasets
+
+    from toolweaver_hf.alignment.rows import (
+        drop_words,
+        memorization_rows,
+        repeat_rows,
+        retrieval_rows,
+        share_prompts,
+        tokenize_rows,
+        trajectory_rows,
+    )
+    from toolweaver_hf.data.queries import load_queries
+    from toolweaver_hf.data.trajectories import load_trajectories
+
+    logger = get_logger(__name__)
     generator = random.Random(seed)
     datasets = []
     for stage, weight in zip(args.stages, args.stage_weights or [1.0] * len(args.stages), strict=True):
@@ -234,6 +241,8 @@ def load_rows(
 
 def load_eval_queries(args: AlignmentArguments, seed: int) -> list[Query]:
     """Read the validation queries, a sample of them where there are many."""
+    from toolweaver_hf.data.queries import load_queries
+
     if args.eval_queries is None:
         return []
     queries = load_queries(args.eval_queries, args.eval_qrels)
@@ -242,6 +251,21 @@ def load_eval_queries(args: AlignmentArguments, seed: int) -> list[Query]:
 
 def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, model_args: ModelConfig) -> None:
     """Align a model and save it with its tokenizer and catalog in `training_args.output_dir`."""
+    from peft import LoraConfig, PeftModel
+    from transformers import EarlyStoppingCallback, set_seed
+    from transformers.trainer import TRAINING_ARGS_NAME
+    from trl import get_peft_config
+
+    from toolweaver_hf.alignment.checkpoints import check_disk_space, check_writable, last_checkpoint, size_on_disk
+    from toolweaver_hf.alignment.embedding_init import trainable_code_rows
+    from toolweaver_hf.alignment.record import record_training
+    from toolweaver_hf.alignment.rows import retrieval_rows, tokenize_rows
+    from toolweaver_hf.alignment.trainer import AlignmentTrainer, can_share_prompts
+    from toolweaver_hf.data.catalog import ToolCatalog
+    from toolweaver_hf.evaluation.rankings import ranking_metrics
+    from toolweaver_hf.hub.artifacts import pop_push_arguments, push_folder
+    from toolweaver_hf.serving import save_inference_code
+
     set_seed(training_args.seed)
     catalog = ToolCatalog.from_pretrained(args.codes_dir, repo_type="model")
     model, tokenizer = load_model_and_tokenizer(args, training_args, model_args, catalog)
@@ -289,7 +313,7 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(training_args.output_dir)
         save_inference_code(training_args.output_dir)
-        catalog.to_jsonl(os.path.join(training_args.output_dir, "catalog.jsonl"))
+        catalog.save_pretrained(training_args.output_dir)
         record_training(trainer, model_args.model_name_or_path, stages=args.stages)
         # Trainer pickles its arguments beside the model; nothing here reads them, and nobody should load a pickle.
         Path(training_args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
@@ -298,8 +322,17 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
         push_folder(training_args.output_dir, **push_arguments)
 
 
+def training_arguments() -> tuple[type, ...]:
+    """Import the dataclasses of the arguments beside the recipe's own."""
+    from trl import ModelConfig
+
+    from toolweaver_hf.alignment.trainer import AlignmentTrainingArguments
+
+    return AlignmentTrainingArguments, ModelConfig
+
+
 def cli(argv: list[str] | None = None) -> None:
-    main(*TrlParser((AlignmentArguments, AlignmentTrainingArguments, ModelConfig)).parse_args_and_config(argv))
+    main(*parse_arguments(argv, AlignmentArguments, training_arguments))
 
 
 if __name__ == "__main__":

@@ -8,28 +8,20 @@ The folder then holds the RQ-VAE (`config.json`, `model.safetensors`), the codes
 embeddings and `metrics.json`.
 """
 
+from __future__ import annotations
+
 import math
 import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import HfArgumentParser, TrainingArguments, set_seed
+from toolweaver_hf.cli import parse_arguments, run_command
 
-from toolweaver_hf.cli import run_command
-from toolweaver_hf.codes.assignment import check_capacity
-from toolweaver_hf.codes.cousage import cousage_graph, hold_out_edges
-from toolweaver_hf.codes.embeddings import embed_catalog
-from toolweaver_hf.codes.measures import METRICS_FILE, METRICS_VERSION, measure_codes
-from toolweaver_hf.codes.tool_codes import ToolCodes
-from toolweaver_hf.codes.trainer import CodesEarlyStoppingCallback, RQVAETrainer
-from toolweaver_hf.configuration_rqvae import RQVAEConfig
-from toolweaver_hf.data.catalog import ToolCatalog
-from toolweaver_hf.data.queries import load_queries
-from toolweaver_hf.files import write_json
-from toolweaver_hf.hub.artifacts import pop_push_arguments, push_folder
-from toolweaver_hf.modeling_rqvae import RQVAEModel
+
+if TYPE_CHECKING:
+    from toolweaver_hf.codes.trainer import RQVAETrainingArguments
 
 
 @dataclass
@@ -71,38 +63,6 @@ class TokenizationArguments:
     held_out_edges: float = field(default=0.0, metadata={"help": "Share of co-used pairs to measure by."})
 
 
-@dataclass
-class RQVAETrainingArguments(TrainingArguments):
-    """[`TrainingArguments`] with defaults for an RQ-VAE. `output_dir` is the folder for all results.
-
-    Args:
-        max_steps (`int`, *optional*):
-            Number of training steps. Defaults to as many as there are tools, but 600 at least and 3000 at most.
-        early_stopping_patience (`int`, *optional*):
-            Stop after as many evaluations without fewer collisions or a better reconstruction. Evaluations are every
-            `eval_steps`, or every `logging_steps` where these are not given.
-    """
-
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Evaluations without fewer collisions or a better reconstruction."}
-    )
-    learning_rate: float = field(default=1e-2, metadata={"help": "The peak learning rate."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate's schedule."})
-    max_steps: int = field(default=-1, metadata={"help": "Number of training steps, if not by the catalog's size."})
-    per_device_train_batch_size: int = field(default=1024, metadata={"help": "Tools in a step, for each device."})
-    logging_steps: float = field(default=100, metadata={"help": "Steps between two reports of the losses."})
-    save_strategy: str = field(default="no", metadata={"help": "When checkpoints are written."})
-    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Whether to pin the batches' memory."})
-    report_to: str | None = field(default="none", metadata={"help": "Where the losses are reported to."})
-
-    def __post_init__(self):
-        if self.early_stopping_patience is not None and self.eval_strategy == "no":
-            self.eval_strategy = "steps"
-        # Without this, the processes of `accelerate launch` on a machine without a GPU would not find each other.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        super().__post_init__()
-
-
 def default_codebook_sizes(num_tools: int) -> list[int]:
     """Two levels of the power of two next above 4 * sqrt(num_tools): ample room, few tools to a prefix."""
     return [2 ** math.ceil(math.log2(4 * math.sqrt(num_tools)))] * 2
@@ -113,8 +73,23 @@ def default_steps(num_tools: int) -> int:
     return min(max(num_tools, 600), 3000)
 
 
-def main(args: TokenizationArguments, training_args: TrainingArguments) -> dict:
+def main(args: TokenizationArguments, training_args: RQVAETrainingArguments) -> dict:
     """Tokenize a catalog into `training_args.output_dir`; print and return the metrics."""
+    from transformers import set_seed
+
+    from toolweaver_hf.codes.assignment import check_capacity
+    from toolweaver_hf.codes.cousage import cousage_graph, hold_out_edges
+    from toolweaver_hf.codes.embeddings import embed_catalog
+    from toolweaver_hf.codes.measures import METRICS_FILE, METRICS_VERSION, measure_codes
+    from toolweaver_hf.codes.tool_codes import ToolCodes
+    from toolweaver_hf.codes.trainer import CodesEarlyStoppingCallback, RQVAETrainer
+    from toolweaver_hf.configuration_rqvae import RQVAEConfig
+    from toolweaver_hf.data.catalog import ToolCatalog
+    from toolweaver_hf.data.queries import load_queries
+    from toolweaver_hf.files import write_json
+    from toolweaver_hf.hub.artifacts import pop_push_arguments, push_folder
+    from toolweaver_hf.modeling_rqvae import RQVAEModel
+
     set_seed(training_args.seed)
     output_dir = training_args.output_dir
     catalog = ToolCatalog.from_file(args.catalog)
@@ -158,7 +133,7 @@ def main(args: TokenizationArguments, training_args: TrainingArguments) -> dict:
     metrics["history"] = [entry for entry in trainer.state.log_history if "reconstruction_loss" in entry]
     model.save_pretrained(output_dir)
     codes.save_pretrained(output_dir)
-    catalog.to_jsonl(os.path.join(output_dir, "catalog.jsonl"))
+    catalog.save_pretrained(output_dir)
     write_json(os.path.join(output_dir, METRICS_FILE), metrics, METRICS_VERSION)
     for checkpoint in Path(output_dir).glob("checkpoint-*"):  # they were for a resume, and hold pickles
         shutil.rmtree(checkpoint)
@@ -190,8 +165,15 @@ def print_metrics(metrics: dict) -> None:
             )
 
 
+def training_arguments() -> tuple[type, ...]:
+    """Import the dataclass of the arguments beside the recipe's own."""
+    from toolweaver_hf.codes.trainer import RQVAETrainingArguments
+
+    return (RQVAETrainingArguments,)
+
+
 def cli(argv: list[str] | None = None) -> None:
-    main(*HfArgumentParser((TokenizationArguments, RQVAETrainingArguments)).parse_args_into_dataclasses(argv))
+    main(*parse_arguments(argv, TokenizationArguments, training_arguments))
 
 
 if __name__ == "__main__":

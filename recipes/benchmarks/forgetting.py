@@ -23,6 +23,7 @@ from trl import ModelConfig
 
 from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings
 from toolweaver_hf.alignment.record import TRAINING_FILE, TRAINING_VERSION
+from toolweaver_hf.alignment.trainer import AlignmentTrainingArguments
 from toolweaver_hf.cli import run_command
 from toolweaver_hf.codes.tool_codes import ToolCodes
 from toolweaver_hf.data.catalog import ToolCatalog
@@ -164,7 +165,7 @@ def align(args: ForgettingArguments, codes_dir: Path, embedding_init: str, with_
             replay=args.replay,
             embedding_init=embedding_init,
         ),
-        sft.AlignmentTrainingArguments(
+        AlignmentTrainingArguments(
             output_dir=str(output_dir),
             max_steps=args.max_steps,
             per_device_train_batch_size=args.batch_size,

@@ -32,6 +32,7 @@ from toolweaver_hf.cli import run_command
 from toolweaver_hf.codes.assignment import check_capacity
 from toolweaver_hf.codes.embeddings import EMBEDDINGS_FILE, default_encoder, embed_catalog
 from toolweaver_hf.codes.tool_codes import ToolCodes
+from toolweaver_hf.codes.trainer import RQVAETrainingArguments
 from toolweaver_hf.data.catalog import CATALOG_FILE, ToolCatalog
 from toolweaver_hf.data.queries import Query, load_queries
 from toolweaver_hf.demo.small_llama import build_small_llama
@@ -114,7 +115,7 @@ class BenchmarkArguments:
     encoder: str | None = field(default=None, metadata={"help": "sentence-transformers model."})
     codebook_sizes: list[int] | None = field(default=None, metadata={"help": "Codes of each level."})
     tokenization_steps: int = field(
-        default=tokenize_tools.RQVAETrainingArguments.max_steps, metadata={"help": "Training steps of an RQ-VAE."}
+        default=RQVAETrainingArguments.max_steps, metadata={"help": "Training steps of an RQ-VAE."}
     )
     stages: list[str] = field(
         default_factory=lambda: ["memorization", "retrieval"],
@@ -258,7 +259,7 @@ class Benchmark:
                 codebook_sizes=self.codebook_sizes,
                 collaborative_weight=0.0 if method == "no_collaboration" else 1.0,
             ),
-            tokenize_tools.RQVAETrainingArguments(
+            RQVAETrainingArguments(
                 output_dir=str(codes_dir),
                 max_steps=self.args.tokenization_steps,
                 seed=self.seed,

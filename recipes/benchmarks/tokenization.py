@@ -37,12 +37,12 @@ from toolweaver_hf.codes.cousage import cousage_graph, hold_out_edges
 from toolweaver_hf.codes.embeddings import embed_catalog
 from toolweaver_hf.codes.measures import measure_codes
 from toolweaver_hf.codes.start import start_model
-from toolweaver_hf.codes.trainer import ASSIGNMENTS, RQVAETrainer
+from toolweaver_hf.codes.trainer import ASSIGNMENTS, RQVAETrainer, RQVAETrainingArguments
 from toolweaver_hf.configuration_rqvae import RQVAEConfig
 from toolweaver_hf.data.catalog import ToolCatalog
 from toolweaver_hf.data.queries import load_queries
 from toolweaver_hf.modeling_rqvae import RQVAEModel, uniform_mapping
-from toolweaver_hf.recipes.tokenize_tools import RQVAETrainingArguments, default_steps
+from toolweaver_hf.recipes.tokenize_tools import default_steps
 
 
 @dataclass

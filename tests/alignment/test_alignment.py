@@ -11,7 +11,9 @@ from trl import ModelConfig
 
 from toolweaver_hf import RQVAEModel, ToolAgent, ToolCatalog, ToolCodes, ToolRetriever, ToolWeaverTokenizer
 from toolweaver_hf.alignment.rows import tokenize_rows, trajectory_rows
+from toolweaver_hf.alignment.trainer import AlignmentTrainingArguments
 from toolweaver_hf.codes.report import inspect_codes
+from toolweaver_hf.codes.trainer import RQVAETrainingArguments
 from toolweaver_hf.data.queries import load_queries
 from toolweaver_hf.data.trajectories import load_trajectories
 from toolweaver_hf.demo import DEMO_FOLDER, demo_functions
@@ -49,7 +51,7 @@ def codes_dir(data):
         tokenize_tools.TokenizationArguments(
             catalog=str(data / "catalog.jsonl"), queries=str(data / "queries.train.jsonl"), codebook_sizes=[8, 8]
         ),
-        tokenize_tools.RQVAETrainingArguments(output_dir=str(data / "codes"), max_steps=60, disable_tqdm=True),
+        RQVAETrainingArguments(output_dir=str(data / "codes"), max_steps=60, disable_tqdm=True),
     )
     return data / "codes"
 
@@ -83,7 +85,7 @@ def align(data, codes_dir, model, output, stages, epochs, model_args=None, **kwa
         "disable_tqdm": True,
     }
     sft.main(
-        arguments, sft.AlignmentTrainingArguments(**(settings | kwargs)), ModelConfig(str(model), **(model_args or {}))
+        arguments, AlignmentTrainingArguments(**(settings | kwargs)), ModelConfig(str(model), **(model_args or {}))
     )
     return output
 
@@ -109,7 +111,7 @@ def test_the_same_seed_gives_the_same_codes(codes_dir, data, tmp_path):
         tokenize_tools.TokenizationArguments(
             catalog=str(data / "catalog.jsonl"), queries=str(data / "queries.train.jsonl"), codebook_sizes=[8, 8]
         ),
-        tokenize_tools.RQVAETrainingArguments(output_dir=str(tmp_path), max_steps=60, disable_tqdm=True),
+        RQVAETrainingArguments(output_dir=str(tmp_path), max_steps=60, disable_tqdm=True),
     )
     assert dict(ToolCodes.from_pretrained(tmp_path)) == dict(ToolCodes.from_pretrained(codes_dir))
 
@@ -158,7 +160,7 @@ def test_agent_learns_whole_trajectories(data, codes_dir, retrieval_dir, tmp_pat
     arguments = sft.AlignmentArguments(
         codes_dir=str(codes_dir), stages=["trajectory"], trajectories=str(data / "two.jsonl")
     )
-    settings = sft.AlignmentTrainingArguments(
+    settings = AlignmentTrainingArguments(
         output_dir=str(tmp_path),
         max_steps=150,
         per_device_train_batch_size=2,

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from toolweaver_hf import RQVAEConfig, RQVAEModel, Tool, ToolCatalog, ToolCodes
-from toolweaver_hf.codes.report import cli
+from toolweaver_hf.cli import main as toolweaver
 from toolweaver_hf.recipes import tokenize_tools
 
 
@@ -57,7 +57,7 @@ def test_report(folder, capsys):
     tools = [*present][2:]
     tools[0] = Tool("tool2", "Does another thing.", name="name of 2")
     ToolCatalog([*tools, Tool("fresh", "New.", name="the new one")]).to_jsonl(folder.parent / "today.jsonl")
-    cli([str(folder), "--catalog", str(folder.parent / "today.jsonl")])
+    toolweaver(["inspect", str(folder), "--catalog", str(folder.parent / "today.jsonl")])
     out = capsys.readouterr().out
     assert "the new one" in out and str(folder / "report.png") in out
     report = json.loads((folder / "report.json").read_text())

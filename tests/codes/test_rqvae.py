@@ -15,9 +15,8 @@ from transformers import AutoModel, TrainerCallback
 from toolweaver_hf import RQVAEConfig, RQVAEModel, Tool, ToolCatalog
 from toolweaver_hf.codes.cousage import cousage_graph, hold_out_edges
 from toolweaver_hf.codes.start import kmeans, start_model
-from toolweaver_hf.codes.trainer import LOSSES, CodesEarlyStoppingCallback, RQVAETrainer
+from toolweaver_hf.codes.trainer import LOSSES, CodesEarlyStoppingCallback, RQVAETrainer, RQVAETrainingArguments
 from toolweaver_hf.modeling_rqvae import uniform_mapping
-from toolweaver_hf.recipes.tokenize_tools import RQVAETrainingArguments
 
 
 def trainer(embeddings, folder, cousage=None, **kwargs):

@@ -31,6 +31,7 @@ from toolweaver_hf import (
     ToolWeaverTokenizer,
 )
 from toolweaver_hf.alignment.embedding_init import trainable_code_rows
+from toolweaver_hf.alignment.trainer import AlignmentTrainingArguments
 from toolweaver_hf.cli import main as toolweaver
 from toolweaver_hf.data.queries import load_queries
 from toolweaver_hf.demo import DEMO_FOLDER
@@ -297,7 +298,7 @@ def test_alignment_pushes_at_its_end(hub, codes_dir, base_tokenizer, tmp_path, c
     """`--push_to_hub` of the recipe: the folder with its card; the token is written nowhere."""
     small_llama(len(base_tokenizer)).save_pretrained(tmp_path / "base")
     base_tokenizer.save_pretrained(tmp_path / "base")
-    training_args = sft.AlignmentTrainingArguments(
+    training_args = AlignmentTrainingArguments(
         output_dir=str(tmp_path / "aligned"),
         max_steps=2,
         save_steps=1,

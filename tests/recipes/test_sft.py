@@ -21,7 +21,7 @@ from datasets import concatenate_datasets
 from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, TrainerState
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig, TrlParser, get_peft_config
 
 from toolweaver_hf import Tool, ToolCatalog, ToolCodes, ToolRetriever, ToolWeaverTokenizer
 from toolweaver_hf.alignment.checkpoints import check_disk_space, last_checkpoint
@@ -98,7 +98,7 @@ def trainer_of(world, model_name, tmp_path, lora=False, **kwargs):
         [tokenize_rows(rows[:-1], tokenizer, codes_alone=True)[0], tokenize_rows(rows[-1:], tokenizer)[0]]
     )
     settings = {"activation_checkpointing": False, "report_to": "none", "max_length": None} | kwargs
-    peft_config = sft.get_peft_config(ModelConfig(use_peft=True, lora_r=4)) if lora else None
+    peft_config = get_peft_config(ModelConfig(use_peft=True, lora_r=4)) if lora else None
     if lora:
         peft_config.trainable_token_indices = trainable_code_rows(model, tokenizer)
     return AlignmentTrainer(

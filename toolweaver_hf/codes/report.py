@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 
@@ -119,13 +118,10 @@ def _shortened(names: list[str], length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def cli(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Draw a report of learned codes: report.png and report.json.")
-    parser.add_argument("folder", help="output folder of `toolweaver tokenize`")
-    parser.add_argument("--catalog", help="a catalog of today: tell which of its tools are new, changed or gone")
-    args = parser.parse_args(argv)
-    picture = inspect_codes(args.folder, args.catalog)
-    if args.catalog:
+def print_report(folder: str | os.PathLike, catalog: str | os.PathLike | None = None) -> None:
+    """Draw the report of [`inspect_codes`]; print where it is and, beside a catalog, what has changed since."""
+    picture = inspect_codes(folder, catalog)
+    if catalog:
         for kind, names in read_json(picture.with_suffix(".json"), METRICS_VERSION)["changes"].items():
             print(f"{kind:<9}{len(names):>6}  {_shortened(names, 200)}")
     print(picture)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import scipy.sparse
@@ -22,6 +23,38 @@ from .start import SAMPLE_SIZE, revive_codes, start_model
 
 ASSIGNMENTS = 54  # times that codes are assigned anew, in the first nine tenths of the training
 CODES_FILE = "codes.safetensors"  # the present codes, in a checkpoint
+
+
+@dataclass
+class RQVAETrainingArguments(TrainingArguments):
+    """[`TrainingArguments`] with defaults for an RQ-VAE. `output_dir` is the folder for all results.
+
+    Args:
+        max_steps (`int`, *optional*):
+            Number of training steps. Defaults to as many as there are tools, but 600 at least and 3000 at most.
+        early_stopping_patience (`int`, *optional*):
+            Stop after as many evaluations without fewer collisions or a better reconstruction. Evaluations are every
+            `eval_steps`, or every `logging_steps` where these are not given.
+    """
+
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Evaluations without fewer collisions or a better reconstruction."}
+    )
+    learning_rate: float = field(default=1e-2, metadata={"help": "The peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate's schedule."})
+    max_steps: int = field(default=-1, metadata={"help": "Number of training steps, if not by the catalog's size."})
+    per_device_train_batch_size: int = field(default=1024, metadata={"help": "Tools in a step, for each device."})
+    logging_steps: float = field(default=100, metadata={"help": "Steps between two reports of the losses."})
+    save_strategy: str = field(default="no", metadata={"help": "When checkpoints are written."})
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Whether to pin the batches' memory."})
+    report_to: str | None = field(default="none", metadata={"help": "Where the losses are reported to."})
+
+    def __post_init__(self):
+        if self.early_stopping_patience is not None and self.eval_strategy == "no":
+            self.eval_strategy = "steps"
+        # Without this, the processes of `accelerate launch` on a machine without a GPU would not find each other.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
 
 
 class _ToolIndices(Dataset):

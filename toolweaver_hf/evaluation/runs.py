@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -325,15 +324,10 @@ def draw_chart(metrics: Mapping[str, Any], path: str | os.PathLike) -> None:
     plt.close(figure)
 
 
-def cli(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="Compare runs of `toolweaver evaluate` on the same queries with the first of them."
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run")
-    parser.add_argument("--output_dir", help="folder for metrics.json, results.md and results.png")
-    args = parser.parse_args(argv)
-    metrics = compare_runs(args.runs)
+def print_comparison(folders: Sequence[str], output_dir: str | None = None) -> None:
+    """Print the tables of [`compare_runs`]; write them, the measures and a chart to `output_dir`."""
+    metrics = compare_runs(folders)
     print(tables(metrics), end="")
-    if args.output_dir:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        _write_results(Path(args.output_dir), metrics)
+    if output_dir:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        _write_results(Path(output_dir), metrics)

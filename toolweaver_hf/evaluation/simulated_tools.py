@@ -12,10 +12,7 @@ import os
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
-
-from transformers import HfArgumentParser
 
 from ..agent.arguments import find_error
 from ..data.catalog import Tool, ToolCatalog
@@ -225,9 +222,17 @@ def mcp_server(tools: SimulatedTools):
     return Server("toolweaver", on_list_tools=list_tools, on_call_tool=call_tool)
 
 
-@dataclass
-class ServeToolsArguments:
-    """Which tools to serve.
+def serve_tools(
+    catalog: str,
+    recordings: str | None = None,
+    trajectories: str | None = None,
+    model: str | None = None,
+    url: str | None = None,
+    seed: int = 0,
+    host: str = "127.0.0.1",
+    port: int = 8765,
+) -> None:
+    """Serve a catalog's tools over MCP, until it is stopped.
 
     Args:
         catalog (`str`):
@@ -247,25 +252,12 @@ class ServeToolsArguments:
         port (`int`, *optional*, defaults to 8765):
             Port to listen on.
     """
-
-    catalog: str = field(metadata={"help": "The catalog's file."})
-    recordings: str | None = field(default=None, metadata={"help": "Recorded answers (JSONL)."})
-    trajectories: str | None = field(default=None, metadata={"help": "Trajectories whose observations are recorded."})
-    model: str | None = field(default=None, metadata={"help": "Chat model that makes up other answers."})
-    url: str = field(default=DEFAULT_URL, metadata={"help": "OpenAI-compatible endpoint of the model."})
-    seed: int = field(default=0, metadata={"help": "Seed of what is made up."})
-    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on."})
-    port: int = field(default=8765, metadata={"help": "Port to listen on."})
-
-
-def cli(argv: list[str] | None = None) -> None:
-    (args,) = HfArgumentParser(ServeToolsArguments).parse_args_into_dataclasses(argv)
-    endpoint = ChatEndpoint(args.model, args.url) if args.model else None
-    tools = SimulatedTools(ToolCatalog.from_file(args.catalog), args.recordings, endpoint=endpoint, seed=args.seed)
-    if args.trajectories:
-        tools.record_trajectories(load_trajectories(args.trajectories))
+    endpoint = ChatEndpoint(model, url or DEFAULT_URL) if model else None
+    tools = SimulatedTools(ToolCatalog.from_file(catalog), recordings, endpoint=endpoint, seed=seed)
+    if trajectories:
+        tools.record_trajectories(load_trajectories(trajectories))
     server = mcp_server(tools)
     import uvicorn  # comes with mcp
 
-    print(f"{len(tools)} tools at http://{args.host}:{args.port}/mcp", flush=True)
-    uvicorn.run(server.streamable_http_app(host=args.host), host=args.host, port=args.port, log_level="warning")
+    print(f"{len(tools)} tools at http://{host}:{port}/mcp", flush=True)
+    uvicorn.run(server.streamable_http_app(host=host), host=host, port=port, log_level="warning")

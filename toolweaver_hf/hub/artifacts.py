@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -131,22 +130,3 @@ def _files(folder: Path) -> tuple[list[str], list[str]]:
         else:
             left_out.append(path.name)
     return pushed, left_out
-
-
-def cli(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Push codes, an aligned model, a tokenizer or a dataset to the Hub.")
-    parser.add_argument("folder", help="the folder to push")
-    parser.add_argument("repo_id", help="the repository, user/name; it is made where it does not exist")
-    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    parser.add_argument("--revision", help="branch to push to")
-    parser.add_argument("--token", help="token to authenticate with (default: the one of `hf auth login`)")
-    parser.add_argument("--commit-message", help="first line of the commit")
-    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
-    parser.add_argument("--license", help="for the card: identifier of the license")
-    parser.add_argument("--datasets", nargs="+", help="for the card: datasets that the model was trained on")
-    commit = push_folder(**vars(parser.parse_args(argv)))
-    print(f"Pushed: {commit.pr_url or commit.commit_url}")
-
-
-if __name__ == "__main__":
-    cli()
