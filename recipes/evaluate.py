@@ -103,12 +103,12 @@ def load_candidates(args: EvaluationArguments, queries: Sequence[Query]) -> Tool
 
 def main(args: EvaluationArguments) -> dict[str, Any]:
     """Evaluate, print a table for each group of queries, and return what [`~evaluation.compare_rankings`] does."""
-    from toolweaver_hf.codes.embeddings import default_encoder
     from toolweaver_hf.evaluation.baselines import BM25Retriever, DenseRetriever
     from toolweaver_hf.evaluation.rankings import compare_rankings
     from toolweaver_hf.evaluation.runs import save_run, tables
     from toolweaver_hf.hub.cards import EVALUATION_FOLDER
     from toolweaver_hf.retrieval import ToolRetriever
+    from toolweaver_hf.text_expert import default_encoder
 
     queries = load_test_queries(args.queries, args.qrels)
     candidates = load_candidates(args, queries)

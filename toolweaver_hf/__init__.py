@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .modeling_rqvae import RQVAEModel
     from .pipeline_tool_retrieval import ToolRetrievalPipeline
     from .retrieval import RetrievedTool, ToolRetriever
+    from .text_expert import TextExpert
     from .tokenization_toolweaver import ToolWeaverTokenizer
     from .trie import CodeTrie
 
@@ -34,6 +35,7 @@ _MODULES = {
     "RQVAEConfig": "configuration_rqvae",
     "RQVAEModel": "modeling_rqvae",
     "RetrievedTool": "retrieval",
+    "TextExpert": "text_expert",
     "Tool": "data.catalog",
     "ToolAgent": "agent.loop",
     "ToolArgumentsLogitsProcessor": "agent.arguments",
@@ -54,6 +56,7 @@ __all__ = [
     "RQVAEConfig",
     "RQVAEModel",
     "RetrievedTool",
+    "TextExpert",
     "Tool",
     "ToolAgent",
     "ToolArgumentsLogitsProcessor",

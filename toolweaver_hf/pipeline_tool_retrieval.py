@@ -8,8 +8,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.utils import logging
 
 from .retrieval import ToolRetriever
+from .text_expert import TextExpert
+
+
+logger = logging.get_logger(__name__)
 
 
 class ToolRetrievalPipeline(Pipeline):
@@ -18,7 +23,8 @@ class ToolRetrievalPipeline(Pipeline):
 
     It takes one query or several, or a dataset or generator of them, and `batch_size` like any pipeline. Called with
     `top_k` (5 where not given), `num_beams` and `allowed_tools` as for the retriever, it returns for each query a list
-    of `{"tool_id": ..., "score": ...}`, best first; the score is the log-probability of the tool's code.
+    of `{"tool_id": ..., "score": ...}`, best first; the score is the tool's log-probability. A text expert beside the
+    model guides it.
 
     Example:
 
@@ -39,7 +45,18 @@ class ToolRetrievalPipeline(Pipeline):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.tokenizer.padding_side = "left"  # as the beams go on at the right
-        self.retriever = ToolRetriever(self.model, self.tokenizer)
+        self.retriever = ToolRetriever(self.model, self.tokenizer, self._load_text_expert())
+
+    def _load_text_expert(self) -> TextExpert | None:
+        """The expert beside the model, if there is one."""
+        commit = getattr(self.model.config, "_commit_hash", None)  # of a repository, the one that the model is from
+        try:
+            return TextExpert.from_pretrained(self.model.name_or_path, revision=commit)
+        except OSError:
+            return None
+        except ImportError as error:
+            logger.warning(f"The codes alone are ranked, without the text expert: {error}")
+            return None
 
     def _sanitize_parameters(
         self,
@@ -55,10 +72,13 @@ class ToolRetrievalPipeline(Pipeline):
 
     def preprocess(self, query: str) -> dict[str, torch.LongTensor]:
         ids = torch.tensor([self.retriever.encode_query(query)])
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if self.retriever.text_expert is not None:
+            inputs["expert_logits"] = self.retriever.text_expert.logits([query])
+        return inputs
 
     def _forward(self, model_inputs: dict[str, torch.Tensor], **parameters: Any) -> dict[str, torch.Tensor]:
-        tools, scores = self.retriever.rank(model_inputs["input_ids"], model_inputs["attention_mask"], **parameters)
+        tools, scores = self.retriever.rank(**model_inputs, **parameters)
         return {"tools": tools, "scores": scores}
 
     def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ PIPELINE_FILES = (
     "pipeline_tool_retrieval.py",
     "retrieval.py",
     "cache.py",
+    "text_expert.py",
     "loading.py",
     "trie.py",
     "tokenization_toolweaver.py",

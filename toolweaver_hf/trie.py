@@ -34,6 +34,9 @@ class CodeTrie:
             `child_ranges[i, 0]` to `child_ranges[i, 1] - 1`; the last row, which the node -1 reads, is empty.
         max_children (`list[int]`): The most children that a node has, for each depth.
         tools (`torch.LongTensor` of shape `(num_leaves,)`): Row in `tool_code_ids` of each leaf.
+        level_sizes (`list[int]`): The number of nodes of each level, without the roots.
+        node_of_leaf (`torch.LongTensor` of shape `(num_levels, num_leaves)`): For each level the node above each leaf
+            (on the last one the leaf itself), counted from the level's first node.
     """
 
     def __init__(self, tool_code_ids: np.ndarray | torch.Tensor):
@@ -76,6 +79,9 @@ class CodeTrie:
         ends = num_roots + np.cumsum(children)
         self.child_ranges = torch.from_numpy(np.append(np.stack([ends - children, ends], axis=1), [[0, 0]], axis=0))
         self._places = torch.arange(max(self.max_children))
+        # The nodes of each depth are consecutive; so are the leaves below each of them.
+        self.level_sizes = opens[:, 1:].sum(0).tolist()
+        self.node_of_leaf = torch.from_numpy(np.cumsum(opens[:, 1:], axis=0).T - 1)
         self.tools = torch.from_numpy(tools)
         # Padded, so that a row of the most children can be read at every node.
         self._tokens = torch.from_numpy(np.concatenate([*tokens, np.zeros(max(self.max_children), dtype=np.int64)]))
@@ -175,9 +181,45 @@ class CodeTrie:
         Returns:
             `tuple` of two tensors of shape `(batch, width)`: the tokens, ascending, and which of them are there.
         """
+        child, present = self.child_nodes(nodes, width)
+        return self._tokens[child], present
+
+    def child_nodes(self, nodes: torch.LongTensor, width: int) -> tuple[torch.LongTensor, torch.BoolTensor]:
+        """List the children of each node.
+
+        Args:
+            nodes (`torch.LongTensor` of shape `(batch,)`): Nodes; -1 for none.
+            width (`int`): As for `children`.
+
+        Returns:
+            `tuple` of two tensors of shape `(batch, width)`: the children, and which of them are there.
+        """
         ranges = self.child_ranges[nodes]
         child = ranges[:, :1] + self._places[:width]
-        return self._tokens[child], child < ranges[:, 1:]
+        return child, child < ranges[:, 1:]
+
+    def tokens_of(self, nodes: torch.LongTensor) -> torch.LongTensor:
+        """Return the token that leads to each node."""
+        return self._tokens[nodes]
+
+    def sum_below(self, leaf_logits: torch.Tensor) -> list[torch.Tensor]:
+        """Add up over each node what its leaves have: a log-sum-exp over the tools below it.
+
+        Args:
+            leaf_logits (`torch.Tensor` of shape `(batch, num_leaves)`): Logits of the leaves, in their order.
+
+        Returns:
+            `list[torch.Tensor]`: for each level a tensor of shape `(batch, level_size)`.
+        """
+        sums = []
+        for nodes, size in zip(self.node_of_leaf, self.level_sizes, strict=True):
+            index = nodes.expand(len(leaf_logits), -1)
+            peak = leaf_logits.new_full((len(leaf_logits), size), -torch.inf)
+            peak = peak.scatter_reduce(1, index, leaf_logits, "amax")
+            finite = peak.clamp(min=torch.finfo(peak.dtype).min)
+            share = (leaf_logits - finite.gather(1, index)).exp()
+            sums.append(finite + torch.zeros_like(peak).scatter_add(1, index, share).log())
+        return sums
 
     def tool_of(self, nodes: torch.LongTensor) -> torch.LongTensor:
         """Return the tools of leaves, as rows of `tool_code_ids`; -1 for nodes that are none."""

