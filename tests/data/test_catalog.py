@@ -90,7 +90,7 @@ GOOD = {"id": "a", "description": "First."}
         ([GOOD, GOOD], ["line 2", "'a'", "line 1", "unique"]),
         ([GOOD, ["a"]], ["line 2", "JSON object"]),
         ([GOOD, {"description": "Nameless."}], ["line 2", "'id'"]),
-        ([GOOD, {"id": 5, "description": "Number."}], ["line 2", "5"]),
+        ([GOOD, {"id": 5.5, "description": "Number."}], ["line 2", "5"]),
         ([GOOD, {"id": "b", "description": "B.", "parameters": {"type": "string"}}], ["line 2", "'b'", "'object'"]),
         ([GOOD, {"id": "b", "description": "B.", "metadata": "x"}], ["line 2", "'b'", "metadata"]),
         ([], ["empty"]),
@@ -211,8 +211,8 @@ def test_sealtools(tmp_path):
     assert tool.parameters["properties"]["period"] == {"type": "integer"}
     assert tool.parameters["required"] == ["team"]
     assert tool.metadata["output_schema"]["properties"]["score"] == {"type": "number", "description": "The score."}
-    path.write_text(json.dumps(api | {"parameters": {"team": "str"}}))
-    with pytest.raises(ValueError, match="line 1: tool 'getScore': each of its parameters"):
+    path.write_text(json.dumps(api | {"parameters": {"team": ["str"]}}))
+    with pytest.raises(ValueError, match="line 1: tool 'getScore': the argument 'team' must be described"):
         ToolCatalog.from_file(path)
 
 

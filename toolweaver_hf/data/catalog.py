@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +18,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from ..files import atomic_write, local_file
 from ..push_mixin import PushToHubMixin
 from .card import dataset_card
-from .formats import document_rows, json_lines, parse_document, sealtools_fields, toolbench_fields
+from .formats import Row, document_rows, find_rows, read_documents, tool_fields
 
+
+logger = logging.getLogger(__name__)
 
 CATALOG_FILE = "catalog.jsonl"
 
@@ -42,7 +45,8 @@ class Tool:
             Anything else, kept as it is.
 
     Raises:
-        `ValueError`: for an empty id or description, or parameters that are not an object schema.
+        `ValueError`: for an empty id or description, parameters that are not an object schema, or what JSON cannot
+            hold.
     """
 
     id: str
@@ -69,6 +73,13 @@ class Tool:
             raise ValueError(f"tool {self.id!r}: parameters must be a JSON Schema of type 'object'")
         if not isinstance(self.parameters.get("properties", {}), dict):
             raise ValueError(f"tool {self.id!r}: the properties of its parameters must be a JSON object")
+        try:
+            json.dumps(self.to_dict(), ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start : error.end]
+            raise ValueError(f"tool {self.id!r}: it holds {half!r}, half of a character, which is no text") from None
+        except TypeError as error:
+            raise ValueError(f"tool {self.id!r}: its parameters and metadata must be JSON: {error}") from None
 
     @property
     def document(self) -> str:
@@ -108,38 +119,10 @@ class Tool:
         Raises:
             `ValueError`: if the row is none of these, or describes no valid tool.
         """
-        if not isinstance(row, dict):
-            raise ValueError(f"a tool must be a JSON object, not {type(row).__name__}")
-        if isinstance(row.get("function"), dict):  # OpenAI: {"type": "function", "function": {...}}
-            row = row["function"]
-        if "_id" in row:  # BEIR corpus
-            return cls(
-                id=row["_id"],
-                name=row.get("title") or "",
-                description=row.get("text"),
-                metadata=row.get("metadata") or {},
-            )
-        if "api_name" in row and "tool_name" in row:  # ToolBench
-            return cls(**toolbench_fields(row))
-        if "api_name" in row:  # Seal-Tools
-            return cls(**sealtools_fields(row))
-        if "documentation" in row:  # ToolRet
-            return cls(id=row.get("id"), description=row["documentation"])
-        if "id" not in row and "name" not in row:
-            raise ValueError("a tool needs an 'id' (or 'name', or BEIR's '_id') beside its 'description'")
-        optional = {
-            "parameters": row.get("parameters", row.get("inputSchema")),  # inputSchema: MCP's tools/list
-            "category": row.get("category"),
-            "metadata": row.get("metadata"),
-        }
-        if isinstance(row.get("outputSchema"), dict):  # MCP's, too
-            optional["metadata"] = {**(row.get("metadata") or {}), "output_schema": row["outputSchema"]}
-        return cls(
-            id=row.get("id", row.get("name")),
-            name=row.get("name", ""),
-            description=row.get("description") or row.get("title"),  # MCP's description is optional, its title as well
-            **{key: value for key, value in optional.items() if value is not None},
-        )
+        changes: dict[str, list[str]] = {}
+        tool = _read_tool(Row("", row), changes)
+        _warn("a tool", changes)
+        return tool
 
 
 class ToolCatalog(PushToHubMixin, Sequence[Tool]):
@@ -150,6 +133,9 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
     Args:
         tools (`Iterable[Tool]`):
             The tools, in the order in which embeddings and codes will be laid out.
+
+    Attributes:
+        changes (`dict[str, list[str]]`): What reading has changed or left out, in words, and for each the tools.
 
     Raises:
         `ValueError`: if there is no tool, or two share an id.
@@ -168,6 +154,7 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
     _repo_type = "dataset"
 
     def __init__(self, tools: Iterable[Tool]):
+        self.changes: dict[str, list[str]] = {}
         self._tools = list(tools)
         self._position = {tool.id: position for position, tool in enumerate(self._tools)}
         if not self._tools:
@@ -214,7 +201,9 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
 
     @classmethod
     def from_functions(cls, functions: Iterable[dict[str, Any]]) -> ToolCatalog:
-        """Build a catalog from function schemas: OpenAI's `tools` list, or the `tools` of an MCP server.
+        """Build a catalog from function schemas: the `tools` of an MCP server, or of a request to any chat API.
+
+        Each is a row in any of the formats that [`ToolCatalog.from_file`] reads.
 
         Raises:
             `ValueError`: naming the first item that is wrong.
@@ -226,23 +215,57 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
         >>> catalog = ToolCatalog.from_functions(tool.model_dump() for tool in listed.tools)
         ```
         """
-        return cls(_checked((f"function {number}", row) for number, row in enumerate(functions, start=1)))
+        rows = (row for number, item in enumerate(functions, 1) for row in find_rows(f"function {number}", item))
+        return cls._read(rows, {}, "the functions")
+
+    @classmethod
+    def from_servers(cls, servers: Mapping[str, ToolCatalog | Iterable[dict[str, Any]]]) -> ToolCatalog:
+        """Put the tools of several servers into one catalog.
+
+        A tool's id becomes `server.id`, so that two servers may both have a `search`. Its name stays what the server
+        calls it, the server is its category if it has none, and stands in `metadata["server"]`.
+
+        Args:
+            servers (`Mapping[str, ToolCatalog]`): For each server's name its tools, a catalog or function schemas.
+
+        Example:
+
+        ```python
+        >>> catalog = ToolCatalog.from_servers({"github": github_tools, "jira": ToolCatalog.from_file("jira.json")})
+        >>> catalog["github.search"].name
+        'search'
+        ```
+        """
+        tools, changes = [], {}
+        for server, listed in servers.items():
+            catalog = listed if isinstance(listed, ToolCatalog) else cls.from_functions(listed)
+            tools += [_of_server(tool, server) for tool in catalog]
+            for change, tool_ids in catalog.changes.items():
+                changes.setdefault(change, []).extend(f"{server}.{tool_id}" for tool_id in tool_ids)
+        together = cls(tools)
+        together.changes = changes
+        return together
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> ToolCatalog:
         """Read a catalog.
 
-        A `.jsonl` file has one tool a line. Any other is one document of JSON, or of YAML where it is named so:
+        A `.jsonl` or `.ndjson` file has one tool a line. Any other is one document of JSON, or of YAML where it is
+        named so (a `.json` file of many lines of JSON is read as well):
 
-        - a list of tools, or an object that holds it under `tools` or `functions`;
-        - what an MCP server answers to `tools/list`, with or without its JSON-RPC envelope;
-        - an OpenAPI 3 description, each operation of which is a tool (see [`~openapi.openapi_tools`]);
-        - a file of ToolBench with its `api_list`, or instructions of ToolBench, whose `api_list`s are put together.
+        - a tool, a list of tools, or an object that holds it under `tools`, `functions` or `functionDeclarations`;
+        - what an MCP server answers to `tools/list`, with or without its JSON-RPC envelope, or a list `servers` of such
+          answers, each with its `name`, which then comes before its tools' ids (see [`ToolCatalog.from_servers`]);
+        - an OpenAPI 3 or Swagger 2.0 description, each operation of which is a tool (see [`~openapi.openapi_tools`]);
+        - a file of ToolBench with its `api_list`; or instructions of ToolBench, BFCL or xLAM, whose tools are put
+          together.
 
-        A tool is a row as [`ToolCatalog.to_jsonl`] writes it, an OpenAI function schema (bare or in its
-        `{"type": "function"}` wrapper), an item of MCP's list, a document of a BEIR corpus (`_id`, `title`, `text`),
-        an API of ToolBench, whose id is `<<tool&&api>>` as in ToolGen, or one of Seal-Tools or ToolRet. What is known of a
-        tool's answers is kept as the JSON Schema `metadata["output_schema"]`. The file may be one of the Hub:
+        A tool is a row as [`ToolCatalog.to_jsonl`] writes it; a function schema of OpenAI, Anthropic, Gemini, Amazon
+        Bedrock, LangChain, smolagents, BFCL, xLAM or API-Bank; an item of MCP's list; a document of a BEIR corpus
+        (`_id`, `title`, `text`); an API of ToolBench, whose id is `<<tool&&api>>` as in ToolGen; or one of Seal-Tools
+        or ToolRet. Its arguments become JSON Schema, whichever way they are written. What is known of a tool's answers
+        is kept as the JSON Schema `metadata["output_schema"]`, and keys that are not known as they are in `metadata`.
+        A warning tells what was changed or left out, and so does `changes`. The file may be one of the Hub:
         `hf://datasets/user/name/catalog.jsonl`.
 
         Raises:
@@ -254,17 +277,28 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-        if path.suffix == ".jsonl":
-            rows = json_lines(text, path)
-        else:
-            rows = ((f"{path}, {place}", row) for place, row in document_rows(parse_document(text, path)))
+        changes: dict[str, list[str]] = {}
+
+        def leave_out(place: str, reason: str) -> None:
+            changes.setdefault(f"left out: {reason}", []).append(place)
+
         try:
-            return cls(_checked(rows))
+            return cls._read(document_rows(read_documents(text, path), path, leave_out), changes, str(path))
         except ValueError as error:
             message = str(error)
+            left_out = "; ".join(f"{', '.join(places[:3])}: {change}" for change, places in changes.items())
+            if left_out and message.startswith("the catalog is empty"):
+                message = f"{message} ({left_out})"
             raise ValueError(message if message.startswith(str(path)) else f"{path}: {message}") from None
         except RecursionError:
             raise ValueError(f"{path}: a tool's schema is nested too deeply") from None
+
+    @classmethod
+    def _read(cls, rows: Iterable[Row], changes: dict[str, list[str]], source: str) -> ToolCatalog:
+        catalog = cls(_read_tools(rows, changes))
+        catalog.changes = changes
+        _warn(source, changes)
+        return catalog
 
     @classmethod
     def from_pretrained(
@@ -301,15 +335,47 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
             file.writelines(json.dumps(tool.to_dict(), ensure_ascii=False) + "\n" for tool in self)
 
 
-def _checked(rows: Iterable[tuple[str, Any]]) -> Iterator[Tool]:
-    """Turn (place, row) pairs into tools; an error says in which place it is."""
-    places: dict[str, str] = {}
-    for place, row in rows:
+def _read_tools(rows: Iterable[Row], changes: dict[str, list[str]]) -> Iterator[Tool]:
+    """Turn rows into tools; an error says in which place it is."""
+    read: dict[str, tuple[str, Tool]] = {}
+    for row in rows:
         try:
-            tool = Tool.from_dict(row)
+            tool = _read_tool(row, changes)
         except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
-        if tool.id in places:
-            raise ValueError(f"{place}: the id {tool.id!r} was already used by {places[tool.id]}; ids must be unique")
-        places[tool.id] = place
+            raise ValueError(f"{row.place}: {error}") from None
+        if tool.id in read and row.listed_by is not None:
+            if read[tool.id][1] == tool:
+                continue
+            tool = replace(tool, id=f"{row.listed_by}.{tool.id}")
+        if tool.id in read:
+            raise ValueError(
+                f"{row.place}: the id {tool.id!r} was already used by {read[tool.id][0]}; ids must be unique. Tools of "
+                "several servers are told apart by ToolCatalog.from_servers"
+            )
+        read[tool.id] = row.place, tool
         yield tool
+
+
+def _read_tool(row: Row, changes: dict[str, list[str]]) -> Tool:
+    said: list[str] = []
+    tool = Tool(**tool_fields(row.fields, said.append, row.foreign))
+    if row.server is not None:
+        tool = _of_server(tool, row.server)
+    for change in dict.fromkeys(said):
+        changes.setdefault(change, []).append(tool.id)
+    return tool
+
+
+def _of_server(tool: Tool, server: str) -> Tool:
+    metadata = {**tool.metadata, "server": server}
+    return replace(tool, id=f"{server}.{tool.id}", category=tool.category or server, metadata=metadata)
+
+
+def _warn(source: str, changes: dict[str, list[str]]) -> None:
+    """Tell in one warning what reading has changed."""
+    if changes:
+        said = (
+            f"{change} ({len(tools):,} of the tools, such as {', '.join(map(repr, tools[:3]))})"
+            for change, tools in changes.items()
+        )
+        logger.warning(f"{source}: {'; '.join(said)}")

@@ -4,16 +4,60 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from .openapi import join_sentences, openapi_tools
+from .schemas import Change, arguments_schema, is_object_schema, to_json_schema
 
 
-def json_lines(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+LINES = (".jsonl", ".ndjson")
+MAX_ALIASED = 1_000_000  # values that the aliases of a YAML file may stand for
+
+
+class Row(NamedTuple):
+    """A tool as a document has it."""
+
+    place: str
+    """Where it stands, for messages."""
+    fields: Any
+    server: str | None = None
+    """The server that it belongs to, whose name comes before its id."""
+    foreign: bool = False
+    """Whether a server or a crawl wrote it, so that what it lacks is no mistake of the user's."""
+    listed_by: str | None = None
+    """The row of a benchmark that lists it; several may list the same tool."""
+
+
+def read_documents(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+    """Parse a file: one document, or one a line. Yields each with its place."""
+    if path.suffix.lower() in LINES:
+        yield from _json_lines(text, path)
+    elif path.suffix.lower() in (".yaml", ".yml"):
+        yield f"{path}", parse_yaml(text, path)
+    else:
+        try:
+            document = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            if not _is_json(text.lstrip().partition("\n")[0]):
+                raise ValueError(f"{path} is not valid JSON: {error}") from None
+            yield from _json_lines(text, path)  # as some benchmarks name them
+        else:
+            yield f"{path}", document
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _json_lines(text: str, path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
@@ -22,18 +66,18 @@ def json_lines(text: str, path: Path) -> Iterator[tuple[str, Any]]:
                 raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from None
 
 
-def parse_document(text: str, path: Path) -> Any:
-    """Parse a document of JSON or, by its name, of YAML."""
-    if path.suffix not in (".yaml", ".yml"):
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from None
+def parse_yaml(text: str, path: Path) -> Any:
+    """Parse YAML that JSON could say as well, with anchors and merges in it."""
     try:
-        # A few lines of aliases can stand for more data than fits into memory.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, _JsonLikeLoader)):
-            raise ValueError("aliases are not read: write it as JSON")
-        return json.loads(json.dumps(yaml.load(text, _JsonLikeLoader)))
+        loader = _JsonLikeLoader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _check_aliases(node)
+            return json.loads(json.dumps(loader.construct_document(node)))
+        finally:
+            loader.dispose()
     except (ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON-compatible YAML: {error}") from None
 
@@ -51,97 +95,301 @@ _JsonLikeLoader.yaml_implicit_resolvers = {
 _JsonLikeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|false)$"), list("tf"))
 
 
-def document_rows(document: Any) -> Iterator[tuple[str, Any]]:
-    """Find the tools in a document; yield each with its place."""
-    if isinstance(document, dict):
-        if "openapi" in document or "swagger" in document:
-            yield from openapi_tools(document)
-            return
-        if isinstance(document.get("result"), dict):  # a JSON-RPC answer of an MCP server
-            document = document["result"]
-        if isinstance(document.get("api_list"), list) and "tool_name" in document:  # ToolBench
-            shared = {name: document.get(name) for name in ("tool_name", "tool_description", "category_name")}
-            document = [
-                shared | {"api_name": api.get("name")} | api if isinstance(api, dict) else api
-                for api in document["api_list"]
-            ]
+def _check_aliases(root: yaml.Node) -> None:
+    """Refuse aliases that lead round in a circle, and few lines that stand for more than fits into memory."""
+    sizes: dict[int, int] = {}  # how many values a node stands for; 0 while they are counted
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = 0
+            inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+            parts = [part for pair in inner for part in pair] if isinstance(node, yaml.MappingNode) else inner
+            sizes[id(node)] = 1 + sum(map(size, parts))
+        if sizes[id(node)] == 0:
+            raise ValueError("an alias leads round in a circle")
+        return sizes[id(node)]
+
+    total = size(root)
+    if total - len(sizes) > MAX_ALIASED:
+        raise ValueError(f"its aliases stand for more than {MAX_ALIASED} values")
+
+
+def document_rows(
+    documents: Iterable[tuple[str, Any]], path: Path, leave_out: Callable[[str, str], None]
+) -> Iterator[Row]:
+    """Find the tools in the documents of a file.
+
+    Args:
+        documents (`Iterable[tuple[str, Any]]`): The documents, each with its place.
+        path (`Path`): The file, beside which an OpenAPI document may have others.
+        leave_out (`Callable[[str, str], None]`): Told what is left out, by its place and why.
+    """
+    for place, document in documents:
+        if isinstance(document, dict) and ("openapi" in document or "swagger" in document):
+            for where, row in openapi_tools(document, path, leave_out):
+                yield Row(f"{place}, {where}", row, foreign=True)
+        elif path.suffix.lower() in LINES or isinstance(document, list) or _is_tool(document) or _container(document):
+            yield from find_rows(place, document)
         else:
-            document = document.get("tools", document.get("functions"))
-    if isinstance(document, list) and document and all(isinstance(row, dict) and "query" in row for row in document):
-        document = _instructions_apis(document)
-    if not isinstance(document, list):
-        raise ValueError("it holds no list of tools: give a list, an object with a list 'tools', or OpenAPI 3")
-    for number, row in enumerate(document, start=1):
-        yield f"item {number}", row
+            raise ValueError(
+                "it holds no tools: give a list of tools, an object with a list 'tools' or 'servers', or OpenAPI"
+            )
 
 
-def _instructions_apis(instructions: list[dict[str, Any]]) -> list[Any]:
-    """Return the APIs that instructions of ToolBench may use, each once."""
-    apis: dict[str, Any] = {}
-    for row in instructions:
-        for api in row.get("api_list") or []:
-            name = f"{api.get('tool_name')}&&{api.get('api_name')}" if isinstance(api, dict) else str(api)
-            apis.setdefault(name, api)
-    return list(apis.values())
+# Where an object may hold tools, or objects that hold them.
+CONTAINERS = ("tools", "functions", "function", "functionDeclarations", "function_declarations", "api_list")
 
 
-TOOLBENCH_TYPES = {
-    "number": "number",
-    "integer": "integer",
-    "boolean": "boolean",
-    "array": "array",
-    "object": "object",
-}
+def find_rows(place: str, value: Any, server: str | None = None, foreign: bool = False) -> Iterator[Row]:
+    """Find the tools in a value: a tool, a list, or an object that holds tools under a known key."""
+    if isinstance(value, list):
+        for number, item in enumerate(value, start=1):
+            inside = f"{place}, item {number}"
+            is_server = isinstance(item, dict) and "tools" in item and not _is_instruction(item)
+            yield from find_rows(inside, item, _server_name(item) if is_server else server, foreign)
+        return
+    key = _container(value)
+    if key is None:
+        yield Row(place, value, server, foreign)
+        return
+    held = json.loads(value[key]) if isinstance(value[key], str) else value[key]
+    if key == "api_list" and "tool_name" in value:  # a file of ToolBench
+        about = {name: value.get(name) for name in ("tool_name", "tool_description", "category_name")}
+        held = [{**about, "api_name": api.get("name"), **api} if isinstance(api, dict) else api for api in held]
+    foreign = foreign or key in ("servers", "result", "api_list") or _is_instruction(value)
+    if isinstance(held, dict) and key == "servers":
+        for name, inner in held.items():
+            yield from find_rows(f"{place}, {name!r}", inner, name, foreign)
+    elif isinstance(held, dict) and key != "result":
+        for name, inner in held.items():
+            yield Row(f"{place}, {name!r}", {"name": name, **inner}, server, foreign)
+    elif _is_instruction(value):
+        listed_by = str(value.get("id", value.get("query_id", place)))
+        yield from (row._replace(listed_by=listed_by) for row in find_rows(place, held, server, foreign))
+    else:
+        yield from find_rows(place, held, server, foreign)
 
 
-def toolbench_fields(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a [`Tool`] for an API of ToolBench."""
-    tool, api = row["tool_name"], row["api_name"]
+def _container(value: Any) -> str | None:
+    """Return the key under which an object holds tools."""
+    if not isinstance(value, dict):
+        return None
+    if isinstance(value.get("result"), dict) and "tools" in value["result"]:  # a JSON-RPC answer of an MCP server
+        return "result"
+    servers = value.get("servers")
+    if servers and all(
+        isinstance(item, (dict, list)) for item in (servers.values() if isinstance(servers, dict) else servers)
+    ):
+        return "servers"
+    for key in CONTAINERS:
+        held = value.get(key)
+        if isinstance(held, str) and held.lstrip().startswith("[") and _is_instruction(value) and _is_json(held):
+            return key
+        if isinstance(held, list) and (not _is_tool(value) or all(isinstance(item, dict) for item in held)):
+            return key
+        if (
+            isinstance(held, dict)
+            and held
+            and key != "function"
+            and all(isinstance(item, dict) for item in held.values())
+        ):
+            return key
+    return None
+
+
+def _is_instruction(value: dict[str, Any]) -> bool:
+    """Whether an object is a benchmark's row: what a user says, and the tools at hand."""
+    return "query" in value or "question" in value
+
+
+def _is_tool(value: Any) -> bool:
+    return isinstance(value, dict) and (
+        any(key in value for key in ("id", "_id", *NAMES)) or any(isinstance(value.get(key), dict) for key in WRAPPERS)
+    )
+
+
+def _server_name(item: dict[str, Any]) -> str | None:
+    names = (item.get(key) for key in ("name", "server_name", "server", "id"))
+    return next((name for name in names if isinstance(name, str) and name.strip()), None)
+
+
+# How the formats call what a tool has, the first that is there.
+NAMES = ("name", "api_name", "tool_name", "function_name")
+DESCRIPTIONS = ("description", "api_description", "desc")
+ARGUMENTS = (
+    *("parameters", "inputSchema", "input_schema", "args_schema", "inputs", "parametersJsonSchema"),
+    *("parameters_json_schema", "input_parameters", "parameter_definitions", "args"),
+)
+OUTPUTS = (
+    *("outputSchema", "output_schema", "responses", "response", "responseJsonSchema", "response_json_schema"),
+    *("output_parameters", "output_type"),
+)
+SERVERS_ARGUMENTS = ("inputSchema", "input_schema")  # an MCP server's
+WRAPPERS = ("function", "toolSpec")  # OpenAI's and Amazon Bedrock's
+# What formats are known to have besides, and is kept in the metadata.
+KEPT = (
+    *("title", "annotations", "_meta", "meta", "icons", "execution", "strict", "cache_control", "tool_description"),
+    *("method", "url", "template_response", "statuscode", "schema"),
+)
+
+Take = Callable[..., Any]
+"""Takes the value of the first key that is there out of a row."""
+
+
+def _function_fields(take: Take) -> dict[str, Any]:
+    """OpenAI, Anthropic, Gemini, Bedrock, MCP, LangChain, smolagents, BFCL, xLAM, API-Bank, and the catalog's own."""
+    tool_id, name = take("id"), take(*NAMES)
+    if tool_id is None and name is None:
+        raise ValueError("a tool needs an 'id' (or 'name', or BEIR's '_id') beside its 'description'")
+    fields = {"id": name if tool_id is None else tool_id, "name": name or "", "description": take(*DESCRIPTIONS)}
+    return fields | {"category": take("category"), "parameters": _with_required(take(*ARGUMENTS), take)}
+
+
+def _beir_fields(take: Take) -> dict[str, Any]:
+    return {"id": take("_id"), "name": take("title") or "", "description": take("text")}
+
+
+def _toolret_fields(take: Take) -> dict[str, Any]:
+    return {"id": take("id"), "description": take("documentation")}
+
+
+def _sealtools_fields(take: Take) -> dict[str, Any]:
+    fields = {"id": take("api_name"), "description": take("api_description"), "category": take("field") or None}
+    return fields | {"parameters": _with_required(take("parameters"), take)}
+
+
+def _toolbench_fields(take: Take) -> dict[str, Any]:
+    tool, api = take("tool_name"), take("api_name")
     if not isinstance(tool, str) or not isinstance(api, str):
         raise ValueError("an API of ToolBench needs a 'tool_name' and an 'api_name'")
-    properties, required = {}, []
+    take("name")  # the api_name once more
+    parameters = []
     for kind in ("required_parameters", "optional_parameters"):
-        declared = row.get(kind) or []
+        declared = take(kind) or []
         for parameter in declared if isinstance(declared, list) else [None]:
             if not isinstance(parameter, dict) or not isinstance(parameter.get("name"), str):
                 raise ValueError(f"tool '<<{tool}&&{api}>>': each of its {kind} needs a 'name'")
-            schema = {"type": TOOLBENCH_TYPES.get(str(parameter.get("type")).lower(), "string")}
-            if isinstance(parameter.get("description"), str) and parameter["description"].strip():
-                schema["description"] = parameter["description"].strip()
-            properties[parameter["name"]] = schema
-            if kind == "required_parameters":
-                required.append(parameter["name"])
-    parameters = {"type": "object", "properties": properties}
-    description = join_sentences(row.get("api_description") or row.get("description"), row.get("tool_description"))
+            parameters.append({**parameter, "required": kind == "required_parameters"})
+    description = join_sentences(take("api_description", "description"), take("tool_description"))
     return {
         "id": f"<<{tool}&&{api}>>",
         "name": f"{tool}: {api}",
         "description": description or f"{api} of {tool}",  # many APIs of ToolBench are described by name alone
-        "parameters": parameters | ({"required": required} if required else {}),
-        "category": row.get("category_name") or None,
+        "parameters": parameters,
+        "category": take("category_name") or None,
     }
 
 
-SEALTOOLS_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
+# What a row must have to be of a format; the first whose keys are there reads it.
+DIALECTS: tuple[tuple[tuple[str, ...], Callable[[Take], dict[str, Any]]], ...] = (
+    (("_id", "text"), _beir_fields),
+    (("tool_name", "api_name"), _toolbench_fields),
+    (("api_name", "api_description", "parameters", "field"), _sealtools_fields),
+    (("id", "documentation"), _toolret_fields),
+    ((), _function_fields),
+)
 
 
-def sealtools_fields(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a [`Tool`] for an API of Seal-Tools."""
-    name = row["api_name"]
-    schemas = []
-    for kind in ("parameters", "responses"):
-        declared = row.get(kind) or {}
-        if not isinstance(declared, dict) or not all(isinstance(field, dict) for field in declared.values()):
-            raise ValueError(f"tool {name!r}: each of its {kind} must be a JSON object")
-        properties = {
-            key: {**field, "type": SEALTOOLS_TYPES.get(field.get("type"), "string")} for key, field in declared.items()
-        }
-        schemas.append({"type": "object", "properties": properties})
-    parameters, output = schemas
-    return {
-        "id": name,
-        "description": row.get("api_description"),
-        "parameters": parameters | ({"required": row["required"]} if row.get("required") else {}),
-        "category": row.get("field") or None,
-        "metadata": {"output_schema": output} if output["properties"] else {},
-    }
+def _with_required(parameters: Any, take: Take) -> Any:
+    """Put a list of the required arguments that stands beside their mapping into it."""
+    if not isinstance(parameters, dict) or not parameters or "required" in parameters:
+        return parameters
+    required = take("required")
+    return parameters | {"required": required} if isinstance(required, list) else parameters
+
+
+def tool_fields(row: Any, change: Change, foreign: bool = False) -> dict[str, Any]:
+    """Return the fields of a [`Tool`] for a row of any format.
+
+    Args:
+        row (`dict`): The row.
+        change (`Callable[[str], None]`): Told what is not kept as it was written.
+        foreign (`bool`): Whether a description that is missing is made of the tool's name.
+
+    Raises:
+        `ValueError`: for what is of none of the formats, naming the tool and the key that is not understood.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"a tool must be a JSON object, not {type(row).__name__}")
+    for key in WRAPPERS:
+        if isinstance(row.get(key), dict):
+            row = {name: value for name, value in row.items() if name != key} | row[key]
+    rest = {key: value for key, value in row.items() if value is not None}
+    if rest.get("type") == "function":
+        del rest["type"]
+    foreign = foreign or any(key in rest for key in SERVERS_ARGUMENTS)
+
+    def take(*keys: str) -> Any:
+        there = [key for key in keys if key in rest]
+        key = next((key for key in there if rest[key]), there[0] if there else None)
+        return None if key is None else rest.pop(key)
+
+    fields = next(read for needs, read in DIALECTS if all(key in rest for key in needs))(take)
+    if isinstance(fields["id"], int) and not isinstance(fields["id"], bool):
+        fields["id"] = str(fields["id"])
+    label = f"tool {fields['id']!r}"
+    try:
+        fields["parameters"] = arguments_schema(_unwrapped(fields.get("parameters")), change)
+    except RecursionError:
+        raise ValueError(f"{label}: its schema is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from None
+    description = fields["description"]
+    if foreign and (description is None or (isinstance(description, str) and not description.strip())):
+        title = rest.get("title")
+        fields["description"] = title if isinstance(title, str) and title.strip() else name_words(str(fields["id"]))
+        change("it has no description: the words of its name stand for one")
+    metadata = take("metadata")
+    if metadata is not None and not isinstance(metadata, dict):
+        raise ValueError(f"{label}: metadata must be a JSON object")
+    metadata = dict(metadata or {})
+    if "output_schema" not in metadata:
+        output = next((key for key in OUTPUTS if key in rest), None)
+        schema = None if output is None else _output_schema(rest[output])
+        if schema is not None:
+            del rest[output]
+            if schema:
+                metadata["output_schema"] = schema
+    for key, value in rest.items():
+        if key not in KEPT:
+            if is_object_schema(value) and not fields["parameters"].get("properties"):
+                raise ValueError(
+                    f"{label}: its key {key!r} looks like the schema of its arguments: call it 'parameters'"
+                )
+            change(f"the key {key!r} is not known: it is kept in the metadata")
+        metadata.setdefault(key, value)
+    given = {name: value for name, value in fields.items() if value is not None or name == "description"}
+    return given | {"metadata": metadata}
+
+
+def _unwrapped(schema: Any) -> Any:
+    """Take the schema out of Amazon Bedrock's `{"json": {...}}`."""
+    if isinstance(schema, dict) and schema.keys() == {"json"} and isinstance(schema["json"], dict):
+        return schema["json"]
+    return schema
+
+
+def _output_schema(value: Any) -> dict[str, Any] | None:
+    """Return the schema of a tool's answers, `None` for what is none, `{}` for one that says nothing."""
+    if isinstance(value, str):
+        value = {"type": value}
+    if not isinstance(value, dict):
+        return None
+    unknown: list[str] = []
+    try:
+        if "type" in value and not isinstance(value["type"], dict):
+            schema = to_json_schema(value, unknown.append)
+        elif value:
+            schema = arguments_schema(value, unknown.append)
+            schema = {key: inner for key, inner in schema.items() if key != "required" or "required" in value}
+        else:
+            return {}
+    except ValueError:
+        return None
+    return None if unknown else schema
+
+
+def name_words(name: str) -> str:
+    """Write a tool's name, such as `listRoots` or `list_roots`, as words."""
+    words = re.sub(r"[\W_]+|(?<=[a-z0-9])(?=[A-Z])", " ", name).strip()
+    return words[:1].upper() + words[1:] if words else name

@@ -12,7 +12,7 @@ BODY = "body"  # argument name for a request body that is not an object, or whos
 MAX_DEFINITIONS = 1000  # schemas that one operation may refer to
 
 
-def openapi_tools(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def openapi_tools(document: dict[str, Any], path=None, leave_out=None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Turn an OpenAPI 3.0 or 3.1 document into rows of a catalog.
 
     An operation's id is the tool's id, or method and path where it has none. Its parameters, and the properties of its
