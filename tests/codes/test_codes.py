@@ -64,7 +64,7 @@ def test_add_touches_no_old_code_and_reuses_no_retired_one(codes):
     assert codes.compare(ToolCatalog([*new, Tool("rain", "Rain.")])).changed == []
     with pytest.raises(ValueError, match="12 codes"):
         codes.add([Tool("one_more", "One more.")], model, torch.randn(1, 8))
-    with pytest.raises(ValueError, match="'new0' has a code already"):
+    with pytest.raises(ValueError, match="'new0' already has a code"):
         codes.add(new[:1], model, torch.randn(1, 8))
     assert "one_more" not in codes
 

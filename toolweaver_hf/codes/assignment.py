@@ -1,4 +1,4 @@
-"""From latent vectors to codes, one code for one tool."""
+"""Assign a unique code to every tool, from its latent vector."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from scipy.optimize import linear_sum_assignment
 from ..modeling_rqvae import RQVAEModel, uniform_mapping
 
 
-CHUNK_SIZE = 8192  # tools in a forward pass over the catalog, rows of a matrix of distances
-ROUNDS = 6  # in which tools look at their neighbors' codes
-LARGEST_EXACT = 1 << 26  # entries of the largest matrix of costs that is solved exactly
+CHUNK_SIZE = 8192  # tools per forward pass over the catalog, rows per distance matrix
+ROUNDS = 6  # rounds in which tools adopt codes of their neighbors
+LARGEST_EXACT = 1 << 26  # entries of the largest cost matrix that is solved exactly
 
 
 def check_capacity(num_tools: int, codebook_sizes: Sequence[int]) -> None:
@@ -24,13 +24,13 @@ def check_capacity(num_tools: int, codebook_sizes: Sequence[int]) -> None:
     if num_tools > capacity:
         sizes = " x ".join(map(str, codebook_sizes))
         raise ValueError(
-            f"{num_tools} tools do not fit into {sizes} = {capacity} codes: give larger codebook_sizes or one level more"
+            f"{num_tools} tools do not fit into {sizes} = {capacity} codes: increase codebook_sizes or add a level"
         )
 
 
 @torch.no_grad()
 def encode_tools(model: RQVAEModel, embeddings: torch.Tensor) -> torch.Tensor:
-    """Encode a whole catalog's embeddings, in chunks.
+    """Encode the embeddings of a whole catalog, in chunks.
 
     Args:
         model ([`RQVAEModel`]): The model.
@@ -50,17 +50,17 @@ def assign_codes(
     cousage_weights: scipy.sparse.csr_array | None = None,
     codes: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Give every tool a code of its own.
+    """Assign a unique code to every tool.
 
-    Every level takes the nearest codebook vector; with `cousage_weights`, every level but the last takes the codes that
-    [`choose_codes`] finds. Two things make tools move from there, and no other tool moves:
+    Each level takes the nearest codebook vector. With `cousage_weights`, all levels but the last take the codes of
+    [`choose_codes`] instead. Tools then move for two reasons only:
 
-    - A prefix that would hold more tools than it has codes passes the ones that lose least on to the nearest prefix
-      with room.
-    - Of the tools that share a whole code one keeps it, and the others get free codes of their prefix. Who keeps it
-      and who goes where is the optimal transport in which each code holds one tool: of all assignments inside a
-      prefix that give every tool a code of its own and move as few tools as can be, the one of least total squared
-      distance. (A prefix of more than some 8,000 tools is solved by the rule for crowded prefixes instead.)
+    - **Overfull prefixes.** If a prefix has more tools than codes, the tools that lose least move to the nearest
+      prefix with free codes.
+    - **Collisions.** If several tools share a whole code, one keeps it and the others move to free codes of the same
+      prefix. This is an optimal transport problem in which each code holds one tool: among the assignments that move
+      the fewest tools, the one with the least total squared distance is taken. Prefixes of more than about 8,000
+      tools use the rule for overfull prefixes instead.
 
     Args:
         latents (`torch.Tensor` of shape `(num_tools, code_dim)`):
@@ -68,14 +68,14 @@ def assign_codes(
         codebooks (`Sequence[torch.Tensor]`):
             For each level the codebook, of shape `(codebook_size, code_dim)`.
         taken (`np.ndarray` of shape `(num_taken, num_levels)`, *optional*):
-            Codes that are not to be given.
+            Codes that must not be assigned.
         cousage_weights (`scipy.sparse.csr_array` of shape `(num_tools, num_tools)`, *optional*):
-            Which tools are used together, as in [`choose_codes`].
+            The weighted co-usage graph, as in [`choose_codes`].
         codes (`np.ndarray` of shape `(num_tools, num_levels)`, *optional*):
-            The codes that the tools have so far, from which those of their neighbors are improved.
+            The current codes, from which [`choose_codes`] starts. Defaults to the nearest codes.
 
     Returns:
-        `np.ndarray` of shape `(num_tools, num_levels)`: the codes, no two alike.
+        `np.ndarray` of shape `(num_tools, num_levels)`: the codes, all distinct.
 
     Raises:
         `ValueError`: if there are more tools than codes, or a latent vector is not finite.
@@ -84,11 +84,11 @@ def assign_codes(
     taken = np.zeros((0, len(sizes)), dtype=np.int64) if taken is None else np.asarray(taken, dtype=np.int64)
     check_capacity(len(latents) + len(taken), sizes)
     if not torch.isfinite(latents.sum(1)).all():
-        raise ValueError("a latent vector holds NaN or infinity; check the embeddings and the training's loss")
+        raise ValueError("a latent vector holds NaN or infinity; check the embeddings and the training loss")
 
     residual = latents.float()
     codebooks = [codebook.float() for codebook in codebooks]
-    prefix = np.zeros(len(latents), dtype=np.int64)  # of the levels so far, as one number
+    prefix = np.zeros(len(latents), dtype=np.int64)  # the code up to this level, as one number
     taken_prefix = np.zeros(len(taken), dtype=np.int64)
     before, codes = codes, np.empty((len(latents), len(sizes)), dtype=np.int64)
     for level, codebook in enumerate(codebooks):
@@ -111,7 +111,7 @@ def assign_codes(
 
 
 def nearest(points: torch.Tensor, centers: torch.Tensor) -> tuple[torch.LongTensor, torch.Tensor]:
-    """Return for each point the nearest center, and the squared distance less the squared norm of the point."""
+    """Return the nearest center of each point and their squared distance, without the term for the point's norm."""
     norms = centers.square().sum(1)
     distances = [torch.addmm(norms, rows, centers.T, alpha=-2).min(1) for rows in points.split(CHUNK_SIZE)]
     return torch.cat([part.indices for part in distances]), torch.cat([part.values for part in distances])
@@ -125,18 +125,19 @@ def choose_codes(
     index: np.ndarray | None = None,
 ) -> np.ndarray:
     r"""
-    Choose a level's codes with the graph in view, so that tools that are used together have the same one.
+    Choose the codes of one level so that tools that are used together tend to share a code.
 
-    The codes lower \\(\sum_u \|r_u - e_{c_u}\|^2 / \sigma^2 + \frac12 \sum_{uv} A_{uv} [c_u \ne c_v]\\) from where they
-    are: the share of the residuals' variance \\(\sigma^2\\) that the level leaves, and the Laplacian's form in which
-    codes that differ count as far apart as tools drawn at random (ToolWeaver, the collaborative regularization). In
-    each round half of the tools, drawn anew, take the code that is best beside their neighbors' present ones.
+    Coordinate descent on \\(\sum_u \|r_u - e_{c_u}\|^2 / \sigma^2 + \frac12 \sum_{uv} A_{uv} [c_u \ne c_v]\\). The first
+    term is the quantization error as a share of the residuals' variance \\(\sigma^2\\). The second is the graph
+    Laplacian's quadratic form (ToolWeaver's collaborative regularization), in which two different codes count as far
+    apart as two random tools. In each round, a random half of the tools take their best code given the current codes of
+    their neighbors.
 
     Args:
-        residual (`torch.Tensor` of shape `(num_tools, code_dim)`): What the levels before left of the latents.
+        residual (`torch.Tensor` of shape `(num_tools, code_dim)`): The residuals of the previous levels.
         codebook (`torch.Tensor` of shape `(codebook_size, code_dim)`): The level's codebook.
         cousage_weights (`scipy.sparse.csr_array` of shape `(num_tools, num_tools)`):
-            \\(A\\), of degree 1 on average ([`~cousage.unit_degree`]), times the collaborative weight.
+            \\(A\\): a graph of mean degree 1 ([`~cousage.unit_degree`]) times the collaborative weight.
         index (`np.ndarray` of shape `(num_tools,)`, *optional*): Codes to start from. Defaults to the nearest ones.
 
     Returns:
@@ -149,7 +150,7 @@ def choose_codes(
     draw = np.random.default_rng(0)
     everyone = np.arange(len(index) + 1)
     for _ in range(ROUNDS):
-        # A copy: what neighbors have is what they had before the round.
+        # Copied, so that all tools of a round see the codes from before the round.
         held = scipy.sparse.csr_array(
             (np.ones(len(index), dtype=np.float32), index.copy(), everyone), shape=(len(index), len(codebook))
         )
@@ -171,7 +172,7 @@ def choose_codes(
 
 
 def edges_within_codes(graph: scipy.sparse.csr_array, index: np.ndarray) -> scipy.sparse.csr_array:
-    """Return the part of a graph whose edges join tools with the same code."""
+    """Return the subgraph of the edges between tools with the same code."""
     graph = graph.tocoo()
     row, column = graph.coords
     same = index[row] == index[column]
@@ -182,9 +183,9 @@ def edges_within_codes(graph: scipy.sparse.csr_array, index: np.ndarray) -> scip
 def uniform_codes(
     latents: torch.Tensor, codebooks: Sequence[torch.Tensor], epsilon: float = 0.05, iterations: int = 5
 ) -> np.ndarray:
-    """Give every tool the code that the uniform mapping of the last level inside its prefix prefers.
+    """Assign codes by the paper's uniform mapping: Sinkhorn-Knopp on the last level, within each prefix.
 
-    The entropic form of what [`assign_codes`] solves exactly: few tools still share a code.
+    This is the entropic relaxation of the problem that [`assign_codes`] solves exactly; a few tools still share a code.
 
     Args:
         latents (`torch.Tensor` of shape `(num_tools, code_dim)`): The tools' latent vectors.
@@ -207,7 +208,7 @@ def uniform_codes(
 
     order = np.argsort(prefix, kind="stable")
     _, starts, sizes = np.unique(prefix[order], return_index=True, return_counts=True)
-    for size in np.unique(sizes):  # prefixes of the same size are mapped in one batch
+    for size in np.unique(sizes):  # prefixes with equally many tools form a batch
         tools = order[starts[sizes == size][:, None] + np.arange(size)]
         for rows in np.array_split(tools, -(-tools.size * len(last) // (1 << 24))):
             points = residual[torch.from_numpy(rows).to(residual.device)]
@@ -217,7 +218,7 @@ def uniform_codes(
 
 
 def _members(prefix: np.ndarray, wanted: np.ndarray) -> list[np.ndarray]:
-    """Return for each of the wanted prefixes the positions that have it."""
+    """Return the positions of the tools with each of the given prefixes."""
     order = np.argsort(prefix, kind="stable")
     ordered = prefix[order]
     starts, ends = np.searchsorted(ordered, wanted), np.searchsorted(ordered, wanted, side="right")
@@ -233,7 +234,7 @@ def _make_room(
     taken_index: np.ndarray,
     room: int,
 ) -> None:
-    """Change the codes of a level, in place, so that no more than `room` tools have the same one below a prefix."""
+    """Change the codes of a level in place, so that at most `room` tools of a prefix share one."""
     size = len(codebook)
     cells, counts = np.unique(
         np.concatenate([prefix * size + index, taken_prefix * size + taken_index]), return_counts=True
@@ -245,13 +246,13 @@ def _make_room(
 
 
 def _spill(points: torch.Tensor, centers: torch.Tensor, choice: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """Move points from crowded centers, those who lose least first, to the nearest center with room.
+    """Move points from overfull centers to the nearest center with room; the points that lose least move first.
 
     Args:
         points (`torch.Tensor` of shape `(num_points, dim)`): The points.
         centers (`torch.Tensor` of shape `(num_centers, dim)`): The centers.
         choice (`np.ndarray` of shape `(num_points,)`): The nearest center of each point.
-        room (`np.ndarray` of shape `(num_centers,)`): Points that each center can hold; in sum at least `num_points`.
+        room (`np.ndarray` of shape `(num_centers,)`): Capacity of each center; at least `num_points` in total.
     """
     choice = choice.copy()
     norms = centers.square().sum(1)
@@ -284,7 +285,7 @@ def _separate(
     taken_prefix: np.ndarray,
     taken_index: np.ndarray,
 ) -> None:
-    """Change the codes of the last level, in place, so that no two tools of a prefix have the same one."""
+    """Change the codes of the last level in place, so that no two tools of a prefix share one."""
     size = len(codebook)
     cell, taken_cell = prefix * size + index, taken_prefix * size + taken_index
     _, cell_number, counts = np.unique(cell, return_inverse=True, return_counts=True)
@@ -310,16 +311,16 @@ def _separate(
 
 
 def _fewest_moves(cost: np.ndarray, choice: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Assign each tool a column of its own so that as few as can be move, at the least total cost.
+    """Assign a distinct column to each tool: as few tools as possible move, at the least total cost.
 
     Args:
-        cost (`np.ndarray` of shape `(num_tools, num_columns)`): Cost of each column, up to a constant in each row. The
-            first columns are the codes that tools have now, the others are free.
-        choice (`np.ndarray` of shape `(num_tools,)`): The code that each tool has now.
-        own (`np.ndarray` of shape `(num_own,)`): The codes of the first columns, which one tool each may keep.
+        cost (`np.ndarray` of shape `(num_tools, num_columns)`): Cost of each column, up to a constant per row. The
+            first columns are the tools' current codes, the others are free.
+        choice (`np.ndarray` of shape `(num_tools,)`): The current code of each tool.
+        own (`np.ndarray` of shape `(num_own,)`): The codes of the first columns; each can be kept by one tool.
     """
     num_tools, num_own = len(choice), len(own)
-    # A tool needs no more than the nearest free columns, as many as tools move.
+    # Of the free columns, a tool needs at most the `num_moving` nearest.
     num_moving = num_tools - num_own
     free = cost[:, num_own:]
     if num_moving < free.shape[1]:
@@ -328,7 +329,7 @@ def _fewest_moves(cost: np.ndarray, choice: np.ndarray, own: np.ndarray) -> np.n
     else:
         kept = np.arange(cost.shape[1])
     cost = cost[:, kept]
-    # To keep the code is worth more than all that distances can add up to; nobody enters the code of another.
+    # The reward for keeping a code exceeds any sum of distances; no tool can take the current code of another.
     reward = 1 + np.ptp(cost, axis=1).sum()
     keeps = choice[:, None] == own
     cost[:, :num_own] = np.where(keeps, cost[:, :num_own] - reward, cost.max() + reward)
@@ -336,10 +337,10 @@ def _fewest_moves(cost: np.ndarray, choice: np.ndarray, own: np.ndarray) -> np.n
 
 
 def _linear_sum_assignment(cost: np.ndarray) -> np.ndarray:
-    """Return for each row its column in the assignment of least total cost.
+    """Return the column of each row in the assignment of least total cost.
 
-    Where rows are much alike and want the same few columns, as those of nearly identical tools do, the matrix is made
-    square and its columns are centered: the same solution, found an order of magnitude sooner.
+    Near-duplicate tools give similar rows that compete for the same few columns. Padding the matrix to a square and
+    centering its columns gives the same solution an order of magnitude faster.
     """
     rows, columns = cost.shape
     if rows > 64 and columns <= 1.25 * rows:

@@ -1,4 +1,4 @@
-"""The card of codes, and the template that they share with aligned models."""
+"""The model card of codes; its template is shared with aligned models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TAGS = ["toolweaver", "tool-use"]
 
 
 def codes_facts(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a card says of codes: how many there are, and one as an example.
+    """Return the template's variables for codes: their number, sizes and an example.
 
     Args:
         document (`Mapping[str, Any]`): The content of a `tool_codes.json`.
@@ -39,7 +39,7 @@ def model_card(repo_id: str, data: ModelCardData, facts: Mapping[str, Any]) -> M
     Args:
         repo_id (`str`): The repository.
         data (`ModelCardData`): The card's metadata.
-        facts (`Mapping[str, Any]`): What the template shows, among it the `kind` of the artifact.
+        facts (`Mapping[str, Any]`): The template's variables, including the `kind` of the artifact.
     """
     names = {"repo_id": repo_id, "model_name": repo_id.split("/")[-1]}
     return ModelCard.from_template(data, template_path=str(CARD_TEMPLATE), **facts, **names)

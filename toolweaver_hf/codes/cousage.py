@@ -1,4 +1,4 @@
-"""Which tools are used together."""
+"""The co-usage graph: which tools are used together."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def cousage_graph(catalog: ToolCatalog, uses: Iterable[Sequence[str]], min_cousa
         catalog ([`ToolCatalog`]):
             The tools.
         uses (`Iterable[Sequence[str]]`):
-            For each query or trajectory the ids of the tools that it uses.
+            The ids of the tools that each query or trajectory uses.
         min_cousage (`int`, *optional*, defaults to 2):
-            How often at least two tools have to be used together. A single shared query is often
-            chance, and the normalization gives it full weight for rare tools. The paper has 1.
+            How often two tools must be used together to get an edge. A single shared query is often chance, and the
+            normalization gives it full weight for rare tools. The paper uses 1.
 
     Returns:
         `scipy.sparse.csr_array` of shape `(num_tools, num_tools)`: symmetric, with an empty diagonal.
@@ -54,10 +54,10 @@ def cousage_graph(catalog: ToolCatalog, uses: Iterable[Sequence[str]], min_cousa
 
 
 def unit_degree(cousage: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
-    """Scale a graph so that the similarities of a tool add up to 1, on average over the tools that have any.
+    """Scale a graph to a mean degree of 1 over the tools that have edges.
 
-    What a tool feels of its neighbors then changes neither with the number of edges, nor with their scale, nor with the
-    number of tools that have none.
+    The strength of the regularization then does not depend on the number or the scale of the edges, nor on the number
+    of tools without any.
     """
     with_edges = np.count_nonzero(np.diff(cousage.indptr))
     scale = np.float32(with_edges / max(float(cousage.data.sum(dtype=np.float64)), 1e-12))
@@ -67,18 +67,18 @@ def unit_degree(cousage: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
 def hold_out_edges(
     cousage: scipy.sparse.csr_array, share: float, seed: int = 0
 ) -> tuple[scipy.sparse.csr_array, np.ndarray]:
-    """Hide a share of a graph's edges, to measure afterwards whether codes tell what training has not seen.
+    """Split a graph into training edges and held-out edges, to measure whether codes generalize to unseen pairs.
 
     Args:
         cousage (`scipy.sparse.csr_array` of shape `(num_tools, num_tools)`):
             A symmetric graph.
         share (`float`):
-            Share of its edges, from 0 to below 1, that are hidden.
+            Share of the edges to hold out, at least 0 and below 1.
         seed (`int`, *optional*, defaults to 0):
-            Seed of the choice.
+            Seed of the split.
 
     Returns:
-        `tuple`: the graph without them; the hidden pairs, of shape `(num_hidden, 2)`.
+        `tuple`: the training graph; the held-out pairs, of shape `(num_held_out, 2)`.
 
     Raises:
         `ValueError`: if the share is out of range.

@@ -1,4 +1,4 @@
-"""Tools' documents as vectors."""
+"""Embed the documents of tools."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def embed_catalog(
         encoder (`str`, *optional*):
             Id or path of a sentence-transformers model. Defaults to [`default_encoder`].
         cache_dir (`str`, *optional*):
-            Folder whose `embeddings.safetensors` is used if encoder and catalog are the same, and written otherwise.
+            Folder of the cache, `embeddings.safetensors`. The cache is valid for one encoder and one catalog.
         batch_size (`int`, *optional*, defaults to 64):
-            Documents in one forward pass.
+            Number of documents per forward pass.
 
     Returns:
-        `np.ndarray` of shape `(num_tools, embedding_dim)`, float32, of unit length.
+        `np.ndarray` of shape `(num_tools, embedding_dim)`, float32, normalized to unit length.
 
     Raises:
         `ValueError`: naming the tool whose embedding is not finite.
@@ -51,7 +51,7 @@ def embed_catalog(
                 if file.metadata() == key:
                     return file.get_tensor("embeddings")
         except SafetensorError:
-            pass  # a broken cache is made anew
+            pass  # a broken cache is computed again
     embeddings = SentenceTransformer(encoder).encode(
         catalog.documents, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=True
     )

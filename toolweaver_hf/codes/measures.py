@@ -1,4 +1,4 @@
-"""What codes are worth: reconstruction, collisions, and agreement with the co-usage graph."""
+"""Measures of codes: reconstruction, use of the codebooks, collisions, agreement with the co-usage graph."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from .assignment import uniform_codes
 
 
 METRICS_FILE = "metrics.json"
-
-
 METRICS_VERSION = 1  # schema_version of metrics.json and report.json
 
 
@@ -29,16 +27,16 @@ def measure_codes(
     Args:
         model ([`RQVAEModel`]): The fitted model.
         embeddings (`torch.Tensor` of shape `(num_tools, input_dim)`): The tools' embeddings.
-        assigned (`np.ndarray` of shape `(num_tools, num_levels)`): The codes after the assignment.
-        cousage (`scipy.sparse.csr_array` of shape `(num_tools, num_tools)`): Which tools are used together.
-        held_out (`np.ndarray` of shape `(num_pairs, 2)`, *optional*): Pairs used together that training has not seen.
+        assigned (`np.ndarray` of shape `(num_tools, num_levels)`): The tools' codes.
+        cousage (`scipy.sparse.csr_array` of shape `(num_tools, num_tools)`): The co-usage graph.
+        held_out (`np.ndarray` of shape `(num_pairs, 2)`, *optional*): Co-used pairs that were held out.
 
     Returns:
-        `dict`: `reconstruction_loss` with the assigned codes, as a share of the embeddings' variance; for each of
-        `levels` the codes used and their perplexity; `collisions_before`, `collisions_uniform` and `collisions`, the
-        tools beyond the first on a code: for the nearest codes, for those of the uniform mapping inside each prefix,
-        and for the assigned ones; for `cousage` and `held_out` how often these pairs
-        share their first code, and how often any pair does.
+        `dict`: `reconstruction_loss` of the assigned codes, as a share of the embeddings' variance; `levels`, with the
+        number of used codes and their perplexity; `collisions`, `collisions_before` and `collisions_uniform`, the number
+        of tools minus the number of distinct codes, for the assigned codes, for the nearest codes and for those of the
+        uniform mapping; `cousage` and `held_out`, how often these pairs share their first code, and how often any pair
+        does.
     """
     num_tools = len(assigned)
     codes = torch.from_numpy(assigned).to(embeddings.device)

@@ -1,4 +1,4 @@
-"""What codes look like: their measures, and a page of pictures."""
+"""A report of learned codes, as one page of plots and as JSON."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .tool_codes import ToolCodes
 
 
 def inspect_codes(folder: str | os.PathLike, catalog: str | os.PathLike | None = None) -> Path:
-    """Draw a report of the codes in a folder that `recipes/tokenize_tools.py` wrote.
+    """Draw a report of the codes in an output folder of `recipes/tokenize_tools.py`.
 
-    The page shows the losses of the training, the use of each level's codes, a map of the tools colored by their
-    first code, and the tools of the largest prefixes. The groups are written to `report.json` as well.
+    The page shows the training losses, the use of each level's codes, a map of the tools colored by their first code,
+    and the tools of the largest prefixes. `report.json` has the measures and the tools of all prefixes.
 
     Args:
         folder (`str`): The folder.
-        catalog (`str`, *optional*): A catalog of today. `report.json` then has, as `changes`, the names of its tools
-            that are `added` since the codes were learned, or whose documents are `changed`, and of those `removed`.
+        catalog (`str`, *optional*): The current catalog. `report.json` then lists as `changes` the names of the tools
+            that were `added`, `removed` or `changed` since the codes were learned.
 
     Returns:
-        `Path`: the picture, `report.png` in the folder.
+        `Path`: the path of the page, `report.png` in the folder.
     """
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
@@ -79,14 +79,16 @@ def inspect_codes(folder: str | os.PathLike, catalog: str | os.PathLike | None =
     axes.set(title="Tools on each code, most first", xlabel="share of the level's codes", ylabel="tools")
     axes.legend(frameon=False)
 
-    # Codes are drawn where their codebook vectors add up to, on the two main axes of these sums.
+    # A tool's position is its quantized vector, projected on the first two principal axes.
     axes = figure.add_subplot(grid[1:, 0])
     points = sum(codebook[matrix[:, level]] for level, codebook in enumerate(codebooks))
     points = points - points.mean(0)
     _, _, main_axes = np.linalg.svd(points[:: -(-len(points) // 20000)], full_matrices=False)
     plane = points @ main_axes[:2].T if len(main_axes) > 1 else np.pad(points @ main_axes[:1].T, ((0, 0), (0, 1)))
     size = max(2, min(40, 8000 / len(plane)))
-    shown = {first for first, _ in (largest if len(largest) <= 100 else largest[:10])}  # more colors tell nothing
+    shown = {
+        first for first, _ in (largest if len(largest) <= 100 else largest[:10])
+    }  # more colors cannot be told apart
     colored = np.isin(matrix[:, 0], list(shown))
     axes.scatter(*plane[~colored].T, c="0.85", s=size)
     axes.scatter(*plane[colored].T, c=matrix[colored, 0], cmap="gist_rainbow", s=size, alpha=0.8)
@@ -119,7 +121,7 @@ def _shortened(names: list[str], length: int) -> str:
 
 
 def print_report(folder: str | os.PathLike, catalog: str | os.PathLike | None = None) -> None:
-    """Draw the report of [`inspect_codes`]; print where it is and, beside a catalog, what has changed since."""
+    """Draw the report of [`inspect_codes`]; print its path and, given a catalog, the changed tools."""
     picture = inspect_codes(folder, catalog)
     if catalog:
         for kind, names in read_json(picture.with_suffix(".json"), METRICS_VERSION)["changes"].items():

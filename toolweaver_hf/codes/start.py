@@ -1,4 +1,4 @@
-"""Where a fit begins: the linear solution, k-means over the residuals, and codes that no tool has."""
+"""Initialization of an RQ-VAE: the linear solution, k-means on the residuals, and the revival of unused codes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from ..modeling_rqvae import RQVAEModel
 from .assignment import choose_codes, edges_within_codes, encode_tools, nearest
 
 
-SAMPLE_SIZE = 32768  # tools that k-means and the revival of codes look at
-SMOOTHING = 10.0  # weight of the graph in the start of the codebooks, in units of the collaborative weight
+SAMPLE_SIZE = 32768  # tools that k-means and the revival of codes sample
+SMOOTHING = 10.0  # weight of the graph when codebooks are initialized, in units of the collaborative weight
 
 
 @torch.no_grad()
@@ -20,15 +20,15 @@ def start_model(
     generator: torch.Generator | None = None,
     cousage_weights: scipy.sparse.csr_array | None = None,
 ) -> torch.LongTensor:
-    """Set a model to the best linear solution: principal axes, and k-means level by level on the residuals.
+    """Initialize a model with the best linear solution: principal axes, and k-means on the residuals of each level.
 
-    The layers beside the shortcuts add nothing at first. The latents' variance is 1 on average over dimensions. Every
-    level but the last starts, where there is a graph, from clusters of the residuals smoothed over it, and from the
-    codes that [`choose_codes`] finds for the means of these clusters.
+    The output of the MLPs beside their shortcuts is zero at first, and the latents have a mean variance of 1 per
+    dimension. With a co-usage graph, all levels but the last start from clusters of the residuals smoothed over the
+    graph, refined by [`choose_codes`].
 
     Args:
-        model ([`RQVAEModel`]): Its encoder, decoder and codebooks are changed; its mean and scale must be set.
-        embeddings (`torch.Tensor` of shape `(num_tools, input_dim)`): The data, of which a sample is looked at.
+        model ([`RQVAEModel`]): The model. Its encoder, decoder and codebooks are changed; its mean and scale must be set.
+        embeddings (`torch.Tensor` of shape `(num_tools, input_dim)`): The tools' embeddings, of which a sample is used.
         generator (`torch.Generator`, *optional*): Source of randomness, on the CPU.
         cousage_weights (`scipy.sparse.csr_array` of shape `(num_tools, num_tools)`, *optional*): As in [`choose_codes`].
 
@@ -69,7 +69,7 @@ def start_model(
 
 
 def _smooth(points: torch.Tensor, graph: scipy.sparse.csr_array, rounds: int = 20) -> torch.Tensor:
-    """Minimize |z - points|^2 plus the graph Laplacian's form of z, up to what `rounds` of Jacobi's method leave."""
+    """Minimize |z - points|^2 plus the graph Laplacian's quadratic form of z, by `rounds` of Jacobi's method."""
     fixed = points.cpu().numpy()
     smoothed, degree = fixed, graph.sum(1)[:, None]
     for _ in range(rounds):
@@ -80,7 +80,7 @@ def _smooth(points: torch.Tensor, graph: scipy.sparse.csr_array, rounds: int = 2
 def _means(
     points: torch.Tensor, index: torch.LongTensor, centers: torch.Tensor
 ) -> tuple[torch.Tensor, torch.LongTensor]:
-    """Return the mean of the points of each center, or the center where it has none, and their number."""
+    """Return the mean and the number of the points of each center; a center without points stays where it is."""
     counts = torch.bincount(index, minlength=len(centers))
     sums = torch.zeros_like(centers).index_add_(0, index, points)
     return torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centers), counts
@@ -89,18 +89,18 @@ def _means(
 def kmeans(
     points: torch.Tensor, num_centers: int, generator: torch.Generator | None = None, iterations: int = 20
 ) -> torch.Tensor:
-    """Lloyd's algorithm from the start of k-means++. Centers that lose all their points move to points far from any center.
+    """Lloyd's algorithm with k-means++ initialization. Centers without points move to the points farthest from any center.
 
     Args:
         points (`torch.Tensor` of shape `(num_points, dim)`): The points.
-        num_centers (`int`): May exceed the number of points; centers then coincide but for a slight noise.
+        num_centers (`int`): Number of centers. If it exceeds the number of points, centers coincide up to slight noise.
         generator (`torch.Generator`, *optional*): Source of randomness, on the CPU.
         iterations (`int`, *optional*, defaults to 20): Number of rounds.
 
     Returns:
         `torch.Tensor` of shape `(num_centers, dim)`: the centers.
     """
-    # As k-means++: each next center, or 1/64 of them all, is drawn from the points far from those before.
+    # As in k-means++, with 1/64 of the centers drawn at a time, in proportion to the squared distance.
     centers = points[torch.randint(len(points), (1,), generator=generator).to(points.device)]
     far = (points - centers).square().sum(1)
     while len(centers) < num_centers:
@@ -126,16 +126,16 @@ def kmeans(
 def revive_codes(
     model: RQVAEModel, latents: torch.Tensor, codes: torch.LongTensor, generator: torch.Generator | None = None
 ) -> list[int]:
-    """Move codes that no tool has to residuals that are quantized badly.
+    """Move the vectors of unused codes to residuals with a large quantization error.
 
     Args:
-        model ([`RQVAEModel`]): Its codebooks are changed.
+        model ([`RQVAEModel`]): The model. Its codebooks are changed.
         latents (`torch.Tensor` of shape `(num_tools, code_dim)`): The latent vectors of a sample of the tools.
         codes (`torch.LongTensor` of shape `(num_tools, num_levels)`): Their codes.
         generator (`torch.Generator`, *optional*): Source of randomness, on the CPU.
 
     Returns:
-        `list[int]`: for each level the number of codes that were moved.
+        `list[int]`: the number of moved codes of each level.
     """
     revived, residual = [], latents
     for codebook, index in zip(model.quantizer.codebooks, codes.T, strict=True):

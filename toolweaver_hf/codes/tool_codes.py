@@ -1,4 +1,4 @@
-"""`ToolCodes`: which tool has which code."""
+"""`ToolCodes`: the mapping from tools to codes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .card import TAGS, codes_facts, model_card
 
 
 class CatalogChanges(NamedTuple):
-    """How a catalog differs from the one that codes were learned for: the ids of the tools concerned."""
+    """Ids of the tools by which a catalog differs from the one that codes were learned for."""
 
     added: list[str]
     removed: list[str]
@@ -30,17 +30,17 @@ class CatalogChanges(NamedTuple):
 
 
 class ToolCodes(PushToHubMixin, Mapping[str, tuple[int, ...]]):
-    """The code of every tool: a mapping from tool id to one codebook index a level.
+    """The code of every tool: a mapping from tool id to one codebook index per level.
 
     Args:
         codebook_sizes (`Sequence[int]`):
             Size of the codebook of each level, 1 to 8 levels.
         codes (`Mapping[str, Sequence[int]]`):
-            For each tool id its code. No two tools share one.
+            The code of each tool id. Codes are unique.
         checksums (`Mapping[str, str]`, *optional*):
-            [`Tool.checksum`] of each tool when its code was learned.
+            [`Tool.checksum`] of each tool at the time its code was learned.
         retired (`Sequence[Sequence[int]]`, *optional*):
-            Codes of tools that were removed; they are not given to other tools.
+            Codes of removed tools, which are not assigned to other tools.
 
     Raises:
         `ValueError`: naming the tool whose code is out of range or taken.
@@ -87,9 +87,9 @@ class ToolCodes(PushToHubMixin, Mapping[str, tuple[int, ...]]):
         return np.array(list(self._codes.values()), dtype=np.int64)
 
     def compare(self, catalog: ToolCatalog) -> CatalogChanges:
-        """Tell how a catalog differs from the tools that have a code here.
+        """Compare a catalog with the one that the codes were learned for.
 
-        Tools count as `changed` if their document is another than when their code was learned.
+        A tool counts as `changed` if its document differs from the one its code was learned from.
         """
         return CatalogChanges(
             added=[tool.id for tool in catalog if tool.id not in self],
@@ -104,28 +104,28 @@ class ToolCodes(PushToHubMixin, Mapping[str, tuple[int, ...]]):
         embeddings: np.ndarray | torch.Tensor,
         reuse_retired: bool = False,
     ) -> None:
-        """Give new tools codes from a fitted model. No other tool's code changes.
+        """Assign codes to new tools with a fitted model. The codes of other tools do not change.
 
-        A language model that was aligned before knows the new codes' levels, but not yet the tools: train it on their
-        documents and queries.
+        An aligned language model already has the tokens of the new codes, but does not know the tools yet: train it on
+        their documents and queries.
 
         Args:
             tools (`Sequence[Tool]`):
                 The new tools.
             model ([`RQVAEModel`]):
-                The model that the codes were learned with.
+                The RQ-VAE that the codes were learned with.
             embeddings (`np.ndarray` or `torch.Tensor` of shape `(len(tools), input_dim)`):
-                Embeddings of their documents by the encoder that the model was fitted on.
+                Embeddings of their documents, by the encoder that the RQ-VAE was trained on.
             reuse_retired (`bool`, *optional*, defaults to `False`):
-                Whether codes of removed tools may be given again, to a model that has not learned them, or unlearns them.
+                Whether to assign codes of removed tools again. Only do so if no language model has learned them.
 
         Raises:
-            `ValueError`: naming a tool that has a code or whose embedding is not finite, or if no room is left for
-                all; then none is added.
+            `ValueError`: naming a tool that already has a code or whose embedding is not finite, or if there are not
+                enough free codes. No tool is added then.
         """
         present = [tool.id for tool in tools if tool.id in self]
         if present:
-            raise ValueError(f"the tool {present[0]!r} has a code already; remove it first to give it another")
+            raise ValueError(f"the tool {present[0]!r} already has a code; remove it first to assign another")
         if len({tool.id for tool in tools}) < len(tools):
             raise ValueError("two of the new tools have the same id")
         embeddings = torch.as_tensor(embeddings, device=model.device)
@@ -146,10 +146,10 @@ class ToolCodes(PushToHubMixin, Mapping[str, tuple[int, ...]]):
             self.retired.discard(tuple(code))
 
     def remove(self, *tool_ids: str) -> None:
-        """Take tools out. Their codes are retired: a model has learned that they mean these tools.
+        """Remove tools. Their codes are retired, since a language model may have learned them.
 
         Raises:
-            `ValueError`: naming a tool that has no code; then none is removed.
+            `ValueError`: naming a tool that has no code. No tool is removed then.
         """
         for tool_id in tool_ids:
             if tool_id not in self:
@@ -159,7 +159,7 @@ class ToolCodes(PushToHubMixin, Mapping[str, tuple[int, ...]]):
             self.checksums.pop(tool_id, None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of a `tool_codes.json`."""
+        """Return the content of `tool_codes.json`."""
         return {
             "schema_version": SCHEMA_VERSION,
             "codebook_sizes": self.codebook_sizes,
@@ -179,15 +179,15 @@ class ToolCodes(PushToHubMixin, Mapping[str, tuple[int, ...]]):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, **hub_kwargs) -> ToolCodes:
-        """Read the `tool_codes.json` of a folder or of a repository of the Hub.
+        """Read `tool_codes.json` from a folder or a Hub repository.
 
         Args:
-            folder (`str`): The folder or repository.
-            hub_kwargs: As for every `from_pretrained`: `revision`, `token`, `cache_dir`, ...
+            folder (`str`): The folder or the repository id.
+            hub_kwargs: `revision`, `token`, `cache_dir`, ... as for any `from_pretrained`.
 
         Raises:
-            `ValueError`: naming the file, if it is not valid or of a newer schema.
-            `OSError`: if there is none.
+            `ValueError`: naming the file, if it is not valid or has a newer `schema_version`.
+            `OSError`: if the file does not exist.
         """
         path = cached_file(folder, TOOL_CODES_FILE, **hub_kwargs)
         try:

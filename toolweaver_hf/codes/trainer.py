@@ -1,4 +1,4 @@
-"""Fitting an RQ-VAE: a `Trainer` in which the tools' codes and the weights are improved in turn."""
+"""Training of an RQ-VAE: a `Trainer` that alternates between code assignment and weight updates."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from .cousage import unit_degree
 from .start import SAMPLE_SIZE, revive_codes, start_model
 
 
-ASSIGNMENTS = 54  # times that codes are assigned anew, in the first nine tenths of the training
-CODES_FILE = "codes.safetensors"  # the present codes, in a checkpoint
+ASSIGNMENTS = 54  # number of code assignments, in the first nine tenths of the training
+CODES_FILE = "codes.safetensors"  # the current codes, in a checkpoint
 
 
 @dataclass
@@ -58,7 +58,7 @@ class RQVAETrainingArguments(TrainingArguments):
 
 
 class _ToolIndices(Dataset):
-    """The dataset of the tools' positions; their embeddings stay on the device."""
+    """Dataset of the tools' row numbers; their embeddings stay on the device."""
 
     def __init__(self, num_tools: int):
         self.num_tools = num_tools
@@ -78,9 +78,9 @@ def _collate(indices: list[int]) -> dict[str, torch.LongTensor]:
 
 
 class _FullBatches(Sampler[int]):
-    """A permutation of the tools in each epoch, filled up from its start to whole batches of all processes.
+    """A permutation of the tools per epoch, padded from its start to a multiple of the global batch size.
 
-    So every step sees as many tools, and the same ones for any number of processes.
+    Every step then sees equally many tools, and the same tools for any number of processes.
     """
 
     def __init__(self, num_tools: int, batch_size: int, seed: int):
@@ -106,40 +106,39 @@ def _seed(seed: int, step: int) -> int:
 class RQVAETrainer(Trainer):
     """[`Trainer`] of an [`RQVAEModel`].
 
-    The fit starts from the linear solution: encoder and decoder project on the embeddings' principal axes, and the
-    codebooks are set by k-means, level by level on the residuals. Then two things take turns. [`assign_codes`] gives
-    every tool of the catalog a code of its own, with the graph in view, and codes that no tool has are revived; for
-    the steps up to the next time, encoder, codebooks and decoder learn these codes. In the last tenth of the training
-    the codes stay as they are: so the decoder has learned the codes that the tools keep, and the encoder to find them.
+    Training starts from the linear solution: encoder and decoder project on the embeddings' principal axes, and the
+    codebooks are initialized by k-means on the residuals of each level. Then two phases alternate. In the first,
+    [`assign_codes`] assigns a unique code to every tool, with respect to the co-usage graph, and unused codes are
+    revived. In the second, encoder, codebooks and decoder are trained on these codes. In the last tenth of the training
+    the codes are fixed, so that decoder and encoder fit the final codes.
 
-    This is the paper's uniform mapping of the last level and its collaborative regularization (section 3.1), over the
-    whole catalog and its whole graph at a time instead of a batch.
+    This implements the paper's uniform mapping of the last level and its collaborative regularization (section 3.1),
+    on the whole catalog and graph instead of one batch.
 
-    Batches and draws depend on the seed and the step alone: a training that is resumed, or that several processes
-    share, takes the same steps as an unbroken one on one process with the same number of tools a step. A step never
-    waits for the device.
+    Batches and random draws depend only on the seed and the step. A resumed or distributed run takes the same steps as
+    an uninterrupted run in one process with the same global batch size. A step never synchronizes with the device.
 
     [`~RQVAETrainer.evaluate`] measures the codes of the whole catalog.
 
     Args:
         model ([`RQVAEModel`]):
-            The model to fit.
+            The model to train.
         args ([`TrainingArguments`]):
             Training arguments.
         embeddings (`np.ndarray` or `torch.Tensor` of shape `(num_tools, input_dim)`):
             The tools' embeddings.
         cousage (`scipy.sparse.csr_array` of shape `(num_tools, num_tools)`, *optional*):
-            Collaborative similarity of the tools. Each step draws one neighbor for every tool of its batch, so its
-            cost does not grow with the number of edges.
+            The co-usage graph. Each step draws one neighbor per tool of its batch, so its cost does not grow with the
+            number of edges.
         kwargs:
             Passed on to [`Trainer`].
 
     Attributes:
-        codes (`torch.LongTensor` of shape `(num_tools, num_levels)`): The tools' codes, once the training has begun; no
-            two are alike.
+        codes (`torch.LongTensor` of shape `(num_tools, num_levels)`): The tools' codes, all distinct, once training
+            has begun.
 
     Raises:
-        `ValueError`: if an embedding is not finite, there are more tools than codes, or the shapes do not fit together.
+        `ValueError`: if an embedding is not finite, there are more tools than codes, or the shapes do not match.
     """
 
     def __init__(
@@ -166,9 +165,9 @@ class RQVAETrainer(Trainer):
         variance = sum(float((rows - model.mean).square().sum()) for rows in embeddings.split(CHUNK_SIZE))
         model.scale.fill_(max((variance / embeddings.numel()) ** 0.5, 1e-6))
 
-        args.remove_unused_columns = False  # the batches hold the tools' positions alone
-        args.logging_nan_inf_filter = False  # looking for NaN would wait for the device in every step
-        # A batch larger than the catalog would hold tools twice.
+        args.remove_unused_columns = False  # a batch holds row numbers only
+        args.logging_nan_inf_filter = False  # the filter would synchronize with the device in every step
+        # A batch larger than the catalog would repeat tools.
         args.per_device_train_batch_size = min(args.per_device_train_batch_size, -(-num_tools // args.world_size))
         tools = _ToolIndices(num_tools)
         super().__init__(
@@ -193,7 +192,7 @@ class RQVAETrainer(Trainer):
         return _FullBatches(len(self.embeddings), batch_size, self.args.seed)
 
     def train(self, *args, **kwargs):
-        # Where codes are all but certain, gradients are full of denormal numbers, which a CPU takes many times as long for.
+        # Near-certain codes give denormal gradients, which are many times slower on a CPU.
         torch.set_flush_denormal(True)
         try:
             return super().train(*args, **kwargs)
@@ -204,7 +203,7 @@ class RQVAETrainer(Trainer):
         index = inputs["index"]
         neighbor_codes, weights = None, None
         if self.neighbors is not None:
-            # The draws for the batch of all processes, of which this one takes its part.
+            # Draw for the global batch; each process takes its part.
             self._generator.manual_seed(_seed(self.args.seed, self.state.global_step))
             shape = (self.args.world_size, len(index))
             draws = torch.rand(shape, dtype=torch.float64, device=index.device, generator=self._generator)
@@ -239,11 +238,11 @@ class RQVAETrainer(Trainer):
 
     @torch.no_grad()
     def assign(self, start: bool = False) -> None:
-        """Improve the tools' codes for the present weights.
+        """Assign codes with the current weights.
 
         Args:
-            start (`bool`, *optional*, defaults to `False`): Whether to set weights and codes to the start of a
-                training; otherwise codes that no tool has are revived.
+            start (`bool`, *optional*, defaults to `False`): Whether to initialize weights and codes. Otherwise unused
+                codes are revived.
         """
         model = self.accelerator.unwrap_model(self.model)
         generator = torch.Generator().manual_seed(_seed(self.args.seed, self.state.global_step))
@@ -254,17 +253,17 @@ class RQVAETrainer(Trainer):
             revive_codes(model, latents[sample], codes[sample], generator)
         codes = assign_codes(latents, model.codebooks(), None, self.cousage_weights, codes.cpu().numpy())
         self.codes = torch.from_numpy(codes).to(self.args.device)
-        if self.args.world_size > 1:  # all processes go on with the model and the codes of the first
+        if self.args.world_size > 1:  # all processes continue with the model and codes of the first
             broadcast([*model.state_dict().values(), self.codes])
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Measure the nearest codes of the whole catalog.
+        """Measure the codes of the whole catalog.
 
         Returns:
-            `dict[str, float]`: `eval_reconstruction_loss`, of the codes in training where there are any;
-            `eval_collision_rate`, the share of tools beyond the first on their nearest code; `eval_codebook_use`, the
-            share of its codes that the least used level uses.
+            `dict[str, float]`: `eval_reconstruction_loss` of the assigned codes, or of the nearest ones before training;
+            `eval_collision_rate`, one minus the number of distinct nearest codes per tool; `eval_codebook_use`, the
+            smallest share of used codes of any level.
         """
         model = self.accelerator.unwrap_model(self.model)
         was_training = model.training
@@ -291,25 +290,25 @@ class RQVAETrainer(Trainer):
 
 
 class _Neighbors:
-    """Draws for each tool one that is used together with it, along edges in proportion to their similarity.
+    """Samples a co-used tool for each tool, with probability proportional to the edge weight.
 
-    The weight of a pair is the degree of its tool in the graph, which is 1 on average ([`~cousage.unit_degree`]). So the
-    weighted mean over a batch is the Laplacian's form up to a constant.
+    The weight of a pair is the degree of its tool, 1 on average ([`~cousage.unit_degree`]), so that the weighted mean
+    over a batch estimates the graph Laplacian's quadratic form up to a constant.
     """
 
     def __init__(self, graph: scipy.sparse.csr_array, device: torch.device):
         self.indices = torch.from_numpy(graph.indices.astype(np.int64)).to(device)
-        # One cumulative sum over all edges: an edge of tool i is found between start[i] and start[i + 1].
+        # One cumulative sum over all edges; those of tool i lie between start[i] and start[i + 1].
         cumulative = np.concatenate([[0.0], np.cumsum(graph.data, dtype=np.float64)])
         self.cumulative = torch.from_numpy(cumulative[1:]).to(device)
         self.start = torch.from_numpy(cumulative[graph.indptr]).to(device)
 
     def draw(self, index: torch.LongTensor, draws: torch.Tensor) -> tuple[torch.LongTensor, torch.Tensor]:
-        """Return a neighbor of each tool, and the weight of the pair.
+        """Return a neighbor of each tool and the weight of the pair.
 
         Args:
             index (`torch.LongTensor` of shape `(batch_size,)`): The tools.
-            draws (`torch.Tensor` of shape `(batch_size,)`): Uniform random numbers from 0 to 1.
+            draws (`torch.Tensor` of shape `(batch_size,)`): Uniform random numbers in [0, 1).
         """
         start, end = self.start[index], self.start[index + 1]
         edge = torch.searchsorted(self.cumulative, start + (end - start) * draws, right=True)
@@ -317,7 +316,7 @@ class _Neighbors:
 
 
 class _CodebookCallback(TrainerCallback):
-    """Starts the model before the first step, and assigns codes anew but for the last tenth of the training."""
+    """Initializes the model before the first step, and assigns codes until the last tenth of the training."""
 
     def __init__(self, trainer: RQVAETrainer):
         self.trainer = trainer
@@ -333,13 +332,13 @@ class _CodebookCallback(TrainerCallback):
 
 
 class CodesEarlyStoppingCallback(TrainerCallback, ExportableState):
-    """Stops the training when the codes get no better: neither fewer collisions nor a better reconstruction.
+    """Stops the training when neither the collisions nor the reconstruction improve.
 
     Args:
         patience (`int`, *optional*, defaults to 5):
-            Number of evaluations in a row without improvement of either after which the training stops.
+            Number of consecutive evaluations without an improvement of either before training stops.
         threshold (`float`, *optional*, defaults to 0.001):
-            How far a measure, a share of the tools or of the variance, must fall below its best so far to have improved.
+            Smallest decrease of a measure (a share of the tools, or of the variance) that counts as an improvement.
     """
 
     def __init__(self, patience: int = 5, threshold: float = 0.001):
