@@ -138,7 +138,8 @@ def load_model_and_tokenizer(
     from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings
     from toolweaver_hf.codes.tool_codes import ToolCodes
     from toolweaver_hf.modeling_rqvae import RQVAEModel
-    from toolweaver_hf.tokenization_toolweaver import TOOL_CODES_FILE, ToolWeaverTokenizer
+    from toolweaver_hf.tokenization_toolweaver import ToolWeaverTokenizer
+    from toolweaver_hf.tool_codes_file import TOOL_CODES_FILE
 
     codes = ToolCodes.from_pretrained(args.codes_dir)
     changes = codes.compare(catalog)

@@ -12,7 +12,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from .tokenization_toolweaver import HUB_KWARGS
+
+HUB_KWARGS = ("revision", "token", "cache_dir", "subfolder", "force_download", "local_files_only")
+"""Arguments of every `from_pretrained` that say where on the Hub a file is and how to get it."""
+
+
+def split_hub_kwargs(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split the arguments of a `from_pretrained` into those that say where its files are on the Hub, and the others."""
+    hub_kwargs = {name: value for name, value in kwargs.items() if name in HUB_KWARGS}
+    return hub_kwargs, {name: value for name, value in kwargs.items() if name not in HUB_KWARGS}
 
 
 def load_aligned_model(folder: str | os.PathLike, **kwargs) -> PreTrainedModel:
@@ -29,7 +37,7 @@ def load_aligned_model(folder: str | os.PathLike, **kwargs) -> PreTrainedModel:
         `ValueError`: if the configuration is not valid, or declares another model than the weights are of.
         `OSError`: if a file is missing, such as weights in safetensors.
     """
-    hub_kwargs = {name: value for name, value in kwargs.items() if name in HUB_KWARGS}
+    hub_kwargs, _ = split_hub_kwargs(kwargs)
     kwargs["use_safetensors"] = True  # no pickle is opened
     try:
         if find_adapter_config_file(os.fspath(folder), **hub_kwargs) is None:

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from .cache import DecodingState
-from .loading import load_aligned_model
+from .loading import load_aligned_model, split_hub_kwargs
 from .text_expert import TEXT_EXPERT_FILE, TextExpert
-from .tokenization_toolweaver import HUB_KWARGS, TOOL_CODES_FILE, ToolWeaverTokenizer
+from .tokenization_toolweaver import ToolWeaverTokenizer
+from .tool_codes_file import TOOL_CODES_FILE
 from .trie import CodeTrie
 
 
@@ -150,7 +151,7 @@ class ToolRetriever:
                 Those that say where from, such as `revision` and `token`, hold for the other files, too.
         """
         name = pretrained_model_name_or_path
-        hub_kwargs = {key: value for key, value in model_kwargs.items() if key in HUB_KWARGS}
+        hub_kwargs, _ = split_hub_kwargs(model_kwargs)
 
         def has(file: str) -> bool:
             return cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub_kwargs) is not None

@@ -25,8 +25,9 @@ PIPELINE_FILES = (
     "loading.py",
     "trie.py",
     "tokenization_toolweaver.py",
+    "tool_codes_file.py",
 )
-GENERATE_FILES = ("logits_process.py", "trie.py", "tokenization_toolweaver.py", "vllm.py")
+GENERATE_FILES = ("logits_process.py", "trie.py", "tokenization_toolweaver.py", "tool_codes_file.py", "vllm.py")
 
 
 def save_inference_code(folder: str | os.PathLike) -> None:

@@ -16,8 +16,8 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.utils import logging
 
 from ..data.catalog import ToolCatalog
-from ..loading import load_aligned_model
-from ..tokenization_toolweaver import HUB_KWARGS, ToolWeaverTokenizer
+from ..loading import load_aligned_model, split_hub_kwargs
+from ..tokenization_toolweaver import ToolWeaverTokenizer
 from ..trie import CodeTrie
 from .arguments import ToolArgumentsLogitsProcessor
 from .run import AgentRun, as_json
@@ -125,13 +125,13 @@ class ToolAgent:
                 the folder's.
             kwargs: As for the class; those that say where from, such as `revision` and `token`, hold for all files.
         """
-        hub_kwargs = {name: kwargs.pop(name) for name in HUB_KWARGS if name in kwargs}
+        hub_kwargs, settings = split_hub_kwargs(kwargs)
         return cls(
             load_aligned_model(folder, **hub_kwargs),
             ToolWeaverTokenizer.from_pretrained(folder, **hub_kwargs),
             catalog or ToolCatalog.from_pretrained(folder, repo_type="model", **hub_kwargs),
             functions,
-            **kwargs,
+            **settings,
         )
 
     def __call__(self, query: str | Sequence[dict[str, Any]], allowed_tools: Iterable[str] | None = None) -> AgentRun:

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..tokenization_toolweaver import LEVEL_LETTERS
+from ..tool_codes_file import LEVEL_LETTERS
 
 
 CARD_TEMPLATE = Path(__file__).parents[1] / "model_card_template.md"

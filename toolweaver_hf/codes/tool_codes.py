@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 from ..data.catalog import Tool, ToolCatalog
 from ..modeling_rqvae import RQVAEModel
 from ..push_mixin import PushToHubMixin
-from ..tokenization_toolweaver import SCHEMA_VERSION, TOOL_CODES_FILE, check_tool_codes, write_tool_codes
+from ..tool_codes_file import SCHEMA_VERSION, TOOL_CODES_FILE, check_tool_codes, write_tool_codes
 from .assignment import assign_codes
 from .card import TAGS, codes_facts, model_card
 

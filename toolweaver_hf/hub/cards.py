@@ -21,7 +21,7 @@ from ..data.queries import load_queries
 from ..data.trajectories import load_trajectories
 from ..evaluation.rankings import METRICS_FILE, METRICS_VERSION, markdown_table
 from ..files import read_json, read_object
-from ..tokenization_toolweaver import TOOL_CODES_FILE, check_tool_codes
+from ..tool_codes_file import TOOL_CODES_FILE, check_tool_codes
 
 
 if TYPE_CHECKING:
