@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
-from . import logits_process
+from .logits_process import ToolCodeLogitsProcessor
 from .tokenization_toolweaver import ToolWeaverTokenizer
 from .trie import CodeTrie
 
@@ -37,9 +37,7 @@ class VLLMToolCodeLogitsProcessor(LogitsProcessor):
         tokenizer = ToolWeaverTokenizer.from_pretrained(vllm_config.model_config.tokenizer)
         trie = CodeTrie(tokenizer.tool_code_ids).to(req_states.device)
         self.req_states = req_states
-        self.processor = logits_process.ToolCodeLogitsProcessor(
-            trie, mode="trajectory", code_token_ids=tokenizer.code_token_ids
-        )
+        self.processor = ToolCodeLogitsProcessor(trie, mode="trajectory", code_token_ids=tokenizer.code_token_ids)
         self._back = torch.arange(trie.num_levels - 2, -1, -1, device=req_states.device)
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
