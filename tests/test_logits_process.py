@@ -80,7 +80,7 @@ def test_every_step_equals_brute_force(codes, kind, data):
         eos_token_id=EOS,
         code_start=code_start,
         code_token_ids=range(TEXT, vocab_size),
-        allowed_tools=[sorted(tools) for tools in sets],
+        allowed_rows=[sorted(tools) for tools in sets],
     )
     scores = torch.randn(len(rows), vocab_size)
     kept = scores.clone()
@@ -105,13 +105,13 @@ def model():
     return small_llama(TEXT + 3 * SIZE).eval()
 
 
-def generate(model, allowed_tools=SETS, mode="retrieval", **kwargs):
+def generate(model, allowed_rows=SETS, mode="retrieval", **kwargs):
     processor = ToolCodeLogitsProcessor(
         CodeTrie(np.array(CODES)),
         mode=mode,
         prompt_length=PROMPTS.shape[1],
         eos_token_id=EOS,
-        allowed_tools=allowed_tools,
+        allowed_rows=allowed_rows,
         code_token_ids=range(TEXT, TEXT + 3 * SIZE),
         code_start=kwargs.pop("code_start", "allowed"),
     )
@@ -236,7 +236,7 @@ def test_static_cache_and_compiled_forward(model):
 @pytest.mark.parametrize("mode", ["retrieval", "trajectory"])
 def test_the_processor_itself_compiles_in_one_graph(mode):
     processor = ToolCodeLogitsProcessor(
-        CodeTrie(np.array(CODES)), mode=mode, prompt_length=2, eos_token_id=EOS, allowed_tools=SETS
+        CodeTrie(np.array(CODES)), mode=mode, prompt_length=2, eos_token_id=EOS, allowed_rows=SETS
     )
     compiled = torch.compile(processor.__call__, fullgraph=True, backend="aot_eager")
     for depth in range(4):
@@ -265,8 +265,8 @@ def test_errors():
     with pytest.raises(ValueError, match="code_start must be"):
         ToolCodeLogitsProcessor(trie, mode="trajectory", code_start="maybe")
     with pytest.raises(ValueError, match="empty set of allowed tools"):
-        ToolCodeLogitsProcessor(trie, mode="trajectory", code_start="forced", allowed_tools=[[1], []])
-    processor = ToolCodeLogitsProcessor(trie, mode="trajectory", allowed_tools=[[1], [2]])
+        ToolCodeLogitsProcessor(trie, mode="trajectory", code_start="forced", allowed_rows=[[1], []])
+    processor = ToolCodeLogitsProcessor(trie, mode="trajectory", allowed_rows=[[1], [2]])
     with pytest.raises(ValueError, match="2 sets of allowed tools cannot hold for 3 rows"):
         LogitsProcessorList([processor])(torch.ones((3, 4), dtype=torch.long), torch.zeros(3, 22))
     with pytest.raises(ValueError, match="resize the model's embeddings"):
@@ -282,7 +282,7 @@ def test_large_catalogs_keep_to_their_sets(seed, levels):
     codes = np.unique(generator.integers(0, size, (50_000, levels)), axis=0) + TEXT + size * np.arange(levels)
     codes = generator.permutation(codes)
     sets = [generator.choice(len(codes), generator.integers(1, 2000), replace=False) for _ in range(4)]
-    processor = ToolCodeLogitsProcessor(CodeTrie(codes), prompt_length=0, eos_token_id=EOS, allowed_tools=sets)
+    processor = ToolCodeLogitsProcessor(CodeTrie(codes), prompt_length=0, eos_token_id=EOS, allowed_rows=sets)
     rows = torch.zeros((8, 0), dtype=torch.long)
     for depth in range(levels):
         masked = processor(rows, torch.rand(8, TEXT + size * levels))

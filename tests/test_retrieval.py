@@ -7,7 +7,7 @@ import torch
 from conftest import small_llama
 from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from toolweaver_hf import CodeTrie, ToolCodeLogitsProcessor, ToolCodes, ToolRetriever, ToolWeaverTokenizer
+from toolweaver_hf import ToolCodeLogitsProcessor, ToolCodes, ToolRetriever, ToolWeaverTokenizer
 
 
 QUERIES = ["Will it rain?", "How many dollars is a euro today, and was it more in the spring?"]
@@ -111,7 +111,7 @@ def test_beams_of_generate_rank_alike(base_tokenizer):
     (found,) = ToolRetriever(model, tokenizer)(QUERIES[0], top_k=10, num_beams=60)
     prompt = torch.tensor([tokenizer.encode_query(QUERIES[0])])
     processor = ToolCodeLogitsProcessor(
-        CodeTrie(tokenizer.tool_code_ids), prompt_length=prompt.shape[1], eos_token_id=tokenizer.eos_token_id
+        tokenizer.trie, prompt_length=prompt.shape[1], eos_token_id=tokenizer.eos_token_id
     )
     output = model.generate(
         prompt,

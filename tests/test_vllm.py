@@ -6,7 +6,7 @@ import torch
 
 interface = pytest.importorskip("vllm.v1.worker.gpu.sample.logits_processor.interface", exc_type=ImportError)
 
-from toolweaver_hf import CodeTrie, ToolCodeLogitsProcessor, ToolCodes, ToolWeaverTokenizer  # noqa: E402
+from toolweaver_hf import ToolCodeLogitsProcessor, ToolCodes, ToolWeaverTokenizer  # noqa: E402
 from toolweaver_hf.vllm import VLLMToolCodeLogitsProcessor as VLLMProcessor  # noqa: E402
 
 
@@ -47,7 +47,7 @@ def test_rows_are_masked_as_generate_masks_them(base_tokenizer, tmp_path):
     rows = [histories[0], [*histories[0], draft[0]], [*histories[0], *draft], histories[1]]
     for row, prompt, ids in zip(range(4), (3, 3, 3, 2), rows, strict=True):
         plain = ToolCodeLogitsProcessor(
-            CodeTrie(tokenizer.tool_code_ids),
+            tokenizer.trie,
             mode="trajectory",
             prompt_length=prompt,
             code_token_ids=tokenizer.code_token_ids,

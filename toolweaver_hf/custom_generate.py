@@ -9,7 +9,6 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from .logits_process import ToolCodeLogitsProcessor
 from .tokenization_toolweaver import ToolWeaverTokenizer
-from .trie import CodeTrie
 
 
 def generate(
@@ -33,7 +32,7 @@ def generate(
     if not hasattr(model, "_tool_trie"):
         commit = getattr(model.config, "_commit_hash", None)  # of a repository, the one that the model is from
         tokenizer = ToolWeaverTokenizer.from_pretrained(model.name_or_path, revision=commit)
-        model._tool_trie = CodeTrie(tokenizer.tool_code_ids).to(model.device)
+        model._tool_trie = tokenizer.trie.to(model.device)
         model._tool_rows = {tool_id: row for row, tool_id in enumerate(tokenizer.tool_ids)}
         model._code_token_ids = tokenizer.code_token_ids
     prompts = kwargs.get("input_ids") if inputs is None else inputs
@@ -43,7 +42,7 @@ def generate(
         prompt_length=0 if prompts is None else prompts.shape[1],
         code_start=code_start,
         code_token_ids=model._code_token_ids,
-        allowed_tools=None if allowed_tools is None else [[model._tool_rows[tool_id] for tool_id in allowed_tools]],
+        allowed_rows=None if allowed_tools is None else [[model._tool_rows[tool_id] for tool_id in allowed_tools]],
     )
     kwargs.pop("custom_generate", None)
     processors = LogitsProcessorList([*(logits_processor or []), processor])

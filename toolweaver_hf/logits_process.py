@@ -35,7 +35,7 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
         code_token_ids (`Sequence[int]`, *optional*):
             All tokens of codes, such as [`ToolWeaverTokenizer.code_token_ids`], to keep those that no tool uses out of
             free text. Defaults to the tokens in the trie.
-        allowed_tools (`Sequence[Sequence[int]]`, *optional*):
+        allowed_rows (`Sequence[Sequence[int]]`, *optional*):
             For each sequence of the batch the tools that it may name, as rows of the trie's `tool_code_ids`. One set
             alone holds for all sequences. Defaults to every tool.
 
@@ -47,7 +47,7 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
 
     ```python
     >>> processor = ToolCodeLogitsProcessor(
-    ...     CodeTrie(tokenizer.tool_code_ids), prompt_length=inputs.input_ids.shape[1], eos_token_id=tokenizer.eos_token_id
+    ...     tokenizer.trie, prompt_length=inputs.input_ids.shape[1], eos_token_id=tokenizer.eos_token_id
     ... )
     >>> output = model.generate(**inputs, num_beams=5, num_return_sequences=5, logits_processor=[processor])
     ```
@@ -63,7 +63,7 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
         eos_token_id: int | None = None,
         code_start: str = "allowed",
         code_token_ids: Sequence[int] | None = None,
-        allowed_tools: Sequence[Sequence[int]] | None = None,
+        allowed_rows: Sequence[Sequence[int]] | None = None,
     ):
         if mode not in ("retrieval", "trajectory"):
             raise ValueError(f"mode must be 'retrieval' or 'trajectory', not {mode!r}")
@@ -75,7 +75,7 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
         self.prompt_length = prompt_length or 0
         self.eos_token_id = eos_token_id
         self.code_start = code_start
-        self.trie = trie if allowed_tools is None else trie.restrict(allowed_tools)
+        self.trie = trie if allowed_rows is None else trie.restrict(allowed_rows)
         if code_start == "forced" and (self.trie.roots < 0).any():
             raise ValueError("a sequence that must name a tool has an empty set of allowed tools")
         # What may follow where no code has begun: added to the scores of a slice of the vocabulary, for each root.

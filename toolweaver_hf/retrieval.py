@@ -127,8 +127,11 @@ class ToolRetriever:
         )
         if not coded:
             return  # the model has learned none of the tools, and abstains
-        code_of_tool = dict(zip(tokenizer.tool_ids, tokenizer.tool_code_ids, strict=True))
-        self.trie = CodeTrie(torch.tensor([code_of_tool[tool_id].tolist() for tool_id in coded])).to(device)
+        if coded == tokenizer.tool_ids:
+            self.trie = tokenizer.trie.to(device)
+        else:
+            code_of_tool = dict(zip(tokenizer.tool_ids, tokenizer.tool_code_ids, strict=True))
+            self.trie = CodeTrie(torch.tensor([code_of_tool[tool_id].tolist() for tool_id in coded])).to(device)
         rows = torch.tensor([self._row_of_tool[tool_id] for tool_id in coded], device=device)
         self._row_of_leaf = rows[self.trie.tools]
 

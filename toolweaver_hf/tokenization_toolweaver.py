@@ -9,7 +9,7 @@ import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jinja2.exceptions import TemplateError
@@ -18,6 +18,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .tool_codes_file import TOOL_CODES_FILE, check_tool_codes, code_tokens, write_tool_codes
 
+
+if TYPE_CHECKING:
+    from .trie import CodeTrie
 
 # A conversation for base models that come without a chat template; it needs no token that the base lacks.
 DEFAULT_CHAT_TEMPLATE = (
@@ -249,6 +252,13 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
             tokens = "".join(map(str, self.convert_ids_to_tokens(list(token_ids))))
             raise ValueError(f"{tokens} is not the code of a tool")
         return self._tool_of_ids[token_ids]
+
+    @cached_property
+    def trie(self) -> CodeTrie:
+        """[`CodeTrie`]: The prefix trie of all codes, on the CPU. Tool `i` is the one of row `i` of `tool_code_ids`."""
+        from .trie import CodeTrie  # with torch, which tokenizing needs not
+
+        return CodeTrie(self.tool_code_ids)
 
     @cached_property
     def _plain_backend(self) -> Tokenizer:

@@ -17,7 +17,6 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
 from .logits_process import ToolCodeLogitsProcessor
 from .tokenization_toolweaver import ToolWeaverTokenizer
-from .trie import CodeTrie
 
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ class VLLMToolCodeLogitsProcessor(LogitsProcessor):
 
     def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState):
         tokenizer = ToolWeaverTokenizer.from_pretrained(vllm_config.model_config.tokenizer)
-        trie = CodeTrie(tokenizer.tool_code_ids).to(req_states.device)
+        trie = tokenizer.trie.to(req_states.device)
         self.req_states = req_states
         self.processor = ToolCodeLogitsProcessor(trie, mode="trajectory", code_token_ids=tokenizer.code_token_ids)
         self._back = torch.arange(trie.num_levels - 2, -1, -1, device=req_states.device)

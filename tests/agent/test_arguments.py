@@ -6,7 +6,6 @@ import torch
 from conftest import small_llama
 
 from toolweaver_hf import (
-    CodeTrie,
     Tool,
     ToolArgumentsLogitsProcessor,
     ToolCatalog,
@@ -130,7 +129,7 @@ def test_generate_writes_whole_calls_in_a_batch_of_beams(base_tokenizer):
     prompts = torch.tensor([[0, 5, 6], [7, *tokenizer.encode_tool("stop")]])
     processor.prompt_length = 3
     codes = ToolCodeLogitsProcessor(
-        CodeTrie(tokenizer.tool_code_ids), mode="trajectory", prompt_length=3, code_token_ids=tokenizer.code_token_ids
+        tokenizer.trie, mode="trajectory", prompt_length=3, code_token_ids=tokenizer.code_token_ids
     )
 
     class Code(torch.nn.Module):  # a model seldom starts a code by itself

@@ -56,7 +56,7 @@ class ToolArgumentsLogitsProcessor(LogitsProcessor):
     Example:
 
     ```python
-    >>> codes = ToolCodeLogitsProcessor(CodeTrie(tokenizer.tool_code_ids), mode="trajectory", prompt_length=length)
+    >>> codes = ToolCodeLogitsProcessor(tokenizer.trie, mode="trajectory", prompt_length=length)
     >>> arguments = ToolArgumentsLogitsProcessor(tokenizer, catalog, tokenizer.eos_token_id, prompt_length=length)
     >>> output = model.generate(**inputs, logits_processor=[codes, arguments])
     ```

@@ -36,7 +36,7 @@ class Turn:
                 mode="trajectory",
                 code_start=start,
                 code_token_ids=tokenizer.code_token_ids,
-                allowed_tools=[allowed],
+                allowed_rows=[allowed],
             )
             for start in ("allowed", "forbidden")
         }

@@ -19,7 +19,6 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..data.queries import Query
 from ..retrieval import ToolRetriever
-from ..trie import CodeTrie
 
 
 @dataclass
@@ -131,7 +130,7 @@ class AlignmentTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
         self.eval_queries = list(eval_queries or ())
         self.compute_retrieval_metrics = compute_retrieval_metrics
-        self.trie = CodeTrie(self.processing_class.tool_code_ids).to(self.args.device)
+        self.trie = self.processing_class.trie.to(self.args.device)
         if not self.padding_free:
             self.data_collator = SharedPromptCollator(**vars(self.data_collator))
         if isinstance(self.model, PeftModel):
