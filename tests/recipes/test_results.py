@@ -7,6 +7,8 @@ import re
 import pytest
 from trl import ModelConfig
 
+from toolweaver_hf.alignment.trainer import AlignmentTrainingArguments
+from toolweaver_hf.codes.trainer import RQVAETrainingArguments
 from toolweaver_hf.data.queries import Query
 from toolweaver_hf.evaluation.runs import save_run
 from toolweaver_hf.recipes import evaluate, evaluate_agent, quickstart, results, sft, tokenize_tools
@@ -92,8 +94,8 @@ def test_the_recipes_page_names_every_file_and_no_option_that_is_gone():
     assert {name for name in files if name not in page} == {"__init__.py"}
     arguments = [
         quickstart.QuickstartArguments,
-        *(tokenize_tools.TokenizationArguments, tokenize_tools.RQVAETrainingArguments),
-        *(sft.AlignmentArguments, sft.AlignmentTrainingArguments, ModelConfig),
+        *(tokenize_tools.TokenizationArguments, RQVAETrainingArguments),
+        *(sft.AlignmentArguments, AlignmentTrainingArguments, ModelConfig),
         *(evaluate.EvaluationArguments, evaluate_agent.AgentEvaluationArguments),
         retrieval.BenchmarkArguments,
     ]
