@@ -158,11 +158,11 @@ def test_openapi():
 @pytest.mark.parametrize(
     ("document", "says"),
     [
-        ({"swagger": "2.0", "paths": {}}, "OpenAPI 2.0 is not read"),
+        ({"swagger": "1.2", "paths": {}}, "OpenAPI 1.2 is not read"),
         ({"openapi": "3.1.0", "paths": {}}, "empty"),
-        ({"openapi": "3.1.0", "paths": {"/a": {"get": {"operationId": "x"}, "put": {"operationId": "x"}}}}, "PUT /a"),
+        ({"openapi": "4.0.0", "paths": {}}, "OpenAPI 4.0.0 is not read"),
         ({"openapi": "3.1.0", "paths": {"/a": {"get": {"parameters": [{"$ref": "#/nowhere"}]}}}}, "GET /a: .*nowhere"),
-        ({"openapi": "3.1.0", "paths": {"/a": {"$ref": "other.yaml#/a"}}}, "out of the document"),
+        ({"openapi": "3.1.0", "paths": {"/a": {"$ref": "other.yaml#/a"}}}, "not there"),
         ({"openapi": "3.1.0", "paths": {"/a": {"$ref": "#/paths/~1a"}}}, "circle"),
     ],
 )

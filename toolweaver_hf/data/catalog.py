@@ -18,7 +18,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from ..files import atomic_write, local_file
 from ..push_mixin import PushToHubMixin
 from .card import dataset_card
-from .formats import Row, document_rows, find_rows, read_documents, tool_fields
+from .documents import read_documents
+from .formats import Row, document_rows, find_rows, tool_fields
 
 
 logger = logging.getLogger(__name__)

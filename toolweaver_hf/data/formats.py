@@ -8,14 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
+from .documents import LINES, is_json
 from .openapi import join_sentences, openapi_tools
 from .schemas import Change, arguments_schema, is_object_schema, to_json_schema
-
-
-LINES = (".jsonl", ".ndjson")
-MAX_ALIASED = 1_000_000  # values that the aliases of a YAML file may stand for
 
 
 class Row(NamedTuple):
@@ -30,88 +25,6 @@ class Row(NamedTuple):
     """Whether a server or a crawl wrote it, so that what it lacks is no mistake of the user's."""
     listed_by: str | None = None
     """The row of a benchmark that lists it; several may list the same tool."""
-
-
-def read_documents(text: str, path: Path) -> Iterator[tuple[str, Any]]:
-    """Parse a file: one document, or one a line. Yields each with its place."""
-    if path.suffix.lower() in LINES:
-        yield from _json_lines(text, path)
-    elif path.suffix.lower() in (".yaml", ".yml"):
-        yield f"{path}", parse_yaml(text, path)
-    else:
-        try:
-            document = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            if not _is_json(text.lstrip().partition("\n")[0]):
-                raise ValueError(f"{path} is not valid JSON: {error}") from None
-            yield from _json_lines(text, path)  # as some benchmarks name them
-        else:
-            yield f"{path}", document
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _json_lines(text: str, path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield f"{path}, line {number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from None
-
-
-def parse_yaml(text: str, path: Path) -> Any:
-    """Parse YAML that JSON could say as well, with anchors and merges in it."""
-    try:
-        loader = _JsonLikeLoader(text)
-        try:
-            node = loader.get_single_node()
-            if node is None:
-                return None
-            _check_aliases(node)
-            return json.loads(json.dumps(loader.construct_document(node)))
-        finally:
-            loader.dispose()
-    except (ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON-compatible YAML: {error}") from None
-
-
-class _JsonLikeLoader(yaml.CSafeLoader):
-    """Reads plain words as JSON does: `no` and dates are texts."""
-
-
-_JsonLikeLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":bool"))]
-    for first, resolvers in yaml.CSafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-_JsonLikeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|false)$"), list("tf"))
-
-
-def _check_aliases(root: yaml.Node) -> None:
-    """Refuse aliases that lead round in a circle, and few lines that stand for more than fits into memory."""
-    sizes: dict[int, int] = {}  # how many values a node stands for; 0 while they are counted
-
-    def size(node: yaml.Node) -> int:
-        if id(node) not in sizes:
-            sizes[id(node)] = 0
-            inner = node.value if isinstance(node, yaml.CollectionNode) else ()
-            parts = [part for pair in inner for part in pair] if isinstance(node, yaml.MappingNode) else inner
-            sizes[id(node)] = 1 + sum(map(size, parts))
-        if sizes[id(node)] == 0:
-            raise ValueError("an alias leads round in a circle")
-        return sizes[id(node)]
-
-    total = size(root)
-    if total - len(sizes) > MAX_ALIASED:
-        raise ValueError(f"its aliases stand for more than {MAX_ALIASED} values")
 
 
 def document_rows(
@@ -183,7 +96,7 @@ def _container(value: Any) -> str | None:
         return "servers"
     for key in CONTAINERS:
         held = value.get(key)
-        if isinstance(held, str) and held.lstrip().startswith("[") and _is_instruction(value) and _is_json(held):
+        if isinstance(held, str) and held.lstrip().startswith("[") and _is_instruction(value) and is_json(held):
             return key
         if isinstance(held, list) and (not _is_tool(value) or all(isinstance(item, dict) for item in held)):
             return key
@@ -233,7 +146,7 @@ KEPT = (
 )
 
 Take = Callable[..., Any]
-"""Takes the value of the first key that is there out of a row."""
+"""Takes the value of the first key that is there out of a row; a key whose value is empty comes last."""
 
 
 def _function_fields(take: Take) -> dict[str, Any]:
@@ -292,10 +205,10 @@ DIALECTS: tuple[tuple[tuple[str, ...], Callable[[Take], dict[str, Any]]], ...] =
 
 def _with_required(parameters: Any, take: Take) -> Any:
     """Put a list of the required arguments that stands beside their mapping into it."""
-    if not isinstance(parameters, dict) or not parameters or "required" in parameters:
+    if not isinstance(parameters, dict) or "required" in parameters:
         return parameters
-    required = take("required")
-    return parameters | {"required": required} if isinstance(required, list) else parameters
+    required = take("required", only=list)
+    return parameters | {"required": required} if parameters and required is not None else parameters
 
 
 def tool_fields(row: Any, change: Change, foreign: bool = False) -> dict[str, Any]:
@@ -319,8 +232,8 @@ def tool_fields(row: Any, change: Change, foreign: bool = False) -> dict[str, An
         del rest["type"]
     foreign = foreign or any(key in rest for key in SERVERS_ARGUMENTS)
 
-    def take(*keys: str) -> Any:
-        there = [key for key in keys if key in rest]
+    def take(*keys: str, only: type = object) -> Any:
+        there = [key for key in keys if isinstance(rest.get(key), only) and key in rest]
         key = next((key for key in there if rest[key]), there[0] if there else None)
         return None if key is None else rest.pop(key)
 

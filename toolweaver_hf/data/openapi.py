@@ -1,26 +1,56 @@
-"""From an OpenAPI 3 document to the rows of a catalog: one tool for each operation."""
+"""From an OpenAPI document to the rows of a catalog: one tool for each operation."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urldefrag, urljoin, urlsplit
+from urllib.request import url2pathname
+
+from referencing import Registry, Resource, Specification
+from referencing.exceptions import Unresolvable
+
+from .documents import read_documents
+from .schemas import MANY, NAMED, ONE
 
 
 METHODS = ("get", "put", "post", "delete", "patch", "head", "options", "trace")
 BODY = "body"  # argument name for a request body that is not an object, or whose property names clash with parameters
+OWN_HEADERS = ("accept", "content-type", "authorization")  # no parameters, by the specification
 MAX_DEFINITIONS = 1000  # schemas that one operation may refer to
+ANNOTATIONS = ("example", "xml", "externalDocs", "discriminator")  # of OpenAPI's schemas; JSON Schema has none of them
+NO_SCHEMA = ("name", "in", "description", "required", "allowEmptyValue", "collectionFormat")  # Swagger's parameters
 
 
-def openapi_tools(document: dict[str, Any], path=None, leave_out=None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Turn an OpenAPI 3.0 or 3.1 document into rows of a catalog.
+class Node(NamedTuple):
+    """A value of a document, and the file in which its references start."""
 
-    An operation's id is the tool's id, or method and path where it has none. Its parameters, and the properties of its
-    JSON request body, are the tool's arguments; schemas that are referred to stand under `$defs`. `metadata` tells
-    how to send them: `method`, `path`, and for each argument its place (`path`, `query`, `header`, `cookie`, `body`).
+    value: Any
+    base: str
+
+
+def openapi_tools(
+    document: dict[str, Any], path: Path | None = None, leave_out: Callable[[str, str], None] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Turn a description in OpenAPI 3.0 or 3.1, or in Swagger 2.0, into rows of a catalog.
+
+    An operation's id is the tool's id, or method and path where it has none or another has it. Its parameters, and the
+    properties of its request body, are the tool's arguments; schemas that are referred to stand under `$defs`.
+    `metadata` tells how to send them: `method`, `path`, the body's `content_type` (JSON where there is a choice), and
+    for each argument its place (`path`, `query`, `header`, `cookie`, `body`). Where two arguments have one name, each
+    gets its place before it, and `names` tells what the operation calls them. The headers `Accept`, `Content-Type` and
+    `Authorization` are no parameters, as the specification has it.
+
+    References may lead to files beside the document, inside its folder, but not over the network. Of schemas, what
+    says nothing to JSON Schema is left out: `example`, `xml`, `externalDocs`, `discriminator` and extensions (`x-`).
 
     Args:
         document (`dict`): The document, of JSON or YAML.
+        path (`Path`, *optional*): Where it lies. Without it, no reference leaves the document.
+        leave_out (`Callable[[str, str], None]`, *optional*): Called with the place of an operation that cannot be read
+            and why, in place of an error.
 
     Returns:
         `Iterator[tuple[str, dict]]`: the place of each operation, such as `GET /pets`, and its row.
@@ -28,165 +58,313 @@ def openapi_tools(document: dict[str, Any], path=None, leave_out=None) -> Iterat
     Raises:
         `ValueError`: naming the operation or reference that is wrong, or the version that is not read.
     """
-    version = document.get("openapi")
-    if not isinstance(version, str) or not version.startswith("3."):
-        found = document.get("swagger", version)
-        raise ValueError(f"OpenAPI {found} is not read, only 3.0 and 3.1: convert the document first")
-    for path, item in _object(document.get("paths", {}), "paths").items():
-        item = _resolve(document, _object(item, path))
-        for method in METHODS:
-            if method in item:
-                place = f"{method.upper()} {path}"
-                try:
-                    yield place, _tool(document, method, path, item)
-                except RecursionError:
-                    raise ValueError(f"{place}: its schemas are nested too deeply") from None
-                except ValueError as error:
-                    raise ValueError(f"{place}: {error}") from None
+    version = str(document.get("openapi", document.get("swagger")))
+    if not version.startswith("2." if "swagger" in document else "3."):
+        raise ValueError(f"OpenAPI {version} is not read, only 2.0, 3.0 and 3.1: convert the document first")
+    reader = _Reader(document, path)
+    ids: set[str] = set()
+
+    def attempt(place: str, read: Callable[[], Any]) -> Any:
+        try:
+            return read()
+        except RecursionError:
+            reason = "its schemas are nested too deeply"
+        except ValueError as error:
+            reason = str(error)
+        if leave_out is None:
+            raise ValueError(f"{place}: {reason}")
+        leave_out(place, reason)
+        return None
+
+    paths = reader.follow(Node(document.get("paths") or {}, reader.base))
+    for name, value in _object(paths.value, "paths").items():
+        if name.startswith("x-"):
+            continue
+        for item, method in attempt(name, lambda value=value: reader.operations(Node(value, paths.base))) or ():
+            place = f"{method.upper()} {name}"
+            row = attempt(place, lambda item=item, method=method, name=name: reader.tool(method, name, item))
+            if row is not None:
+                short = re.sub(r"[\W_]+", "_", f"{method}_{name}").strip("_")
+                candidates = (row["id"], short, *(f"{short}_{number}" for number in range(2, len(ids) + 3)))
+                tool_id = next(tool_id for tool_id in candidates if tool_id and tool_id not in ids)
+                if row["id"] and tool_id != row["id"]:
+                    row["metadata"]["operationId"] = row["id"]
+                ids.add(tool_id)
+                yield place, row | {"id": tool_id}
 
 
-def _tool(document: dict[str, Any], method: str, path: str, item: dict[str, Any]) -> dict[str, Any]:
-    operation = _object(item[method], "the operation")
-    properties: dict[str, Any] = {}
-    required: list[str] = []
-    places: dict[str, str] = {}
-    # An operation's parameter takes the place of its path's parameter of the same name.
-    declared: dict[tuple[str, str], dict[str, Any]] = {}
-    for parameter in [*_list(item, "parameters"), *_list(operation, "parameters")]:
-        parameter = _resolve(document, _object(parameter, "a parameter"))
-        name, place = parameter.get("name"), parameter.get("in")
-        if not isinstance(name, str) or not isinstance(place, str):
-            raise ValueError("a parameter needs a 'name' and an 'in'")
-        declared[name, place] = parameter
-    for (name, place), parameter in declared.items():
-        schema = parameter.get("schema") or _json_content(parameter) or {}
-        properties[name] = _described(_schema(schema), parameter.get("description"))
-        places[name] = place
-        if parameter.get("required") or place == "path":
-            required.append(name)
+class _Reader:
+    """Reads operations, and follows the references in them."""
 
-    body = _resolve(document, _object(operation.get("requestBody", {}), "requestBody"))
-    schema = _json_content(body)
-    if schema is not None:
-        resolved = _resolve(document, _object(schema, "the request body's schema"))
-        inside = resolved.get("properties")
-        plain = isinstance(inside, dict) and not {"allOf", "oneOf", "anyOf"} & resolved.keys()
-        if plain and not inside.keys() & properties.keys():
-            properties |= {name: _schema(value) for name, value in inside.items()}
-            places |= dict.fromkeys(inside, "body")
-            if body.get("required"):
-                required += [name for name in _list(resolved, "required") if name in inside]
-        else:
-            properties[BODY] = _described(_schema(schema), body.get("description"))
-            places[BODY] = "body"
-            if body.get("required"):
-                required.append(BODY)
+    def __init__(self, document: dict[str, Any], path: Path | None):
+        self.document = document
+        self.is_swagger = "swagger" in document
+        self.base = "" if path is None else path.resolve().as_uri()
+        self.folder = None if path is None else path.resolve().parent
+        self.found: dict[tuple[str, str], Node] = {}
+        self.files: dict[str, Resource] = {}
+        self.registry = Registry(retrieve=self.retrieve).with_resource(self.base, _resource(document))
+        self.names: dict[Any, str] = {}  # under `$defs`, of the schemas that are referred to
+        self.definitions: dict[str, tuple[Any, list[str]]] = {}  # by name: a schema, and the names that it refers to
+        self.waiting: dict[str, tuple[Node, Any, Any]] = {}
 
-    parameters: dict[str, Any] = {"type": "object", "properties": properties}
-    if required:
-        parameters["required"] = list(dict.fromkeys(required))
-    definitions = _definitions(document, properties)
-    if definitions:
-        parameters["$defs"] = definitions
-    tags = [tag for tag in _list(operation, "tags") if isinstance(tag, str)]
-    tool_id = operation.get("operationId") or re.sub(r"[\W_]+", "_", f"{method}_{path}").strip("_")
-    return {
-        "id": tool_id,
-        "description": join_sentences(operation.get("summary"), operation.get("description"))
-        or f"{method.upper()} {path}",
-        "parameters": parameters,
-        "category": tags[0] if tags else None,
-        "metadata": {"method": method.upper(), "path": path, "arguments": places},
+    def retrieve(self, uri: str) -> Resource:
+        """Read a file beside the document."""
+        if uri not in self.files:
+            parts = urlsplit(uri)
+            if self.folder is None or parts.scheme != "file" or parts.netloc:
+                where = "over the network" if parts.scheme not in ("", "file") else "out of the document"
+                raise ValueError(f"leads {where}, where it is not followed: put the file beside the document")
+            path = Path(url2pathname(parts.path)).resolve()
+            if not path.is_relative_to(self.folder):
+                raise ValueError("leads out of the document's folder")
+            if not path.is_file():
+                raise ValueError("leads to a file that is not there")
+            documents = [document for _, document in read_documents(path.read_text(encoding="utf-8-sig"), path)]
+            if len(documents) != 1:
+                raise ValueError("leads to a file that is not one document")
+            self.files[uri] = _resource(documents[0])
+        return self.files[uri]
+
+    def look_up(self, reference: str, base: str) -> Node:
+        """Find what a reference in a file leads to."""
+        if (reference, base) not in self.found:
+            try:
+                resolved = self.registry.resolver(base).lookup(reference)
+            except Unresolvable as error:
+                causes = (error.__cause__, error.__cause__ and error.__cause__.__cause__)
+                reason = next((str(cause) for cause in causes if type(cause) is ValueError), "leads nowhere")
+                raise ValueError(f"the reference {reference!r} {reason}") from None
+            self.found[reference, base] = Node(resolved.contents, urldefrag(urljoin(base, reference)).url)
+        return self.found[reference, base]
+
+    def follow(self, node: Node) -> Node:
+        """Follow the reference of an object, where it is one."""
+        for _ in range(20):
+            if not isinstance(node.value, dict) or not isinstance(node.value.get("$ref"), str):
+                return node
+            node = self.look_up(node.value["$ref"], node.base)
+        raise ValueError(f"the reference {node.value['$ref']!r} leads round in a circle")
+
+    def operations(self, node: Node) -> list[tuple[list[Node], str]]:
+        """List the operations of a path: for each the objects that describe the path, and the method."""
+        beside = {key: value for key, value in _object(node.value, "a path").items() if key != "$ref"}
+        item = [Node(beside, node.base)]
+        if len(beside) < len(node.value):
+            followed = self.follow(node)
+            item.append(Node(_object(followed.value, "a path"), followed.base))
+        return [(item, method) for method in METHODS if any(method in part.value for part in item)]
+
+    def tool(self, method: str, path: str, item: list[Node]) -> dict[str, Any]:
+        operation = self.follow(next(Node(part.value[method], part.base) for part in item if method in part.value))
+        _object(operation.value, "the operation")
+        body = Node(operation.value.get("requestBody") or {}, operation.base)
+        media = None
+        # An operation's parameter takes the place of its path's parameter of the same name.
+        declared: dict[tuple[str, str], Node] = {}
+        for part in (*reversed(item), operation):
+            for value in _list(part.value, "parameters"):
+                parameter = self.follow(Node(_object(value, "a parameter"), part.base))
+                name, place = parameter.value.get("name"), parameter.value.get("in")
+                if not isinstance(name, str) or not isinstance(place, str):
+                    raise ValueError("a parameter needs a 'name' and an 'in'")
+                if place != "header" or name.lower() not in OWN_HEADERS:
+                    declared[name, place] = parameter
+
+        arguments: list[tuple[str, str, Any, bool]] = []  # name, place, schema and whether it is required
+        used: list[str] = []
+        for (name, place), parameter in declared.items():
+            value = parameter.value
+            if self.is_swagger and place == "body":
+                media = self.swagger_media(operation.value, ("json", ""))
+                content = {media: {"schema": value.get("schema") or {}}}
+                body = Node({**value, "content": content}, parameter.base)
+                continue
+            if self.is_swagger:
+                schema = {key: inner for key, inner in value.items() if key not in NO_SCHEMA}
+                schema = {**schema, **(value.get("schema") or {})}
+                if place == "formData":
+                    media, place = self.swagger_media(operation.value, ("multipart", "form")), "body"
+            else:
+                schema = value.get("schema") or _content(parameter).schema or {}
+            schema = _described(self.plain(Node(schema, parameter.base), schema, used), value.get("description"))
+            arguments.append((name, place, schema, bool(value.get("required")) or place == "path"))
+
+        body = self.follow(body)
+        content = _content(Node(_object(body.value, "requestBody"), body.base))
+        if content.media is not None:
+            media = content.media
+            arguments += self.body_arguments(Node(content.schema, body.base), body.value, arguments, used)
+
+        names = _distinct_names(arguments)
+        properties = {name: schema for name, (_, _, schema, _) in zip(names, arguments, strict=True)}
+        required = [name for name, (*_, is_required) in zip(names, arguments, strict=True) if is_required]
+        parameters: dict[str, Any] = {"type": "object", "properties": properties}
+        if required:
+            parameters["required"] = required
+        definitions = self.collect(used)
+        if definitions:
+            parameters["$defs"] = definitions
+        metadata: dict[str, Any] = {"method": method.upper(), "path": path}
+        if media is not None:
+            metadata["content_type"] = media
+        metadata["arguments"] = {name: place for name, (_, place, _, _) in zip(names, arguments, strict=True)}
+        renamed = {name: argument[0] for name, argument in zip(names, arguments, strict=True) if name != argument[0]}
+        if renamed:
+            metadata["names"] = renamed
+        tags = [tag for tag in _list(operation.value, "tags") if isinstance(tag, str)]
+        operation_id = operation.value.get("operationId")
+        return {
+            "id": operation_id if _is_text(operation_id) else None,
+            "description": join_sentences(operation.value.get("summary"), operation.value.get("description"))
+            or f"{method.upper()} {path}",
+            "parameters": parameters,
+            "category": tags[0] if tags else None,
+            "metadata": metadata,
+        }
+
+    def body_arguments(
+        self, content: Node, body: dict[str, Any], arguments: list[tuple[str, str, Any, bool]], used: list[str]
+    ) -> list[tuple[str, str, Any, bool]]:
+        """Turn a request body into arguments: its properties, or the whole where it is not a plain object."""
+        resolved = self.follow(content)
+        schema = _object(resolved.value, "the request body's schema")
+        inside, is_required = schema.get("properties"), bool(body.get("required"))
+        taken = {name for name, *_ in arguments}
+        if isinstance(inside, dict) and not {"allOf", "oneOf", "anyOf"} & schema.keys() and not inside.keys() & taken:
+            listed = schema.get("required") if isinstance(schema.get("required"), list) else []
+            return [
+                (name, "body", self.plain(Node(value, resolved.base), schema, used), is_required and name in listed)
+                for name, value in inside.items()
+            ]
+        whole = _described(self.plain(content, content.value, used), body.get("description"))
+        return [(BODY, "body", whole, is_required)]
+
+    def swagger_media(self, operation: dict[str, Any], wanted: tuple[str, ...]) -> str:
+        """Choose among the media types that an operation consumes."""
+        consumes = [
+            *_list(operation, "consumes"),
+            *([] if "consumes" in operation else _list(self.document, "consumes")),
+        ]
+        found = [media for want in wanted for media in consumes if want in str(media)]
+        default = "application/json" if "json" in wanted else "application/x-www-form-urlencoded"
+        return str(found[0]) if found else default
+
+    def plain(self, node: Node, root: Any, used: list[str]) -> Any:
+        """Copy a schema without OpenAPI's annotations, and with references to `$defs`, whose names are added to `used`.
+
+        What only looks like a schema, such as a default value, stays as it is.
+        """
+        if not isinstance(node.value, dict):
+            return node.value
+        result: dict[str, Any] = {}
+        for key, value in node.value.items():
+            if key in ANNOTATIONS or key.startswith("x-"):
+                continue
+            if key == "$ref" and isinstance(value, str):
+                name = self.definition(value, node.base, root)
+                used.append(name)
+                value = f"#/$defs/{name}"
+            elif key in ("$defs", "definitions") and isinstance(value, dict):
+                continue  # those that are referred to are collected
+            elif key in NAMED and isinstance(value, dict):
+                value = {name: self.plain(Node(inner, node.base), root, used) for name, inner in value.items()}
+            elif key in (*ONE, *MANY) and isinstance(value, list):
+                value = [self.plain(Node(inner, node.base), root, used) for inner in value]
+            elif key in ONE:
+                value = self.plain(Node(value, node.base), root, used)
+            result[key] = value
+        return result
+
+    def definition(self, reference: str, base: str, root: Any) -> str:
+        """Return the name under `$defs` of the schema that a reference leads to."""
+        uri, fragment = urldefrag(urljoin(base, reference))
+        fragment = unquote(fragment)
+        key: Any = (uri, fragment)
+        local = re.fullmatch(r"/(\$defs|definitions)/([^/]+)", fragment)
+        inner = root.get(local[1]) if local and reference.startswith("#") and isinstance(root, dict) else None
+        inside = isinstance(inner, dict) and local[2] in inner
+        if inside:  # of the schema itself, as code generators write them
+            key = (id(root), fragment)
+        if key not in self.names:
+            node = Node(inner[local[2]], base) if inside else self.look_up(reference, base)
+            short = re.sub(r"^/(components/schemas|components|definitions|\$defs)/", "", fragment)
+            short = re.sub(r"[^\w.-]+", "_", short, flags=re.ASCII).strip("_") or Path(uri).stem or "schema"
+            taken = set(self.names.values())
+            name = next(
+                name for name in (short, *(f"{short}_{i}" for i in range(2, len(taken) + 3))) if name not in taken
+            )
+            self.names[key] = name
+            self.waiting[name] = (
+                node,
+                root if inside else node.value,
+                root,
+            )  # the last keeps its id from being reused
+        return self.names[key]
+
+    def collect(self, used: list[str]) -> dict[str, Any]:
+        """Return the schemas of the names, and of those that they refer to."""
+        definitions: dict[str, Any] = {}
+        open_names = list(used)
+        while open_names:
+            name = open_names.pop()
+            if name in definitions:
+                continue
+            if len(definitions) == MAX_DEFINITIONS:
+                raise ValueError(f"it refers to more than {MAX_DEFINITIONS} schemas")
+            if name not in self.definitions:
+                node, root, _ = self.waiting[name]
+                further: list[str] = []
+                self.definitions[name] = self.plain(node, root, further), further
+            definitions[name], further = self.definitions[name]
+            open_names += further
+        return definitions
+
+
+class _Content(NamedTuple):
+    media: str | None = None
+    schema: Any = None
+
+
+def _content(holder: Node) -> _Content:
+    """Return the content of a request body or parameter: JSON where there is a choice, else what has a schema."""
+    content = holder.value.get("content")
+    media = {
+        name: value
+        for name, value in (content if isinstance(content, dict) else {}).items()
+        if isinstance(value, dict)
     }
+    if not media:
+        return _Content()
+
+    def rank(name: str) -> tuple[bool, bool, bool]:
+        return "schema" not in media[name], not name.startswith("application/json"), "json" not in name
+
+    name = min(media, key=rank)
+    return _Content(name, media[name].get("schema") or {})
+
+
+def _distinct_names(arguments: list[tuple[str, str, Any, bool]]) -> list[str]:
+    """Name the arguments; of those that share a name, each gets its place before it."""
+    given = [name for name, *_ in arguments]
+    names: list[str] = []
+    for name, place, *_ in arguments:
+        if given.count(name) > 1:
+            name = "request_body" if (name, place) == (BODY, "body") else f"{place}_{name}"
+            while name in names or name in given:
+                name += "_"
+        names.append(name)
+    return names
+
+
+def _resource(document: Any) -> Resource:
+    return Resource(contents=document, specification=Specification.OPAQUE)
 
 
 def join_sentences(*texts: Any) -> str:
     """Join the non-empty strings as sentences."""
     present = list(dict.fromkeys(text.strip() for text in texts if _is_text(text)))
     return " ".join(text if text[-1] in ".!?" or text == present[-1] else f"{text}." for text in present)
-
-
-def _schema(schema: Any) -> Any:
-    """Write a schema of OpenAPI as JSON Schema: `nullable`, boolean bounds and references are said differently there."""
-    if isinstance(schema, list):
-        return [_schema(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    result = {name: _schema(value) for name, value in schema.items() if name not in ("example", "xml", "nullable")}
-    if isinstance(schema.get("$ref"), str):
-        result["$ref"] = "#/$defs/" + _definition_name(schema["$ref"])
-    if schema.get("nullable") is True and isinstance(schema.get("type"), str):
-        result["type"] = [schema["type"], "null"]
-    for bound in ("Minimum", "Maximum"):
-        exclusive = schema.get(f"exclusive{bound}")
-        if isinstance(exclusive, bool):
-            del result[f"exclusive{bound}"]
-            if exclusive and bound.lower() in result:
-                result[f"exclusive{bound}"] = result.pop(bound.lower())
-    return result
-
-
-def _definitions(document: dict[str, Any], properties: dict[str, Any]) -> dict[str, Any]:
-    """Collect the schemas that the properties refer to, directly or by way of others."""
-    definitions: dict[str, Any] = {}
-    waiting = list(_references(properties))
-    while waiting:
-        name = waiting.pop()
-        if name not in definitions:
-            if len(definitions) == MAX_DEFINITIONS:
-                raise ValueError(f"it refers to more than {MAX_DEFINITIONS} schemas")
-            reference = f"#/components/schemas/{name}"
-            definitions[name] = _schema(_look_up(document, reference))
-            waiting += _references(definitions[name])
-    return definitions
-
-
-def _references(schema: Any) -> Iterator[str]:
-    if isinstance(schema, dict):
-        if isinstance(schema.get("$ref"), str):
-            yield schema["$ref"].removeprefix("#/$defs/")
-        for value in schema.values():
-            yield from _references(value)
-    elif isinstance(schema, list):
-        for value in schema:
-            yield from _references(value)
-
-
-def _definition_name(reference: str) -> str:
-    name = reference.removeprefix("#/components/schemas/")
-    if name == reference or "/" in name:
-        raise ValueError(f"the reference {reference!r} is not read, only those to '#/components/schemas/NAME'")
-    return name
-
-
-def _resolve(document: dict[str, Any], value: dict[str, Any]) -> dict[str, Any]:
-    """Follow the reference of an object, where it is one."""
-    for _ in range(20):
-        if not isinstance(value.get("$ref"), str):
-            return value
-        value = _object(_look_up(document, value["$ref"]), value["$ref"])
-    raise ValueError(f"the reference {value['$ref']!r} leads round in a circle")
-
-
-def _look_up(document: dict[str, Any], reference: str) -> Any:
-    if not reference.startswith("#/"):
-        raise ValueError(f"the reference {reference!r} leads out of the document: bundle it into one first")
-    value: Any = document
-    for key in reference[2:].split("/"):
-        key = key.replace("~1", "/").replace("~0", "~")
-        if not isinstance(value, dict) or key not in value:
-            raise ValueError(f"the reference {reference!r} leads nowhere")
-        value = value[key]
-    return value
-
-
-def _json_content(holder: dict[str, Any]) -> Any:
-    """Return the schema of the JSON content of a request body or parameter, `None` where it has none."""
-    content = holder.get("content")
-    if not isinstance(content, dict):
-        return None
-    media = next((value for name, value in content.items() if "json" in name), None)
-    return media.get("schema") if isinstance(media, dict) else None
 
 
 def _described(schema: Any, description: Any) -> Any:

@@ -15,7 +15,7 @@ JSON_TYPES = ("string", "integer", "number", "boolean", "array", "object", "null
 TYPES: dict[str, dict[str, Any]] = {
     name: {"type": json_type}
     for json_type, names in {
-        "string": "string str text char character varchar enum bytes file",
+        "string": "string str text char character varchar enum bytes",
         "integer": "integer int long short bigint int32 int64 byte",
         "number": "number float double decimal numeric real float32 float64",
         "boolean": "boolean bool",
@@ -26,7 +26,7 @@ TYPES: dict[str, dict[str, Any]] = {
     for name in names.split()
 }
 TYPES |= {name: {"type": "string", "format": name} for name in ("date", "date-time", "time", "uuid", "uri", "email")}
-TYPES |= {"datetime": TYPES["date-time"], "url": TYPES["uri"]}
+TYPES |= {"datetime": TYPES["date-time"], "url": TYPES["uri"], "file": {"type": "string", "format": "binary"}}
 TYPES |= {name: {} for name in ("any", "mixed", "json", "unknown", "type_unspecified", "")}
 
 # Keywords whose value is one schema (or a list of them in older drafts), a list of schemas, or schemas by name.

@@ -1,0 +1,99 @@
+"""JSON, lines of JSON, and YAML: files of tools as Python's values."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+LINES = (".jsonl", ".ndjson")
+YAML = (".yaml", ".yml")
+MAX_ALIASED = 1_000_000  # values that the aliases of a YAML file may stand for
+
+
+def read_documents(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+    """Parse a file: one document, or one a line. Yields each with its place."""
+    if path.suffix.lower() in LINES:
+        yield from _json_lines(text, path)
+    elif path.suffix.lower() in YAML:
+        yield f"{path}", _parse_yaml(text, path)
+    else:
+        try:
+            document = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            if not is_json(text.lstrip().partition("\n")[0]):
+                raise ValueError(f"{path} is not valid JSON: {error}") from None
+            yield from _json_lines(text, path)  # as some benchmarks name them
+        else:
+            yield f"{path}", document
+
+
+def is_json(text: str) -> bool:
+    """Whether a text is JSON."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _json_lines(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield f"{path}, line {number}", json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from None
+
+
+def _parse_yaml(text: str, path: Path) -> Any:
+    """Parse YAML that JSON could say as well, with anchors and merges in it."""
+    try:
+        loader = _JsonLikeLoader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _check_aliases(node)
+            return json.loads(json.dumps(loader.construct_document(node)))
+        finally:
+            loader.dispose()
+    except (ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON-compatible YAML: {error}") from None
+
+
+class _JsonLikeLoader(yaml.CSafeLoader):
+    """Reads plain words as JSON does: `no` and dates are texts."""
+
+
+_JsonLikeLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":bool"))]
+    for first, resolvers in yaml.CSafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+_JsonLikeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|false)$"), list("tf"))
+
+
+def _check_aliases(root: yaml.Node) -> None:
+    """Refuse aliases that lead round in a circle, and few lines that stand for more than fits into memory."""
+    sizes: dict[int, int] = {}  # how many values a node stands for; 0 while they are counted
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = 0
+            inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+            parts = [part for pair in inner for part in pair] if isinstance(node, yaml.MappingNode) else inner
+            sizes[id(node)] = 1 + sum(map(size, parts))
+        if sizes[id(node)] == 0:
+            raise ValueError("an alias leads round in a circle")
+        return sizes[id(node)]
+
+    total = size(root)
+    if total - len(sizes) > MAX_ALIASED:
+        raise ValueError(f"its aliases stand for more than {MAX_ALIASED} values")
