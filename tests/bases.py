@@ -1,7 +1,10 @@
 """Small tokenizers built as those of the model families are: the same normalizers, pre-tokenizers, decoders, templates."""
 
+import re
 from functools import cache
+from pathlib import Path
 
+import trl
 from tokenizers import (
     AddedToken,
     Regex,
@@ -54,6 +57,31 @@ LLAMA3_REGEX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3
 QWEN2_REGEX = LLAMA3_REGEX.replace(r"\p{N}{1,3}", r"\p{N}")
 FAMILIES = ("gpt2", "gpt2_prefix", "smollm2", "llama3", "qwen3", "llama2", "mistral", "gemma")
 
+TEMPLATES_FOLDER = Path(trl.__file__).parent / "chat_templates"
+TRL_TEMPLATES = tuple(sorted(f"trl/{path.stem}" for path in TEMPLATES_FOLDER.glob("*.jinja")))
+"""The chat templates of models, of which TRL has copies, and its own variants of them for training."""
+MARKER = re.compile(
+    r"<\|[\w.-]+\|?>|<\w+\|>|<｜[^｜<>{}]+｜>|</?(?:think|tool_call|tool_response|start_of_turn|end_of_turn"
+    r"|end_of_utterance|sop)>|\[gMASK\]|\[/?INST\]"
+)
+# The tokens at which the models of a template stop, the tokenizer's own first
+STOPS = {
+    "cohere": ["<|END_OF_TURN_TOKEN|>"],
+    "deepseek": ["<｜end▁of▁sentence｜>"],
+    "diffusion_gemma": ["<turn|>"],
+    "gemma4": ["<turn|>"],
+    "gemma": ["<eos>", "<end_of_turn>"],
+    "glm4moe": ["<|endoftext|>", "<|user|>", "<|observation|>"],
+    "gptoss": ["<|return|>", "<|endoftext|>", "<|call|>"],
+    "idefics3": ["<end_of_utterance>"],
+    "llama3": ["<|eot_id|>"],
+    "llava_next": ["</s>"],
+    "muse": ["<|eot|>"],
+    "phi3": ["<|endoftext|>", "<|end|>", "<|assistant|>"],
+    "smolvlm": ["<end_of_utterance>"],
+    "": ["<|im_end|>", "<|endoftext|>"],
+}
+
 
 @cache
 def _trained(byte_level: bool) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -96,8 +124,23 @@ def _with_bos(backend: Tokenizer, bos: str) -> None:
     )
 
 
+def stop_tokens(family: str) -> list[str]:
+    """The tokens at which a model of the family stops, as its `generation_config` has them."""
+    if family in TRL_TEMPLATES:
+        return next(tokens for prefix, tokens in STOPS.items() if family.startswith(f"trl/{prefix}"))
+    return [build(family).eos_token]
+
+
 def build(family: str) -> PreTrainedTokenizerFast:
-    """Build the tokenizer of a family."""
+    """Build the tokenizer of a family, or one for a chat template of TRL with the special tokens that it has."""
+    if family in TRL_TEMPLATES:
+        template = (TEMPLATES_FOLDER / f"{family.removeprefix('trl/')}.jinja").read_text(encoding="utf-8")
+        stops = stop_tokens(family)
+        backend = _backend(True, [*dict.fromkeys(["<|bos|>", *stops, *MARKER.findall(template)])])
+        _byte_level(backend, QWEN2_REGEX)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend, bos_token="<|bos|>", eos_token=stops[0], chat_template=template
+        )
     if family in ("gpt2", "gpt2_prefix"):
         backend = _backend(True, ["<|endoftext|>"])
         _byte_level(backend, add_prefix_space=family == "gpt2_prefix")

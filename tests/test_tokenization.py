@@ -183,30 +183,21 @@ CONVERSATION = [
 def test_conversations_have_the_ids_of_the_chat_template(family):
     _, _, tokenizer = family
     text = tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
-    encoded = tokenizer.encode_conversation([{**message, "loss": False} for message in CONVERSATION])
-    assert encoded["input_ids"] == tokenizer.encode(text, add_special_tokens=False)
-    assert sum(encoded["assistant_mask"]) == 0
+    assert tokenizer.encode_conversation(CONVERSATION)["input_ids"] == tokenizer.encode(text, add_special_tokens=False)
 
 
 def test_loss_is_on_the_marked_messages_token_by_token(family):
     """For each chat template: the tokens learned are a message and the end of its turn, what comes before is the prompt."""
     _, _, tokenizer = family
-    dataset, _ = tokenize_rows([{"id": "1", "messages": CONVERSATION}], tokenizer)
-    assert len(dataset) == (1 if tokenizer.appends_messages else 2)
-    learned = "".join(tokenizer.decode([label for label in row["labels"] if label != -100]) for row in dataset)
+    (row,) = tokenize_rows([{"id": "1", "messages": CONVERSATION}], tokenizer)[0]
+    learned = tokenizer.decode([label for label in row["labels"] if label != -100])
     said = [message["content"] for message in CONVERSATION if message["role"] == "assistant"]
-    expected = "".join(content + tokenizer.eos_token for content in said)
-    assert "".join(learned.split()) == "".join(expected.split())
-    for row in dataset:
-        assert [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label not in (-100, i)] == []
-        # Up to each stretch of labels, the row is what the model is given when it has to answer.
-        starts = [
-            i for i, label in enumerate(row["labels"]) if label != -100 and (i == 0 or row["labels"][i - 1] == -100)
-        ]
-        turns = [i for i, message in enumerate(CONVERSATION) if message["role"] == "assistant"][-len(starts) :]
-        for start, turn in zip(starts, turns, strict=True) if len(dataset) == 1 else ():
-            prompt = tokenizer.encode_conversation(CONVERSATION[:turn], add_generation_prompt=True)["input_ids"]
-            assert row["input_ids"][:start] == prompt
+    assert "".join(learned.split()) == "".join("".join(content + tokenizer.eos_token for content in said).split())
+    assert [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label not in (-100, i)] == []
+    # Up to the first label, the row is what the model is given when it has to answer.
+    start = next(i for i, label in enumerate(row["labels"]) if label != -100)
+    prompt = tokenizer.encode_conversation(CONVERSATION[:2], add_generation_prompt=True)["input_ids"]
+    assert row["input_ids"][:start] == prompt
     # A message that is marked otherwise is learned or left out accordingly.
     flags = [False, False, False, False, True]
     marked = [{**message, "loss": loss} for message, loss in zip(CONVERSATION, flags, strict=True)]
@@ -222,7 +213,7 @@ def test_assistant_mask_covers_what_the_assistant_says(tokenizer):
         {"role": "tool", "content": '{"rain": true}'},
         {"role": "assistant", "content": "Yes."},
     ]
-    encoded = tokenizer.encode_conversation(messages)
+    (encoded,) = tokenizer.encode_for_training(messages)
     learned = [i for i, mask in zip(encoded["input_ids"], encoded["assistant_mask"], strict=True) if mask]
     eos = tokenizer.eos_token
     assert tokenizer.decode(learned) == f'I look.\n<a_0><b_0>{{"city": "Oslo"}}{eos}Yes.{eos}'

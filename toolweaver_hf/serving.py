@@ -26,8 +26,16 @@ PIPELINE_FILES = (
     "trie.py",
     "tokenization_toolweaver.py",
     "tool_codes_file.py",
+    "chat_template.py",
 )
-GENERATE_FILES = ("logits_process.py", "trie.py", "tokenization_toolweaver.py", "tool_codes_file.py", "vllm.py")
+GENERATE_FILES = (
+    "logits_process.py",
+    "trie.py",
+    "tokenization_toolweaver.py",
+    "tool_codes_file.py",
+    "chat_template.py",
+    "vllm.py",
+)
 
 
 def save_inference_code(folder: str | os.PathLike) -> None:

@@ -8,7 +8,7 @@ import os
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,29 +16,12 @@ from jinja2.exceptions import TemplateError
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from .chat_template import DEFAULT_CHAT_TEMPLATE, ConversationWriter, complete_template
 from .tool_codes_file import TOOL_CODES_FILE, check_tool_codes, code_tokens, write_tool_codes
 
 
 if TYPE_CHECKING:
     from .trie import CodeTrie
-
-# A conversation for base models that come without a chat template; it needs no token that the base lacks.
-DEFAULT_CHAT_TEMPLATE = (
-    "{%- if bos_token -%}{{ bos_token }}{%- endif -%}"
-    "{%- for message in messages -%}{{ message.role + '\\n' + message.content + eos_token + '\\n' }}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ 'assistant\\n' }}{%- endif -%}"
-)
-# Put before a template that knows no tool role: observations are shown to it as messages of the user.
-TOOL_ROLE_TEMPLATE = (
-    "{%- set ns = namespace(messages=[]) -%}{%- for message in messages -%}"
-    "{%- set ns.messages = ns.messages + [{'role': 'user', 'content': message.content} if message.role == 'tool'"
-    " else message] -%}{%- endfor -%}{%- set messages = ns.messages -%}"
-)
-# Put before a template that knows no system role: the system's text opens the first message of the user.
-SYSTEM_ROLE_TEMPLATE = (
-    "{%- if messages[0].role == 'system' -%}{%- set messages = [{'role': messages[1].role, 'content':"
-    " messages[0].content + '\\n\\n' + messages[1].content}] + messages[2:] -%}{%- endif -%}"
-)
 
 
 class ToolWeaverTokenizer(PreTrainedTokenizerFast):
@@ -107,6 +90,7 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
             tool_id: [offset + i for offset, i in zip(self.level_offsets, code, strict=True)]
             for tool_id, code in self._tool_codes["codes"].items()
         }
+        self._writers: dict[tuple, ConversationWriter] = {}
         self._tool_of_ids = {tuple(ids): tool_id for tool_id, ids in self._tool_ids.items()}
         # Whether the base puts a space before what follows any added token, and drops one where it decodes
         probe = f"x{tokens[0]}x"
@@ -136,8 +120,9 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
     def from_base(cls, base: PreTrainedTokenizerBase, codes: Any) -> ToolWeaverTokenizer:
         """Add the codes of tools to a base tokenizer.
 
-        The base's chat template is kept. Where it has none, a plain one is given; where it cannot render the `tool`
-        or the `system` role, a few lines are put before it that write these messages as the user's.
+        The base's chat template is kept, or all of them where there are several. Where it has none, a plain one is
+        given; where it cannot render the `tool` or the `system` role, a few lines are put before it that write these
+        messages as the user's; where it reads contents as lists of parts alone, lines that make them of plain text.
 
         A base that puts a space before the text after any added token, and does not drop it again where it decodes
         (GPT-2's with `add_prefix_space`), does so after a code, too.
@@ -176,12 +161,12 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
             **{name: getattr(base, name) for name in kept},
             **base.special_tokens_map,
         )
-        if tokenizer.chat_template is None:
-            tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
-        if not tokenizer._renders("user", "assistant", "tool"):
-            tokenizer.chat_template = TOOL_ROLE_TEMPLATE + tokenizer.chat_template
-        if not tokenizer._renders("system", "user"):
-            tokenizer.chat_template = SYSTEM_ROLE_TEMPLATE + tokenizer.chat_template
+        templates = tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
+        if isinstance(templates, dict):
+            completed = {name: complete_template(text, tokenizer._renders) for name, text in templates.items()}
+        else:
+            completed = complete_template(templates, tokenizer._renders)
+        tokenizer.chat_template = completed
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -197,12 +182,12 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
         except TemplateError as error:
             raise ValueError(f"the chat template fails: {error}") from None
 
-    def _renders(self, *roles: str) -> bool:
-        """Whether the chat template shows the content of messages of these roles, in this order."""
+    def _renders(self, template: str, *roles: str) -> bool:
+        """Whether a chat template shows the content of messages of these roles, in this order."""
         contents = [f"content-of-{role}" for role in roles]
         messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
         try:
-            rendered = self.apply_chat_template(messages, tokenize=False)
+            rendered = self.apply_chat_template(messages, chat_template=template, tokenize=False)
         except Exception:  # whatever a template raises for a role that it does not know
             return False
         return all(content in rendered for content in contents)
@@ -319,69 +304,175 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
         return [i for i in ids if i not in self._control_ids]
 
     def encode_conversation(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, task: str = "agent"
     ) -> dict[str, list[int]]:
-        """Tokenize a conversation by the chat template, and mark what is to be learned in it.
+        """Tokenize a conversation by the chat template.
 
-        The ids are those of the rendered text, as `apply_chat_template` gives them, with two exceptions. What users
-        and tools say is never read as a control token: where it holds the spelling of one, it is tokenized by
-        [`~ToolWeaverTokenizer.encode_data`]. And no token reaches from the prompt into a turn that is learned, since
-        none can when the turn is generated.
+        The ids are those of the rendered text, as `apply_chat_template` gives them, save that what users and tools say
+        is never read as a control token: where it holds the spelling of one, it is tokenized by
+        [`~ToolWeaverTokenizer.encode_data`].
 
         Args:
             messages (`Sequence[Mapping[str, Any]]`):
-                Messages with a `role` and a plain `content`, and optionally a `loss`: whether to learn the message.
-                Without it the assistant's messages are learned and no others.
+                Messages with a `role` and a plain `content`, those of the assistant also with a `reasoning_content`.
             add_generation_prompt (`bool`, *optional*, defaults to `False`):
-                Whether to open the assistant's next turn at the end. Nothing is marked then.
+                Whether to open the assistant's next turn at the end, up to what the model writes: where the template
+                sets something before every text of the assistant, such as a space, this is part of the prompt.
+            task (`str`, *optional*, defaults to `"agent"`):
+                What the conversation is: `"agent"`, where tools may be called, `"retrieval"`, where a code is the
+                answer, without a thought, or `"chat"`. Of several chat templates, `tool_use` is taken for the first
+                two, `default` for the last.
 
         Returns:
-            `dict[str, list[int]]`: `input_ids`, and `assistant_mask` with a 1 for every token of the contents that
-            are to be learned and of the ends of their turns.
+            `dict[str, list[int]]`: `input_ids`.
 
         Raises:
-            `ValueError`: if the template writes a conversation differently once it goes on, so that the turns to
-            learn cannot be told from the rest.
+            `ValueError`: if the chat template cannot render the conversation.
         """
+        writer = self._writer(task)
+        shown, data = self._hide_data(messages)
+        text = writer.prompt(shown) if add_generation_prompt else writer.whole(shown)
+        return {"input_ids": [token_id for token_id, _ in self._encode_text(text, data)]}
+
+    def encode_query(self, query: str) -> list[int]:
+        """Tokenize what a user says as the prompt that a code follows at once, without a thought."""
+        messages = [{"role": "user", "content": query}]
+        return self.encode_conversation(messages, add_generation_prompt=True, task="retrieval")["input_ids"]
+
+    def encode_reply(self, observation: str | None, eos_token_id: int | Sequence[int] | None = None) -> list[int]:
+        """Tokenize what follows a turn that the model wrote without its end: its end, a tool's result, the next prompt.
+
+        Args:
+            observation (`str`, *optional*):
+                What the tool returned, as text alone.
+            eos_token_id (`int` or `Sequence[int]`, *optional*):
+                As for [`~ToolWeaverTokenizer.encode_for_training`].
+        """
+        message = {"role": "tool", "content": observation or ""}
+        (shown,), data = self._hide_data([message])
+        text, end = self._writer("agent", eos_token_id).reply(None if observation is None else shown["content"])
+        before = "."  # a token that the reply does not merge with, for tokenizers that begin a text in their own way
+        cuts = [len(before), len(before) + end]
+        return [i for i, start in self._encode_text(before + text, data, cuts) if start >= len(before)]
+
+    def encode_for_training(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        eos_token_id: int | Sequence[int] | None = None,
+        task: str = "agent",
+    ) -> list[dict[str, list[int]]]:
+        """Tokenize a conversation as rows to train on, in which every turn to learn stands as it will be generated.
+
+        A row holds the prompt of a turn, as [`~ToolWeaverTokenizer.encode_conversation`] or
+        [`~ToolWeaverTokenizer.encode_query`] give it, what the model writes, and then, as in a run of an agent, what
+        tools return and what the model writes after that. A further message of the user begins another row where the
+        chat template then writes the conversation before it in another way, such as without its thoughts. No token
+        reaches across the bounds of a turn, since none can when it is generated.
+
+        Args:
+            messages (`Sequence[Mapping[str, Any]]`):
+                Messages as for [`~ToolWeaverTokenizer.encode_conversation`]. One of the assistant may say by `loss`
+                whether it is to be learned; all others are.
+            eos_token_id (`int` or `Sequence[int]`, *optional*):
+                Tokens at which generation stops, such as those of a model's `generation_config`, beside the
+                tokenizer's own.
+            task (`str`, *optional*, defaults to `"agent"`):
+                As for [`~ToolWeaverTokenizer.encode_conversation`].
+
+        Returns:
+            `list[dict[str, list[int]]]`: rows of `input_ids`, and of `assistant_mask` with a 1 for every token to
+            learn: of what the model writes in a turn, and of the turn's end.
+
+        Raises:
+            `ValueError`: if the chat template cannot render the conversation.
+        """
+        shown, data = self._hide_data(messages)
+        rows = []
+        for row in self._writer(task, eos_token_id).rows(shown):
+            tokens = self._encode_text(row.text, data, row.cuts)
+            mask = [int(any(first <= start < last for first, last in row.learned)) for _, start in tokens]
+            rows.append({"input_ids": [token_id for token_id, _ in tokens], "assistant_mask": mask})
+        return rows
+
+    def split_thought(self, text: str) -> tuple[str, str]:
+        """Split what the model wrote in a turn into its thought and the rest, each without control tokens.
+
+        Args:
+            text (`str`): The turn, decoded with its special tokens.
+        """
+        thought, rest = self._writer("agent").read(text)
+        for token in self.added_tokens_decoder.values():
+            if token.special:
+                thought, rest = thought.replace(token.content, ""), rest.replace(token.content, "")
+        return thought.strip(), rest.strip()
+
+    def _writer(self, task: str, eos_token_id: int | Sequence[int] | None = None) -> ConversationWriter:
+        template = self.chat_template
+        if isinstance(template, dict):
+            name = "tool_use" if task != "chat" and "tool_use" in template else "default"
+            template = template.get(name) or next(iter(template.values()))
+        ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+        ends = tuple(sorted({*ends, self.eos_token_id} - {None}))
+        key = (template, ends, task == "retrieval")
+        if key not in self._writers:
+            self._writers[key] = ConversationWriter(
+                partial(self._render, template, task),
+                partial(self._find_end, ends),
+                self.eos_token or "",
+                thinks=task != "retrieval",
+            )
+        return self._writers[key]
+
+    def _render(self, template: str, task: str, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+        # Templates of hybrid reasoning models close the thought then; others ignore the argument.
+        kwargs = {"enable_thinking": False} if task == "retrieval" else {}
+        return self.apply_chat_template(
+            messages,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **kwargs,
+        )
+
+    def _find_end(self, ends: tuple[int, ...], text: str, or_control: bool) -> int | None:
+        """Return how much of a text that follows a turn ends the turn; `None` if it begins with no such token."""
+        control = None
+        for token_id, start, end in self._spans(text) if text else ():
+            if token_id in ends:
+                return end
+            if token_id in self._control_ids:
+                control = control or end
+            elif text[start:end].strip():
+                break
+        return control if or_control else None
+
+    def _hide_data(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+        """Put marks in place of contents of users and tools that spell control tokens; return these contents, too."""
         mark = "\ue000"  # a private character, repeated until no message holds it
-        while any(mark in message["content"] for message in messages):
+        while any(mark in message["content"] + (message.get("reasoning_content") or "") for message in messages):
             mark += "\ue000"
-        shown, data = [], []
+        shown, data = [], [mark]
         for message in messages:
             message = dict(message)
             if message["role"] in ("user", "tool") and self._has_control(message["content"]):
                 data.append(message["content"])
                 message["content"] = f"{mark}{len(data) - 1}\ue001"
             shown.append(message)
-        text = self._render(shown, add_generation_prompt)
-        learned = [] if add_generation_prompt else self._learned_spans(shown, text)
-        cuts = [cut for span in learned for cut in span]
-        input_ids: list[int] = []
-        mask: list[int] = []
+        return shown, data
+
+    def _encode_text(self, text: str, data: list[str], cuts: Sequence[int] = ()) -> list[tuple[int, int]]:
+        """Tokenize a rendered text, with the data that was hidden in it; return for each token where it starts."""
+        tokens: list[tuple[int, int]] = []
         position = 0
-        for i, piece in enumerate(re.split(f"{mark}(\\d+)\ue001", text)):
+        for i, piece in enumerate(re.split(f"{data[0]}(\\d+)\ue001", text)):
             if i % 2:
-                spans = [(token_id, 0, 0) for token_id in self.encode_data(data[int(piece)])]
-                length = len(mark) + len(piece) + 1
+                tokens += [(token_id, position) for token_id in self.encode_data(data[int(piece)])]
+                position += len(data[0]) + len(piece) + 1
             else:
                 spans = self._spans_cut(piece, [cut - position for cut in cuts])
-                length = len(piece)
-            for token_id, start, _ in spans:
-                input_ids.append(token_id)
-                mask.append(int(any(first <= position + start < last for first, last in learned)))
-            position += length
-        return {"input_ids": input_ids, "assistant_mask": mask}
-
-    def encode_query(self, query: str) -> list[int]:
-        """Tokenize what a user says as the prompt that a code follows at once.
-
-        Where the chat template sets something between the opening of the assistant's turn and its text, such as a
-        space, the prompt holds that, too.
-        """
-        code = self.code_token_ids[0]
-        answer = {"role": "assistant", "content": self.convert_ids_to_tokens(code), "loss": False}
-        input_ids = self.encode_conversation([{"role": "user", "content": query}, answer])["input_ids"]
-        return input_ids[: input_ids.index(code)]
+                tokens += [(token_id, position + start) for token_id, start, _ in spans]
+                position += len(piece)
+        return tokens
 
     def split_tokens(self, token_ids: Iterable[int], share: float, generator: random.Random) -> list[int]:
         """Write some tokens as shorter ones, as BPE-dropout (arXiv 1910.13267) does, but by a seed.
@@ -408,28 +499,6 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
         """Whether text would be read as more than text."""
         return any(i in self._control_ids for i, *_ in self._spans(text))
 
-    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
-        # Templates of hybrid reasoning models add their "no thinking" marker; others ignore the argument.
-        return self.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
-        )
-
-    def _learned_spans(self, messages: list[dict[str, Any]], text: str) -> list[tuple[int, int]]:
-        """Where in the rendered text the messages to learn start and end."""
-        spans = []
-        for i, message in enumerate(messages):
-            is_assistant = message["role"] == "assistant"
-            if message.get("loss", is_assistant):
-                start = self._render(messages[:i], add_generation_prompt=is_assistant) if i else ""
-                end = text if i + 1 == len(messages) else self._render(messages[: i + 1])
-                if not (end.startswith(start) and text.startswith(end)):
-                    raise ValueError(
-                        "the chat template changes earlier messages of a conversation when it goes on, so the turns "
-                        "to learn cannot be marked: set a template that appends each message"
-                    )
-                spans.append((len(start), len(start) + len(end[len(start) :].rstrip())))
-        return spans
-
     def _spans_cut(self, text: str, cuts: Iterable[int]) -> list[tuple[int, int, int]]:
         """Tokenize text as [`_spans`] does, but without a token across one of the cuts."""
         spans = self._spans(text) if text else []
@@ -438,20 +507,6 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
             return spans
         rest = self._spans_cut(text[crossed:], [cut - crossed for cut in cuts])
         return self._spans_cut(text[:crossed], cuts) + [(i, s + crossed, e + crossed) for i, s, e in rest]
-
-    @cached_property
-    def appends_messages(self) -> bool:
-        """`bool`: Whether the chat template leaves a conversation as it is when it goes on.
-
-        Where it does not, as with models whose earlier thoughts are dropped, only the last turn of a conversation
-        can be learned as it will be generated.
-        """
-        messages = [{"role": role, "content": f"a {role}"} for role in ("user", "assistant", "tool", "assistant")]
-        try:
-            self._learned_spans(messages, self._render(messages))
-        except ValueError:
-            return False
-        return True
 
     def _save_pretrained(
         self,

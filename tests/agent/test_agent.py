@@ -114,12 +114,9 @@ def test_the_model_sees_what_it_was_trained_on(family):
     agent = make_agent(tokenizer, turns, {"rain": lambda place: {"mm": 4}})
     run = agent(QUERY)
     assert run.stop_reason == "answer"
-    if tokenizer.appends_messages:
-        expected = tokenizer.encode_conversation(render_calls(run.messages, tokenizer))["input_ids"]
-        assert run.token_ids == expected[: len(run.token_ids)]
-        assert tokenizer.decode(expected[len(run.token_ids) :], skip_special_tokens=True).strip() == ""
-    else:
-        assert "I look at it.\n<a_0>" in tokenizer.decode(run.token_ids)
+    (row,) = tokenizer.encode_for_training(render_calls(run.messages, tokenizer))
+    assert run.token_ids == row["input_ids"]
+    assert "I look at it.\n<a_0>" in tokenizer.decode(run.token_ids)
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)

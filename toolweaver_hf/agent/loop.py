@@ -179,11 +179,11 @@ class ToolAgent:
             if turn.tool_id is None or turn.stop_reason:
                 run.stop_reason = turn.stop_reason or "answer"
                 run.token_ids = turn.ids + turn.new_ids
-                run.messages.append({"role": "assistant", "content": turn.thought})  # without a call that was cut off
+                run.messages.append({"role": "assistant", **turn.said})  # without a call that was cut off
                 yield run.messages[-1]
                 return
             call = {"type": "function", "function": {"name": turn.tool_id, "arguments": turn.arguments}}
-            run.messages.append({"role": "assistant", "content": turn.thought, "tool_calls": [call]})
+            run.messages.append({"role": "assistant", **turn.said, "tool_calls": [call]})
             yield run.messages[-1]
             observation = self._observe(turn, run)
             if observation is None:

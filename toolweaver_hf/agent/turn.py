@@ -76,22 +76,9 @@ class Turn:
 
     def close(self, observation: str) -> None:
         """Add the turn as it was generated, its end, the tool's answer as text, and the opening of the next turn."""
-        tokenizer = self.agent.tokenizer
-        # All that the template writes after a turn is what two conversations with different turns have in common.
-        one, other = (
-            tokenizer.encode_conversation(
-                [
-                    {"role": "user", "content": "?"},
-                    {"role": "assistant", "content": turn},
-                    {"role": "tool", "content": observation},
-                ],
-                add_generation_prompt=True,
-            )["input_ids"]
-            for turn in (".", "no")
-        )
-        common = next(i for i in range(1, len(one)) if one[-i] != other[-i]) - 1
-        written = self.new_ids[:-1] if self.new_ids[-1] in self.agent._end_ids else self.new_ids
-        self.ids += [*written, *one[len(one) - common :]]
+        ends = self.agent._end_ids
+        written = self.new_ids[:-1] if self.new_ids[-1] in ends else self.new_ids
+        self.ids += [*written, *self.agent.tokenizer.encode_reply(observation, ends)]
 
     @torch.inference_mode()
     def _next_token(self) -> int:
@@ -127,9 +114,11 @@ class Turn:
         ).strip()
 
     def _read(self) -> None:
-        """Split the turn into its thought, the tool chosen (`None` for a final answer) and the arguments."""
+        """Split the turn into what was thought and said, the tool chosen (`None` for an answer) and the arguments."""
         tokenizer, start = self.agent.tokenizer, self._code_start()
-        self.thought = tokenizer.decode(self.new_ids[:start], skip_special_tokens=True).strip()
+        text = [token_id for token_id in self.new_ids[:start] if token_id not in self.agent._end_ids]
+        thought, content = tokenizer.split_thought(tokenizer.decode(text))
+        self.said = {"content": content} | ({"reasoning_content": thought} if thought else {})
         self.tool_id, self.arguments, self.arguments_error = None, {}, None
         end = start + self.num_levels
         if end > len(self.new_ids):

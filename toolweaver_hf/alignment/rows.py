@@ -13,12 +13,12 @@ from datasets import Dataset
 from datasets.utils import tqdm
 
 from ..data.catalog import ToolCatalog
+from ..data.queries import Query
 from ..data.trajectories import code_text, render_calls
 
 
 if TYPE_CHECKING:
     from ..tokenization_toolweaver import ToolWeaverTokenizer
-from ..data.queries import Query
 
 
 def memorization_rows(catalog: ToolCatalog, tokenizer: ToolWeaverTokenizer) -> list[dict[str, Any]]:
@@ -55,11 +55,23 @@ def _code_row(row_id: str, text: str, tool_ids: Sequence[str], tokenizer: ToolWe
         answer = "".join(code_text(tool_id, tokenizer) for tool_id in tool_ids)
     except ValueError as error:
         raise ValueError(f"{row_id}: {error}") from None
-    return {"id": row_id, "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]}
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+    return {"id": row_id, "messages": messages, "task": "retrieval"}
 
 
-def trajectory_rows(trajectories: Iterable[dict[str, Any]], tokenizer: ToolWeaverTokenizer) -> list[dict[str, Any]]:
+def trajectory_rows(
+    trajectories: Iterable[dict[str, Any]], tokenizer: ToolWeaverTokenizer, bad_rows: list[str] | None = None
+) -> list[dict[str, Any]]:
     """Rows that teach whole trajectories: thought, code, arguments, observation, answer.
+
+    Args:
+        trajectories (`Iterable[dict]`):
+            Trajectories as [`~data.load_trajectories`] gives them.
+        tokenizer ([`ToolWeaverTokenizer`]):
+            The tokenizer with the tools' codes.
+        bad_rows (`list[str]`, *optional*):
+            Where it is given, a trajectory that cannot be learned is left out, and what is wrong with it is added to
+            this list.
 
     Raises:
         `ValueError`: naming the trajectory that calls a tool without a code.
@@ -67,10 +79,31 @@ def trajectory_rows(trajectories: Iterable[dict[str, Any]], tokenizer: ToolWeave
     rows = []
     for row in trajectories:
         try:
-            rows.append({"id": row["id"], "messages": render_calls(row["messages"], tokenizer)})
+            rows.append({**row, "messages": render_calls(row["messages"], tokenizer), "task": "agent"})
         except ValueError as error:
-            raise ValueError(f"{row['id']}: {error}") from None
+            _refuse(row, error, bad_rows)
     return rows
+
+
+def replay_rows(
+    conversations: Iterable[dict[str, Any]], tokenizer: ToolWeaverTokenizer, bad_rows: list[str] | None = None
+) -> list[dict[str, Any]]:
+    """Rows of general chat, against forgetting. Those that call tools are learned as trajectories.
+
+    The arguments are those of [`trajectory_rows`].
+    """
+    rows = []
+    for row in conversations:
+        calls = any(message.get("tool_calls") or message["role"] == "tool" for message in row["messages"])
+        rows += trajectory_rows([row], tokenizer, bad_rows) if calls else [row | {"task": "chat"}]
+    return rows
+
+
+def _refuse(row: dict[str, Any], error: ValueError, bad_rows: list[str] | None) -> None:
+    message = f"{row.get('place', row['id'])}: {error}"
+    if bad_rows is None:
+        raise ValueError(message) from None
+    bad_rows.append(message)
 
 
 def drop_words(row: dict[str, Any], generator: random.Random) -> dict[str, Any]:
@@ -98,11 +131,13 @@ def tokenize_rows(
     codes_alone: bool = False,
     split_share: float = 0.0,
     seed: int = 0,
+    eos_token_id: int | Sequence[int] | None = None,
+    bad_rows: list[str] | None = None,
 ) -> tuple[Dataset, int]:
-    """Tokenize conversations for `SFTTrainer`, with the loss on the messages to learn alone.
+    """Tokenize conversations for `SFTTrainer`, with the loss on what the model writes alone.
 
-    These are the assistant's messages, or those that say `loss: true` where messages say it. A conversation whose
-    earlier turns the chat template rewrites becomes one row for each turn to learn, which ends with it.
+    These are the assistant's turns, save those that say `loss: false`. A conversation becomes several rows where the
+    chat template rewrites earlier turns (see [`ToolWeaverTokenizer.encode_for_training`]).
 
     Args:
         rows (`Iterable[dict]`):
@@ -118,18 +153,32 @@ def tokenize_rows(
             Fraction of unlabeled tokens to re-split at random (as in BPE-dropout).
         seed (`int`, *optional*, defaults to 0):
             Seed of the re-splitting.
+        eos_token_id (`int` or `Sequence[int]`, *optional*):
+            The tokens at which generation stops, as in the model's `generation_config`; one of them ends each turn.
+        bad_rows (`list[str]`, *optional*):
+            Where it is given, a conversation that cannot be learned is left out, and what is wrong with it is added to
+            this list.
 
     Returns:
         `tuple[Dataset, int]`: the dataset with the columns `id`, `input_ids` and `labels` (-100 where no loss is
-        taken), and the number of rows that were left out.
+        taken), and the number of rows that were left out for their length.
+
+    Raises:
+        `ValueError`: naming the conversation that the chat template cannot render, or in which nothing is to be learned.
     """
     columns: dict[str, list] = {"id": [], "input_ids": [], "labels": []}
     too_long = 0
     generator = random.Random(seed)
     codes = set(tokenizer.code_token_ids)
     for row in tqdm(rows, desc="Tokenizing", leave=False):
-        for messages in _learnable(row["messages"], tokenizer):
-            encoded = tokenizer.encode_conversation(messages)
+        try:
+            encoded_rows = tokenizer.encode_for_training(row["messages"], eos_token_id, row.get("task", "chat"))
+            if not encoded_rows:
+                raise ValueError("no turn of the assistant is to be learned")
+        except ValueError as error:
+            _refuse(row, error, bad_rows)
+            continue
+        for encoded in encoded_rows:
             ids, mask = encoded["input_ids"], encoded["assistant_mask"]
             if codes_alone:
                 mask = [int(learn and token_id in codes) for token_id, learn in zip(ids, mask, strict=True)]
@@ -148,17 +197,6 @@ def tokenize_rows(
                 for name, value in (("id", row["id"]), ("input_ids", input_ids), ("labels", labels)):
                     columns[name].append(value)
     return Dataset.from_dict(columns), too_long
-
-
-def _learnable(messages: list[dict[str, Any]], tokenizer: ToolWeaverTokenizer) -> list[list[dict[str, Any]]]:
-    """Cut a conversation where the chat template requires it, so that every turn is learned as it will be generated."""
-    if tokenizer.appends_messages:
-        return [messages]
-    return [
-        [{**earlier, "loss": False} for earlier in messages[:i]] + [{**message, "loss": True}]
-        for i, message in enumerate(messages)
-        if message.get("loss", message["role"] == "assistant")
-    ]
 
 
 def repeat_rows(dataset: Dataset, weight: float, seed: int) -> Dataset:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
+from ..chat_template import REASONING_FIELDS, THOUGHT
 from ..files import read_rows
 
 
@@ -34,13 +35,8 @@ ROLES = {
 }
 
 
-REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
-"""Where chat APIs and chat templates put what a model thinks before it speaks."""
 MESSAGE_FIELDS = {"role", "from", "content", "value", "loss", "weight", "name", *REASONING_FIELDS}
 MESSAGE_FIELDS |= {"tool_calls", "function_call", "tool_call_id"}
-THOUGHT = re.compile(r"\s*(?:<think>)?((?:(?!<think>).)*?)</think>\s*", re.DOTALL)
-"""A thought at the start of a text, as reasoning models write it; its opening may have stood in the prompt."""
-
 TRAJECTORY_PROMPT = "Think, call tools by their code with JSON arguments, then answer."
 
 
@@ -242,10 +238,11 @@ def _atomic_to_code(token: str, tokenizer: ToolWeaverTokenizer) -> str:
 def render_calls(messages: Sequence[dict[str, Any]], tokenizer: ToolWeaverTokenizer) -> list[dict[str, Any]]:
     """Write the tool calls of a conversation as the model generates them.
 
-    Every message comes out with a plain `content`: a call becomes the thought, a line break, the tool's code and its
-    arguments as one JSON object; ToolGen's tokens in the assistant's text become codes. Several calls of one
-    assistant message become turns of their own, each followed by its observation if there is one. A conversation
-    without a system message gets `TRAJECTORY_PROMPT`.
+    Every message comes out with a plain `content`: a call becomes the tool's code and its arguments as one JSON object,
+    on a line of its own; ToolGen's tokens in the assistant's text become codes. The thought is the
+    `reasoning_content`; where a call has none, the text before it is. Several calls of one assistant message become
+    turns of their own, each followed by its result if there is one. A conversation without a system message gets
+    `TRAJECTORY_PROMPT`.
 
     Raises:
         `ValueError`: if a call names a tool that has no code.
@@ -262,18 +259,21 @@ def render_calls(messages: Sequence[dict[str, Any]], tokenizer: ToolWeaverTokeni
     results = find_results(messages)
     found = set(results.values())
     for place, message in enumerate(messages):
-        content = message["content"]
-        flags = {"loss": message["loss"]} if "loss" in message else {}
+        kept = {"loss": message["loss"]} if "loss" in message else {}
+        content, thought = message["content"], message.get("reasoning_content")
+        calls = message.get("tool_calls") or ()
         if message["role"] == "assistant":
             content = ATOMIC_TOKEN.sub(lambda match: _atomic_to_code(match[0], tokenizer), content)
-            content = "\n".join(text for text in (message.get("reasoning_content"), content) if text)
-        if place not in found and not message.get("tool_calls"):
-            rendered.append({"role": message["role"], "content": content, **flags})
-        for i, call in enumerate(message.get("tool_calls") or ()):
+        if calls and not thought:
+            content, thought = "", content
+        said = {"content": content} | ({"reasoning_content": thought} if thought else {})
+        if place not in found and not calls:
+            rendered.append({"role": message["role"], **said, **kept})
+        for i, call in enumerate(calls):
             text = code_text(call["function"]["name"], tokenizer)
             text += json.dumps(call["function"].get("arguments", {}), ensure_ascii=False)
             text = f"{content}\n{text}" if content and i == 0 else text
-            rendered.append({"role": "assistant", "content": text, **flags})
+            rendered.append({"role": "assistant", **(said if i == 0 else {}), "content": text, **kept})
             if (place, i) in results:
                 rendered.append({"role": "tool", "content": messages[results[place, i]]["content"]})
     return rendered
