@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,6 +83,9 @@ class AlignmentArguments:
         augmentations (`int`, *optional*, defaults to 0):
             Noisy copies of each memorization and retrieval row, with words left out and tokens split at random.
             They keep a small model from learning few queries by heart.
+        max_bad_rows (`float`, *optional*, defaults to 0.01):
+            Fraction of a stage's rows that may be left out because they cannot be learned, such as one that calls a
+            tool without a code. The first five are named. Where there are more, the run stops.
     """
 
     codes_dir: str = field(metadata={"help": "Output folder of recipes/tokenize_tools.py."})
@@ -113,6 +117,9 @@ class AlignmentArguments:
         },
     )
     augmentations: int = field(default=0, metadata={"help": "Noisy copies of each memorization and retrieval row."})
+    max_bad_rows: float = field(
+        default=0.01, metadata={"help": "Fraction of rows that may be left out because they cannot be learned."}
+    )
 
     def __post_init__(self):
         for stage in self.stages:
@@ -192,8 +199,14 @@ def load_rows(
     max_length: int | None,
     seed: int,
     shared_prompts: bool = False,
+    eos_token_id: int | list[int] | None = None,
 ) -> Dataset:
-    """Build the rows of every stage: conversations, then tokens with the loss on the turns to learn."""
+    """Build the rows of every stage: conversations, then tokens with the loss on the turns to learn.
+
+    Raises:
+        `ValueError`: naming the first five of the rows that cannot be learned, if they are more than
+            `args.max_bad_rows` of a stage.
+    """
     from accelerate.logging import get_logger
     from datasets import concatenate_datasets
 
@@ -201,6 +214,7 @@ def load_rows(
         drop_words,
         memorization_rows,
         repeat_rows,
+        replay_rows,
         retrieval_rows,
         share_prompts,
         tokenize_rows,
@@ -213,22 +227,38 @@ def load_rows(
     generator = random.Random(seed)
     datasets = []
     for stage, weight in zip(args.stages, args.stage_weights or [1.0] * len(args.stages), strict=True):
+        bad_rows: list[str] = []
         if stage == "memorization":
             rows = memorization_rows(catalog, tokenizer)
         elif stage == "retrieval":
-            rows = retrieval_rows(load_queries(args.queries, args.qrels), tokenizer, args.tools_as_sequence)
+            queries = load_queries(args.queries, args.qrels, bad_rows)
+            rows = retrieval_rows(queries, tokenizer, args.tools_as_sequence, bad_rows)
         elif stage == "trajectory":
-            rows = trajectory_rows(load_trajectories(args.trajectories), tokenizer)
+            rows = trajectory_rows(load_trajectories(args.trajectories, bad_rows), tokenizer, bad_rows)
         else:
-            rows = load_trajectories(args.replay)
+            rows = replay_rows(load_trajectories(args.replay, bad_rows), tokenizer, bad_rows)
+        num_rows = len(rows) + len(bad_rows)
         # A sequence of codes has to say where it ends; the answer that is one code does not.
         codes_alone = stage == "memorization" or (stage == "retrieval" and not args.tools_as_sequence)
-        dataset, too_long = tokenize_rows(rows, tokenizer, max_length, codes_alone)
+        encode = partial(
+            tokenize_rows,
+            tokenizer=tokenizer,
+            max_length=max_length,
+            codes_alone=codes_alone,
+            eos_token_id=eos_token_id,
+        )
+        dataset, too_long = encode(rows, bad_rows=bad_rows)
+        if bad_rows:
+            named = "".join(f"\n  {bad_row}" for bad_row in bad_rows[:5])
+            counted = f"{stage}: {len(bad_rows)} of {num_rows} rows cannot be learned"
+            if len(bad_rows) > args.max_bad_rows * num_rows:
+                raise ValueError(f"{counted}, more than --max_bad_rows {args.max_bad_rows:g} allows, such as{named}")
+            logger.warning(f"{counted} and are left out, such as{named}")
         if too_long:
             logger.warning(f"{stage}: {too_long} of {len(rows)} rows have more than {max_length} tokens: left out")
         if stage in ("memorization", "retrieval") and args.augmentations:
             noisy = [drop_words(row, generator) for _ in range(args.augmentations) for row in rows]
-            noisy, _ = tokenize_rows(noisy, tokenizer, max_length, codes_alone, split_share=0.22, seed=seed)
+            noisy, _ = encode(noisy, split_share=0.22, seed=seed, bad_rows=[])
             dataset = concatenate_datasets([dataset, noisy])
         if stage == "retrieval" and shared_prompts:
             dataset = share_prompts(dataset)
@@ -274,7 +304,13 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
     padded = not (training_args.packing or training_args.padding_free)
     shared_prompts = padded and can_share_prompts(model)
     train_dataset = load_rows(
-        args, catalog, tokenizer, training_args.max_length, training_args.seed, shared_prompts=shared_prompts
+        args,
+        catalog,
+        tokenizer,
+        training_args.max_length,
+        training_args.seed,
+        shared_prompts=shared_prompts,
+        eos_token_id=model.generation_config.eos_token_id,
     )
     eval_queries = load_eval_queries(args, training_args.seed)
     eval_dataset = None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -292,6 +293,42 @@ def test_stages_are_weighed_and_long_rows_reported(world, tmp_path, caplog):
     assert "replay: 1 of 2 rows have more than 128 tokens: left out" in caplog.text
     with pytest.raises(ValueError, match="one for each stage"):
         sft.AlignmentArguments(codes_dir="x", stages=["memorization"], stage_weights=[1, 2])
+
+
+def test_bad_rows_are_named_and_left_out_up_to_a_fraction(world, tmp_path, caplog):
+    """A tool without a code, a result without a call, a content that is no text: each such row is left out."""
+    user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
+    call = {"type": "function", "function": {"name": "t99", "arguments": {}}}
+    rows = [{"messages": [user, answer]} for _ in range(27)]
+    rows.insert(3, {"messages": [user, {**answer, "tool_calls": [call]}]})
+    rows.insert(5, {"messages": [user, {"role": "tool", "content": "x"}, answer]})
+    rows.insert(7, {"messages": [user, {**answer, "content": [{"type": "image"}]}]})
+    path = tmp_path / "trajectories.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = ToolWeaverTokenizer.from_base(build("smollm2"), ToolCodes.from_pretrained(world / "codes"))
+    catalog = ToolCatalog.from_file(world / "codes" / "catalog.jsonl")
+    AlignmentTrainingArguments(str(tmp_path))  # the logger needs its state
+
+    def load(stage, max_bad_rows):
+        arguments = {"codes_dir": str(world / "codes"), "stages": [stage], "max_bad_rows": max_bad_rows}
+        paths = {"trajectories": str(path), "replay": str(path)}
+        return sft.load_rows(sft.AlignmentArguments(**arguments, **paths), catalog, tokenizer, 128, seed=0)
+
+    for stage in ("trajectory", "replay"):
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            assert len(load(stage, 0.1)) == 27
+        assert f"{stage}: 3 of 30 rows cannot be learned and are left out" in caplog.text
+        for line, what in ((4, "'t99' has no code"), (6, "without a call before it"), (8, "type 'image'")):
+            assert re.search(rf"trajectories\.jsonl, line {line}: .*{what}", caplog.text)
+        with pytest.raises(ValueError, match=r"3 of 30 rows cannot be learned, more than --max_bad_rows 0\.09"):
+            load(stage, 0.09)
+    queries = [{"id": str(i), "text": "?", "tools": ["t1" if i else "t99"]} for i in range(3)] + [{"id": "9"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in queries))
+    arguments = {"codes_dir": str(world / "codes"), "queries": str(path)}
+    assert len(sft.load_rows(sft.AlignmentArguments(**arguments, max_bad_rows=0.5), catalog, tokenizer, 128, 0)) == 2
+    with pytest.raises(ValueError, match=r"2 of 4 rows .*(?s:.*)line 4: a query needs.*(?s:.*)line 1: the tool 't99'"):
+        sft.load_rows(sft.AlignmentArguments(**arguments), catalog, tokenizer, 128, 0)
 
 
 def test_what_stops_a_run_before_training(world, tmp_path):

@@ -27,7 +27,10 @@ def memorization_rows(catalog: ToolCatalog, tokenizer: ToolWeaverTokenizer) -> l
 
 
 def retrieval_rows(
-    queries: Iterable[Query], tokenizer: ToolWeaverTokenizer, as_sequence: bool = False
+    queries: Iterable[Query],
+    tokenizer: ToolWeaverTokenizer,
+    as_sequence: bool = False,
+    bad_rows: list[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Rows that teach query -> code.
 
@@ -39,6 +42,9 @@ def retrieval_rows(
         as_sequence (`bool`, *optional*, defaults to `False`):
             Whether a query's ground-truth tools make one conversation, answered by their codes one after another,
             rather than one conversation for each tool.
+        bad_rows (`list[str]`, *optional*):
+            Where it is given, a query that cannot be learned is left out, and what is wrong with it is added to this
+            list.
 
     Raises:
         `ValueError`: naming the query whose tool has no code.
@@ -46,17 +52,19 @@ def retrieval_rows(
     rows = []
     for query in queries:
         answers = [query.tools] if as_sequence else [[tool_id] for tool_id in query.tools]
-        rows += [_code_row(query.id, query.text, answer, tokenizer) for answer in answers]
+        try:
+            rows += [_code_row(query.id, query.text, answer, tokenizer, query.place) for answer in answers]
+        except ValueError as error:
+            _refuse(query.place or query.id, error, bad_rows)
     return rows
 
 
-def _code_row(row_id: str, text: str, tool_ids: Sequence[str], tokenizer: ToolWeaverTokenizer) -> dict[str, Any]:
-    try:
-        answer = "".join(code_text(tool_id, tokenizer) for tool_id in tool_ids)
-    except ValueError as error:
-        raise ValueError(f"{row_id}: {error}") from None
+def _code_row(
+    row_id: str, text: str, tool_ids: Sequence[str], tokenizer: ToolWeaverTokenizer, place: str | None = None
+) -> dict[str, Any]:
+    answer = "".join(code_text(tool_id, tokenizer) for tool_id in tool_ids)
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-    return {"id": row_id, "messages": messages, "task": "retrieval"}
+    return {"id": row_id, "messages": messages, "task": "retrieval", "place": place or row_id}
 
 
 def trajectory_rows(
@@ -81,7 +89,7 @@ def trajectory_rows(
         try:
             rows.append({**row, "messages": render_calls(row["messages"], tokenizer), "task": "agent"})
         except ValueError as error:
-            _refuse(row, error, bad_rows)
+            _refuse(row.get("place", row["id"]), error, bad_rows)
     return rows
 
 
@@ -99,11 +107,10 @@ def replay_rows(
     return rows
 
 
-def _refuse(row: dict[str, Any], error: ValueError, bad_rows: list[str] | None) -> None:
-    message = f"{row.get('place', row['id'])}: {error}"
+def _refuse(place: str, error: ValueError, bad_rows: list[str] | None) -> None:
     if bad_rows is None:
-        raise ValueError(message) from None
-    bad_rows.append(message)
+        raise ValueError(f"{place}: {error}") from None
+    bad_rows.append(f"{place}: {error}")
 
 
 def drop_words(row: dict[str, Any], generator: random.Random) -> dict[str, Any]:
@@ -176,7 +183,7 @@ def tokenize_rows(
             if not encoded_rows:
                 raise ValueError("no turn of the assistant is to be learned")
         except ValueError as error:
-            _refuse(row, error, bad_rows)
+            _refuse(row.get("place", row["id"]), error, bad_rows)
             continue
         for encoded in encoded_rows:
             ids, mask = encoded["input_ids"], encoded["assistant_mask"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..files import local_file, read_rows
@@ -20,15 +20,19 @@ class Query:
         text (`str`): What the user says.
         tools (`tuple[str, ...]`): Ids of the ground-truth tools, at least one.
         group (`str`, *optional*): A group to report on its own, such as ToolBench's I1, I2 and I3.
+        place (`str`, *optional*): The file and line that it was read from, for error messages.
     """
 
     id: str
     text: str
     tools: tuple[str, ...]
     group: str | None = None
+    place: str | None = field(default=None, compare=False, repr=False)
 
 
-def load_queries(path: str | os.PathLike, qrels: str | os.PathLike | None = None) -> list[Query]:
+def load_queries(
+    path: str | os.PathLike, qrels: str | os.PathLike | None = None, bad_rows: list[str] | None = None
+) -> list[Query]:
     """Read queries with their ground-truth tools.
 
     Args:
@@ -41,30 +45,44 @@ def load_queries(path: str | os.PathLike, qrels: str | os.PathLike | None = None
         qrels (`str`, *optional*):
             For a BEIR queries file, the tab-separated file of `query-id`, `corpus-id` and `score` (a header line,
             scores above 0 are relevant). Queries without a relevant tool are left out.
+        bad_rows (`list[str]`, *optional*):
+            Where it is given, a row that cannot be read is left out, and what is wrong with it is added to this list.
 
     Raises:
         `ValueError`: naming the file and line that is wrong, or the id that occurs twice.
     """
     relevant = _read_qrels(qrels) if qrels is not None else None
     queries: dict[str, Query] = {}
-    for place, row in read_rows(path):
-        row = _query_row(place, row)
-        query_id, text = row.get("id", row.get("_id")), row.get("text")
-        tools = row.get("tools") if relevant is None else relevant.get(query_id, [])
-        if not isinstance(query_id, str) or not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{place}: a query needs a string 'id' (or '_id') and a non-empty 'text'")
-        if not isinstance(tools, list) or not all(isinstance(tool, str) for tool in tools):
-            raise ValueError(f"{place}: query {query_id!r} needs 'tools', a list of tool ids (or give a qrels file)")
-        if query_id in queries:
-            raise ValueError(f"{place}: the query id {query_id!r} occurs twice")
-        if tools:
-            group = row.get("group", row.get("split"))
-            queries[query_id] = Query(query_id, text, tuple(dict.fromkeys(tools)), group and str(group))
-        elif relevant is None and "query" not in row:
-            raise ValueError(f"{place}: query {query_id!r} has no ground-truth tool")
+    for place, row in read_rows(path, bad_rows):
+        try:
+            query = _read_query(place, row, relevant)
+            if query is not None and query.id in queries:
+                raise ValueError(f"{place}: the query id {query.id!r} occurs twice")
+        except ValueError as error:
+            if bad_rows is None:
+                raise
+            bad_rows.append(str(error))
+            continue
+        if query is not None:
+            queries[query.id] = query
     if not queries:
         raise ValueError(f"{path} holds no query with a ground-truth tool")
     return list(queries.values())
+
+
+def _read_query(place: str, row: dict[str, Any], relevant: dict[str, list[str]] | None) -> Query | None:
+    """Read one row; `None` for a query without a relevant tool in a format that has those."""
+    row = _query_row(place, row)
+    query_id, text = row.get("id", row.get("_id")), row.get("text")
+    if not isinstance(query_id, str) or not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{place}: a query needs a string 'id' (or '_id') and a non-empty 'text'")
+    tools = row.get("tools") if relevant is None else relevant.get(query_id, [])
+    if not isinstance(tools, list) or not all(isinstance(tool, str) for tool in tools):
+        raise ValueError(f"{place}: query {query_id!r} needs 'tools', a list of tool ids (or give a qrels file)")
+    if not tools and relevant is None and "query" not in row:
+        raise ValueError(f"{place}: query {query_id!r} has no ground-truth tool")
+    group = row.get("group", row.get("split"))
+    return Query(query_id, text, tuple(dict.fromkeys(tools)), group and str(group), place) if tools else None
 
 
 def _query_row(place: str, row: dict[str, Any]) -> dict[str, Any]:
