@@ -1,1 +1,1 @@
-"""To the Hub: folders that a step has made, each with its code and its card."""
+"""Upload of output folders to the Hub, with the code and the card that they need."""

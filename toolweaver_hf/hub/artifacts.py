@@ -1,4 +1,4 @@
-"""To the Hub and back: pushing the artifacts of a run, each with its code and its card, and getting files."""
+"""Push the artifacts of a run to the Hub, each with its code and its card."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 PUSHED_SUFFIXES = (".json", ".jsonl", ".safetensors", ".py", ".jinja", ".txt", ".png")
-"""What leaves a folder for the Hub. Pickles and checkpoints do not."""
+"""Suffixes of the files that are pushed. Pickles and checkpoints never are."""
 LEFT_OUT = ("embeddings.safetensors", "trainer_state.json")
 
 
@@ -37,22 +37,22 @@ def push_folder(
     license: str | None = None,
     datasets: Sequence[str] | None = None,
 ) -> CommitInfo:
-    """Push an artifact to a repository of the Hub, in one commit, with its card.
+    """Push an artifact to a Hub repository, in one commit, with its card.
 
-    The repository is made where it does not exist. A file that is there unchanged is not sent again, and an upload
-    that was interrupted is taken up by pushing again. The card is made by [`~cards.create_card`]; a `README.md` in the folder
-    that carries the tag `toolweaver` is pushed as it is instead.
+    The repository is created if it does not exist. Unchanged files are not uploaded again, and pushing again continues
+    an interrupted upload. The card is made by [`~cards.create_card`], unless the folder has a `README.md` with the tag
+    `toolweaver`, which is pushed instead.
 
     Args:
         folder (`str`):
             Output folder of `toolweaver tokenize` or `toolweaver sft`, a saved tokenizer, or a folder with a
-            catalog, queries or trajectories. The last becomes a dataset repository.
+            catalog, queries or trajectories, which becomes a dataset repository.
         repo_id (`str`):
-            The repository, `user/name`; a name alone is one of the user who is logged in.
+            The repository, `user/name`. A name alone belongs to the user who is logged in.
         private (`bool`, *optional*):
-            Whether a repository that is made is private.
+            Whether a newly created repository is private.
         revision (`str`, *optional*):
-            Branch to push to, made from `main` where it does not exist. Defaults to `main`.
+            Branch to push to, created from `main` if it does not exist. Defaults to `main`.
         token (`bool` or `str`, *optional*):
             The token to authenticate with. Defaults to the one of `hf auth login`.
         commit_message (`str`, *optional*):
@@ -68,7 +68,7 @@ def push_folder(
         [`~huggingface_hub.CommitInfo`]: the commit, or the pull request.
 
     Raises:
-        `ValueError`: if the folder holds no artifact, or a file of it is not valid; nothing is sent then.
+        `ValueError`: if the folder holds no artifact, or one of its files is not valid. Nothing is uploaded then.
         `OSError`: if the Hub cannot be reached or refuses.
     """
     folder = Path(folder)
@@ -94,15 +94,15 @@ def push_folder(
 
 
 def pop_push_arguments(args: TrainingArguments) -> dict[str, Any] | None:
-    """Take out of training arguments whether and where to push, for one [`push_folder`] at the end of a run.
+    """Remove the push arguments from training arguments, for one [`push_folder`] at the end of a run.
 
-    The Trainer would push all along, without a card, and its arguments with the token in them as a pickle.
+    `Trainer` itself would push during the run, without this card, and pickle its arguments with the token in them.
 
     Args:
         args ([`TrainingArguments`]): Its `push_to_hub` and `hub_token` are cleared.
 
     Returns:
-        `dict` or `None`: the arguments of [`push_folder`] beside the folder; `None` if nothing is to be pushed.
+        `dict` or `None`: keyword arguments for [`push_folder`]; `None` without `--push_to_hub`.
     """
     push_to_hub, args.push_to_hub = args.push_to_hub, False
     token, args.hub_token = args.hub_token, None
@@ -117,7 +117,7 @@ def pop_push_arguments(args: TrainingArguments) -> dict[str, Any] | None:
 
 
 def _files(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the names of the files to push, and of the files and folders that are left out."""
+    """Return the names of the files to push, and of the files and folders to leave out."""
     pushed, left_out = [], []
     for path in sorted(folder.iterdir()):
         if path.name == "README.md" or path.name.startswith("."):

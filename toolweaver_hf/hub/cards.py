@@ -1,4 +1,4 @@
-"""Cards: what a run recorded, as the README of its repository on the Hub."""
+"""Model and dataset cards, made from the records of a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from huggingface_hub import DatasetCard, EvalResult, ModelCardData, RepoCard
 from huggingface_hub.utils import logging
@@ -24,20 +24,16 @@ from ..files import read_json, read_object
 from ..tool_codes_file import TOOL_CODES_FILE, check_tool_codes
 
 
-if TYPE_CHECKING:
-    pass
-
-
 logger = logging.get_logger(__name__)
 
 EVALUATION_FOLDER = "evaluation"
 
 
 def artifact_kind(folder: str | os.PathLike) -> Literal["model", "codes", "tokenizer", "dataset"]:
-    """Tell what a folder holds, by its files.
+    """Return the kind of artifact in a folder, judged by its files.
 
     Returns:
-        `str`: `"model"` (an aligned model, or adapters of one), `"codes"` (codes, with or without their RQ-VAE),
+        `str`: `"model"` (an aligned model, or its adapter), `"codes"` (codes, with or without their RQ-VAE),
         `"tokenizer"`, or `"dataset"` (a catalog, queries or trajectories).
 
     Raises:
@@ -66,13 +62,13 @@ def create_card(
     license: str | None = None,
     datasets: Sequence[str] | None = None,
 ) -> RepoCard:
-    """Make the card of an artifact from what the run recorded in its folder; what is not known is left out.
+    """Make the card of an artifact from the records in its folder. Facts without a record are left out.
 
-    To write more into a card, save it as `README.md` in the folder, edit it, and push the folder.
+    To add to a card, save it as `README.md` in the folder, edit it, and push the folder.
 
     Args:
         folder (`str`): The folder, as for [`push_folder`].
-        repo_id (`str`): The repository that it will be pushed to.
+        repo_id (`str`): The repository to push to.
         license (`str`, *optional*): Identifier of the license.
         datasets (`Sequence[str]`, *optional*): Ids of the datasets that the model was trained on.
 
@@ -128,7 +124,7 @@ def create_card(
 
 
 def _evaluation(folder: Path, facts: dict[str, Any]) -> list[EvalResult] | None:
-    """Read `evaluation/metrics.json`, put its tables among the card's facts and return the model's own results."""
+    """Read `evaluation/metrics.json`, add its tables to the card's facts and return the model's results."""
     path = folder / EVALUATION_FOLDER / METRICS_FILE
     if not path.exists():
         return None
@@ -161,7 +157,7 @@ def _evaluation(folder: Path, facts: dict[str, Any]) -> list[EvalResult] | None:
 
 
 def _encoder(folder: Path) -> str | None:
-    """Return the id of the encoder that the tools were embedded with, by the cached embeddings beside the codes."""
+    """Return the id of the encoder, as recorded in the cached embeddings beside the codes."""
     from ..codes.embeddings import EMBEDDINGS_FILE
     from ..text_expert import DEFAULT_ENCODER, default_encoder
 
@@ -176,13 +172,13 @@ def _encoder(folder: Path) -> str | None:
 
 
 def _first_description(folder: Path) -> str | None:
-    """Return the description of the catalog's first tool, as an example of a query."""
+    """Return the description of the catalog's first tool, as an example query."""
     path = folder / CATALOG_FILE
     return ToolCatalog.from_file(path)[0].description if path.exists() else None
 
 
 def dataset_files(folder: Path) -> dict[str, dict[str, str]]:
-    """Return for each configuration of a dataset (`catalog`, `queries`, `trajectories`) its split -> file."""
+    """Return the files of each configuration of a dataset: `catalog`, `queries` or `trajectories` -> split -> file."""
     configurations: dict[str, dict[str, str]] = {}
     for path in sorted(folder.glob("*.jsonl")) if folder.is_dir() else []:
         name, _, split = path.stem.partition(".")
@@ -202,7 +198,7 @@ def _dataset_card(folder: Path, repo_id: str, license: str | None) -> DatasetCar
 
 
 def own_card(folder: Path) -> RepoCard | None:
-    """Return the card in a folder if it is one of ours, and not what PEFT or TRL write beside every model."""
+    """Return the card in a folder if it has our tag; the cards that PEFT and TRL write do not."""
     path = folder / "README.md"
     if not path.exists():
         return None
