@@ -15,30 +15,30 @@ class RQVAEConfig(PreTrainedConfig):
         input_dim (`int`, *optional*, defaults to 384):
             Dimension of the tools' embeddings.
         hidden_sizes (`Sequence[int]`, *optional*, defaults to `(512, 256)`):
-            Sizes of the encoder's hidden layers; the decoder has them in reverse.
+            Sizes of the encoder's hidden layers; the decoder uses them in reverse.
         code_dim (`int`, *optional*, defaults to 64):
             Dimension of the latent vectors and of the codebooks' vectors.
         codebook_sizes (`Sequence[int]`, *optional*, defaults to `(256, 256)`):
             Number of codes of each level, 1 to 8 levels.
         commitment_weight (`float`, *optional*, defaults to 0.25):
-            Weight of the commitment loss beside the codebook loss.
+            Weight of the commitment loss, relative to the codebook loss.
         assignment_weight (`float`, *optional*, defaults to 1.0):
-            Weight of the assignment loss, cross-entropy that makes each tool's assigned code its nearest one.
+            Weight of the assignment loss, a cross-entropy that makes each tool's assigned code its nearest one.
         collaborative_weight (`float`, *optional*, defaults to 1.0):
-            Weight of the collaborative loss, which draws tools that are used together to common codes.
+            Weight of the collaborative loss, which draws co-used tools to shared codes.
         codebook_update (`str`, *optional*, defaults to `"gradient"`):
             How the codebooks learn: `"gradient"`, by the codebook loss, or `"ema"`, as exponential moving averages of
-            the residuals that chose each code; the codebook loss is then reported, but not part of the whole.
+            the residuals assigned to each code. With `"ema"`, the codebook loss is reported but not added to the loss.
         ema_decay (`float`, *optional*, defaults to 0.99):
-            Share of a moving average that a step keeps.
+            Decay rate of the moving averages.
         sinkhorn_epsilon (`float`, *optional*, defaults to 0.05):
-            Entropic regularization of the last level's uniform mapping in training; 0 leaves it out.
+            Entropic regularization of the last level's uniform mapping in training; 0 disables the mapping.
         sinkhorn_iterations (`int`, *optional*, defaults to 3):
-            Number of Sinkhorn-Knopp rounds of that mapping.
+            Number of Sinkhorn-Knopp rounds of the uniform mapping.
 
     Raises:
-        `ValueError`: if a size is not a positive whole number, there are not 1 to 8 levels, or another value is out of
-            its range.
+        `ValueError`: if a size is not a positive integer, there are not 1 to 8 levels, or another value is out of
+            range.
     """
 
     model_type = "toolweaver_rqvae"

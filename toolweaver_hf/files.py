@@ -1,30 +1,16 @@
-"""The files of a run: written whole or not at all, those of JSON with the version of their format."""
+"""Reading and writing files: atomic writes, JSON with a schema version, JSON lines, files on the Hub."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from huggingface_hub import (
-    HfFileSystem,
-    hf_hub_download,
-)
-from huggingface_hub.utils import httpx
-
-
-if TYPE_CHECKING:
-    pass
-
 import json
-from typing import TYPE_CHECKING
-
-
-if TYPE_CHECKING:
-    pass
-
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfFileSystem, hf_hub_download
+from huggingface_hub.utils import httpx
 
 
 @contextmanager
@@ -40,13 +26,13 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a text, whole or not at all."""
+    """Write a text atomically."""
     with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike, document: dict[str, Any], schema_version: int) -> None:
-    """Write a JSON object with its `schema_version`, whole or not at all."""
+    """Write a JSON object with its `schema_version` atomically."""
     write_text(path, json.dumps({"schema_version": schema_version, **document}, indent=2, ensure_ascii=False))
 
 
@@ -54,7 +40,7 @@ def read_object(path: str | os.PathLike) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        `ValueError`: naming the file, if it is no JSON object.
+        `ValueError`: naming the file, if it is not a JSON object.
         `OSError`: if it cannot be read.
     """
     try:
@@ -67,10 +53,10 @@ def read_object(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_json(path: str | os.PathLike, schema_version: int) -> dict[str, Any]:
-    """Read a JSON object of `schema_version` or older; a file without one is of version 0.
+    """Read a JSON object whose `schema_version` is at most the given one; a file without one has version 0.
 
     Raises:
-        `ValueError`: naming the file, if it is no JSON object or of a newer version.
+        `ValueError`: naming the file, if it is not a JSON object or has a newer version.
         `OSError`: if it cannot be read.
     """
     document = read_object(path)
@@ -86,7 +72,7 @@ def read_json(path: str | os.PathLike, schema_version: int) -> dict[str, Any]:
 
 
 def truncate_partial_line(path: str | os.PathLike) -> None:
-    """Cut off the last line of a JSONL file that a run adds to, if the run ended before the line was whole."""
+    """Remove the last line of a JSONL file if it is incomplete, as after an interrupted run."""
     path = Path(path)
     if path.exists():
         content = path.read_bytes()
@@ -96,9 +82,9 @@ def truncate_partial_line(path: str | os.PathLike) -> None:
 
 
 def read_rows(path: str | os.PathLike, bad_rows: list[str] | None = None) -> list[tuple[str, dict[str, Any]]]:
-    """Read the rows of a JSONL file, or of a JSON file that holds a list, each with its place for error messages.
+    """Read the rows of a JSONL file, or of a JSON list, each with its position for error messages.
 
-    The file may be one of the Hub: `hf://datasets/user/name/file.jsonl`. Where `bad_rows` is given, a row that is not
+    The file may be on the Hub: `hf://datasets/user/name/file.jsonl`. Where `bad_rows` is given, a row that is not
     a JSON object is left out, and what is wrong with it is added to this list.
 
     Raises:
@@ -140,7 +126,7 @@ def _parse(text: str, source: str) -> Any:
 
 
 def local_file(path: str | os.PathLike) -> str | os.PathLike:
-    """Return a path as it is, or the local copy of a file that is named as `hf://datasets/user/name/queries.jsonl`.
+    """Return a local path as it is, and download a file such as `hf://datasets/user/name/queries.jsonl`.
 
     Raises:
         `OSError`: if the Hub cannot be reached or has no such file.

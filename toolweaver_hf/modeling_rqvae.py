@@ -1,4 +1,4 @@
-"""The residual-quantized variational autoencoder (RQ-VAE) that turns tools' embeddings into codes."""
+"""The residual-quantized variational autoencoder (RQ-VAE), which turns embeddings of tools into codes."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ class RQVAEOutput(ModelOutput):
     Args:
         loss (`torch.FloatTensor` of shape `()`):
             reconstruction + codebook + commitment_weight * commitment + assignment_weight * assignment +
-            collaborative_weight * collaborative loss; without the codebook loss where the codebooks are moving averages.
+            collaborative_weight * collaborative loss; without the codebook loss if the codebooks are moving averages.
         reconstruction_loss (`torch.FloatTensor` of shape `()`):
             Squared error of the reconstruction, as a share of the embeddings' variance.
         codebook_loss (`torch.FloatTensor` of shape `()`):
-            Squared distance of the chosen codebook vectors to the residuals, which are held fixed; summed over levels.
+            Squared distance of the chosen codebook vectors to the detached residuals, summed over levels.
         commitment_loss (`torch.FloatTensor` of shape `()`):
-            Squared distance of the latent vectors to the sum of the chosen codebook vectors, which are held fixed.
+            Squared distance of the latent vectors to the detached sum of the chosen codebook vectors.
         assignment_loss (`torch.FloatTensor` of shape `()`, *optional*):
-            Cross-entropy of the codes, where they are given, among all codes of their level by squared distance; the mean
-            over levels.
+            Cross-entropy of the given codes over all codes of their level, with squared distances as logits; the mean over
+            levels.
         collaborative_loss (`torch.FloatTensor` of shape `()`, *optional*):
-            Squared distance of the quantized vectors of co-used tools, as a share of that of tools drawn at random;
-            the mean over all levels but the last of the sums of vectors up to each.
+            Squared distance between the partial sums of codebook vectors of co-used tools, relative to random pairs of
+            tools; the mean over all levels but the last.
         codes (`torch.LongTensor` of shape `(batch_size, num_levels)`):
-            The index that each level chose.
+            The chosen index of each level.
         reconstruction (`torch.FloatTensor` of shape `(batch_size, input_dim)`):
             The decoded embeddings.
     """
@@ -61,19 +61,19 @@ def uniform_mapping(distances: torch.Tensor, epsilon: float = 0.05, iterations: 
     The uniform mapping of a level by Sinkhorn-Knopp (ToolWeaver, section 3.1): entropic optimal transport from
     residuals to codes in which every code receives the same mass.
 
-    It runs in log space in float32, so that no `epsilon` over- or underflows, and without a round trip to the host.
+    It runs in log space in float32, so that no `epsilon` over- or underflows, and does not synchronize with the host.
 
     Args:
         distances (`torch.Tensor` of shape `(..., num_residuals, codebook_size)`):
-            Squared distances, up to a constant in each row; one problem for each index of the leading dimensions.
+            Squared distances, up to a constant per row. Leading dimensions are batch dimensions.
         epsilon (`float`, *optional*, defaults to 0.05):
-            Entropic regularization, in units of the mean distance to the nearest code and above.
+            Entropic regularization, in units of the mean distance after each row's minimum is subtracted.
         iterations (`int`, *optional*, defaults to 10):
             Number of Sinkhorn-Knopp rounds.
 
     Returns:
-        `torch.Tensor` of the shape of `distances`: logarithms of the transport plan; each row sums to
-        `1 / num_residuals`, each column to `1 / codebook_size` as far as the rounds converged.
+        `torch.Tensor` of the shape of `distances`: the logarithm of the transport plan, whose rows sum to
+        `1 / num_residuals` and whose columns sum to `1 / codebook_size` once the rounds have converged.
     """
     cost = distances.float()
     cost = cost - cost.amin(-1, keepdim=True)
@@ -92,10 +92,10 @@ def _num_processes() -> int:
 
 
 def _sum_over_processes(values: torch.Tensor) -> torch.Tensor:
-    """Sum over the processes of a distributed training.
+    """Sum over the processes of a distributed run.
 
-    A loss made of such sums is the same on all processes; its gradients are scaled for their mean over processes, which
-    `DistributedDataParallel` takes, to be that of the whole.
+    A loss of such sums is the same on all processes. Its gradients are scaled so that their mean over processes, as
+    `DistributedDataParallel` computes it, is the gradient of the global loss.
     """
     if _num_processes() == 1:
         return values
@@ -105,7 +105,7 @@ def _sum_over_processes(values: torch.Tensor) -> torch.Tensor:
 
 
 class RQVAEMLP(nn.Module):
-    """Linear layers with SiLU between them, and a linear shortcut past them all."""
+    """Linear layers with SiLU activations, plus a linear shortcut from input to output."""
 
     def __init__(self, sizes: list[int]):
         super().__init__()
@@ -120,7 +120,7 @@ class RQVAEMLP(nn.Module):
 
 
 class RQVAECodebook(nn.Module):
-    """The vectors of one level, learned by gradients or as moving averages of the residuals that chose them."""
+    """The codebook of one level, learned by gradients or as moving averages of the residuals assigned to each code."""
 
     def __init__(self, size: int, config: RQVAEConfig):
         super().__init__()
@@ -132,13 +132,13 @@ class RQVAECodebook(nn.Module):
             self.register_buffer("ema_sum", torch.zeros(size, config.code_dim))
 
     def distances(self, residual: torch.Tensor) -> torch.Tensor:
-        """Return squared distances of shape `(batch_size, codebook_size)`, less the squared norm of the residual."""
+        """Return squared distances of shape `(batch_size, codebook_size)`, without the term for the residual's norm."""
         weight = self.weight.detach().float()
         return torch.addmm(weight.square().sum(1), residual, weight.T, alpha=-2)
 
     @torch.no_grad()
     def set_rows(self, rows: torch.LongTensor | slice, vectors: torch.Tensor) -> None:
-        """Put vectors in rows of the codebook, and start their moving averages anew."""
+        """Set rows of the codebook and reset their moving averages."""
         self.weight[rows] = vectors.to(self.weight.dtype)
         if self.ema:
             self.ema_count[rows] = 1.0
@@ -146,19 +146,19 @@ class RQVAECodebook(nn.Module):
 
     @torch.no_grad()
     def update(self, residual: torch.Tensor, index: torch.LongTensor) -> None:
-        """Take a step of the moving averages over the residuals of all processes."""
+        """Update the moving averages with the residuals of all processes."""
         count = torch.zeros_like(self.ema_count).index_add_(0, index, torch.ones_like(residual[:, 0]))
         total = torch.zeros_like(self.ema_sum).index_add_(0, index, residual)
         self.ema_count.lerp_(_sum_over_processes(count), 1 - self.decay)
         self.ema_sum.lerp_(_sum_over_processes(total), 1 - self.decay)
-        # A code whose average has all but vanished keeps its vector.
+        # A code whose count has decayed to almost zero keeps its vector.
         kept = self.ema_count[:, None] < 1e-3
         mean = self.ema_sum / self.ema_count.clamp(min=1e-3)[:, None]
         self.weight.copy_(torch.where(kept, self.weight, mean))
 
 
 class RQVAEQuantizer(nn.Module):
-    """One codebook a level; each level quantizes the residual that the levels before it left. Runs in float32."""
+    """Residual quantizer: the codebook of each level quantizes the residual of the previous levels. Runs in float32."""
 
     def __init__(self, config: RQVAEConfig):
         super().__init__()
@@ -167,12 +167,12 @@ class RQVAEQuantizer(nn.Module):
         self.iterations = config.sinkhorn_iterations
 
     def choose(self, level: int, residual: torch.Tensor, uniform: bool) -> torch.LongTensor:
-        """Choose a code for each residual: the nearest one or, on the last level, by the uniform mapping."""
+        """Choose a code for each residual: the nearest one or, on the last level, that of the uniform mapping."""
         codebook = self.codebooks[level]
         if not uniform or not self.epsilon or level < len(self.codebooks) - 1:
             return codebook.distances(residual).argmin(1)
         batch_size, rank = len(residual), 0
-        if _num_processes() > 1:  # the mapping is uniform over the batch of all processes
+        if _num_processes() > 1:  # the mapping is uniform over the global batch
             gathered = [torch.empty_like(residual) for _ in range(_num_processes())]
             distributed.all_gather(gathered, residual.contiguous())
             residual, rank = torch.cat(gathered), distributed.get_rank()
@@ -186,19 +186,19 @@ class RQVAEQuantizer(nn.Module):
         uniform: bool = False,
         num_levels: int | None = None,
     ) -> tuple[torch.LongTensor, list[torch.Tensor], list[torch.Tensor]]:
-        """Quantize latents, or look codes up.
+        """Quantize latent vectors, or look up given codes.
 
         Args:
             latents (`torch.Tensor` of shape `(batch_size, code_dim)`): The encoder's output.
             codes (`torch.LongTensor` of shape `(batch_size, num_levels)`, *optional*): Codes to use instead of the
                 nearest ones.
-            uniform (`bool`, *optional*, defaults to `False`): Whether the last level chooses by the uniform mapping,
-                as it does in training.
-            num_levels (`int`, *optional*): Number of levels to quantize by. Defaults to all.
+            uniform (`bool`, *optional*, defaults to `False`): Whether the last level uses the uniform mapping, as in
+                training.
+            num_levels (`int`, *optional*): Number of levels to use. Defaults to all.
 
         Returns:
-            `tuple`: the codes of shape `(batch_size, num_levels)`; for each level the residual that it quantized, and
-            the codebook vectors that it chose, of shape `(batch_size, code_dim)`.
+            `tuple`: the codes of shape `(batch_size, num_levels)`, and for each level its input residuals and its chosen
+            codebook vectors, each of shape `(batch_size, code_dim)`.
         """
         chosen, residuals, vectors = [], [], []
         residual = latents
@@ -212,10 +212,10 @@ class RQVAEQuantizer(nn.Module):
         return torch.stack(chosen, dim=1), residuals, vectors
 
     def assignment_loss(self, residuals: list[torch.Tensor], codes: torch.LongTensor) -> torch.Tensor:
-        """Return the cross-entropy of given codes among all of their level, averaged over the batch and the levels.
+        """Return the cross-entropy of the given codes over all codes of their level, averaged over batch and levels.
 
-        A code's logit is the squared distance of the residual to its vector, which is held fixed, in units of twice the
-        variance of the codebook's vectors in a dimension.
+        The logit of a code is the negative squared distance between the residual and the detached codebook vector, in
+        units of twice the codebook's mean variance per dimension.
         """
         losses = []
         for level, codebook in enumerate(self.codebooks):
@@ -225,7 +225,7 @@ class RQVAEQuantizer(nn.Module):
         return sum(losses) / len(losses)
 
     def update(self, residuals: list[torch.Tensor], codes: torch.LongTensor) -> None:
-        """Take a step of the codebooks' moving averages."""
+        """Update the moving averages of all codebooks."""
         for level, codebook in enumerate(self.codebooks):
             codebook.update(residuals[level].detach(), codes[:, level])
 
@@ -237,7 +237,7 @@ class RQVAEPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
-        """Load a model as every model, from safetensors alone.
+        """Load a model as in [`~PreTrainedModel.from_pretrained`], but only from safetensors.
 
         Raises:
             `ValueError`: if a file is not valid, or the weights do not have the shapes of the configuration.
@@ -250,12 +250,12 @@ class RQVAEPreTrainedModel(PreTrainedModel):
             cls._check_weights(cached_file(pretrained_model_name_or_path, SAFE_WEIGHTS_NAME, **hub_kwargs), config)
             kwargs["use_safetensors"] = True
             return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
-        except (TypeError, AttributeError, LookupError) as error:  # what a configuration of the wrong types leads to
+        except (TypeError, AttributeError, LookupError) as error:  # raised by a configuration with wrong types
             raise ValueError(f"{pretrained_model_name_or_path} holds no valid RQ-VAE: {error}") from error
 
     @classmethod
     def _check_weights(cls, path: str, config: RQVAEConfig) -> None:
-        """Compare the shapes in a file with the configuration's, before memory is taken for what that declares."""
+        """Compare the shapes in a file with the configuration's, before memory is allocated."""
         try:
             with safe_open(path, framework="pt") as file:
                 shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -268,7 +268,7 @@ class RQVAEPreTrainedModel(PreTrainedModel):
         for name, shape in expected.items():
             if shapes.get(name) != shape:
                 raise ValueError(
-                    f"{path}: by the configuration {name} has the shape {shape}, in the file {shapes.get(name)}"
+                    f"{path}: {name} has the shape {shapes.get(name)}, but the configuration declares {shape}"
                 )
 
     @torch.no_grad()
@@ -291,9 +291,9 @@ class RQVAEModel(RQVAEPreTrainedModel):
     r"""
     Residual-quantized variational autoencoder over tools' embeddings (ToolWeaver, arXiv 2601.21947, section 3.1).
 
-    An encoder maps an embedding to a latent vector; level by level the nearest vector of a codebook is taken from what
-    is left of it; a decoder reconstructs the embedding from the sum of these vectors. Gradients pass the quantization
-    straight through.
+    An encoder maps an embedding to a latent vector. Each level quantizes the residual of the previous levels with the
+    nearest vector of its codebook. A decoder reconstructs the embedding from the sum of these vectors. Gradients pass
+    through the quantization by the straight-through estimator.
 
     Args:
         config ([`RQVAEConfig`]): The model's configuration.
@@ -315,13 +315,13 @@ class RQVAEModel(RQVAEPreTrainedModel):
         self.encoder = RQVAEMLP([config.input_dim, *config.hidden_sizes, config.code_dim])
         self.quantizer = RQVAEQuantizer(config)
         self.decoder = RQVAEMLP([config.code_dim, *reversed(config.hidden_sizes), config.input_dim])
-        # The embeddings are standardized by their mean vector and one scale for all dimensions.
+        # Embeddings are standardized by their mean vector and one scale for all dimensions.
         self.register_buffer("mean", torch.zeros(config.input_dim))
         self.register_buffer("scale", torch.ones(()))
         self.post_init()
 
     def codebooks(self) -> list[torch.Tensor]:
-        """Return for each level its codebook, of shape `(codebook_size, code_dim)`."""
+        """Return the codebook of each level, of shape `(codebook_size, code_dim)`."""
         return [codebook.weight.detach() for codebook in self.quantizer.codebooks]
 
     def encode(self, embeddings: torch.Tensor) -> torch.Tensor:
@@ -346,22 +346,24 @@ class RQVAEModel(RQVAEPreTrainedModel):
     ) -> RQVAEOutput:
         """Quantize and reconstruct embeddings.
 
-        The reconstruction's gradients reach the codebook vectors that are used, and the encoder straight through, unless
-        `codes` are given: the encoder cannot change these, and learns to find them by the commitment and the assignment
-        loss. The commitment is to the whole code. (To commit the latents to the sum of each level and those before it as
-        well would draw them towards the first level's vectors, and leave little for the levels after it to tell apart.)
-        With squared distance alone, many latents stay closer to another tool's code, mostly for near-duplicate
-        documents; the assignment loss acts on those. The gradients of the collaborative loss reach the codebook vectors
-        alone: an encoder that had to give the latents of co-used tools, whose documents differ, would lose both the
-        nearest codes and the reconstruction.
+        Which parameters each loss trains:
+
+        - The reconstruction loss trains decoder, chosen codebook vectors and, by the straight-through estimator, the
+          encoder. With given `codes` it does not reach the encoder, which cannot change them.
+        - The commitment loss draws a latent vector to its whole code. Committing it to the partial sum of each level as
+          well would draw it to the first level's vector and leave little for the later levels to distinguish.
+        - The assignment loss acts on latent vectors that stay closer to another tool's code, mostly those of
+          near-duplicate documents.
+        - The collaborative loss trains the codebooks alone. Drawing together the latent vectors of co-used tools, whose
+          documents differ, would harm both the assignment and the reconstruction.
 
         Args:
             embeddings (`torch.Tensor` of shape `(batch_size, input_dim)`):
                 Embeddings of tools.
             neighbor_codes (`torch.LongTensor` of shape `(batch_size, num_levels)`, *optional*):
-                For each tool the code of one that is used together with it, for the collaborative loss.
+                The code of a co-used tool for each tool, for the collaborative loss.
             neighbor_weights (`torch.Tensor` of shape `(batch_size,)`, *optional*):
-                Weight of each of these pairs; 0 for a tool without a neighbor.
+                Weight of each pair; 0 for a tool without a neighbor.
             codes (`torch.LongTensor` of shape `(batch_size, num_levels)`, *optional*):
                 Codes to use instead of the nearest ones.
         """
@@ -412,11 +414,11 @@ class RQVAEModel(RQVAEPreTrainedModel):
         quantized: torch.Tensor, others: torch.Tensor, weights: torch.Tensor | None = None
     ) -> torch.Tensor:
         r"""
-        The graph Laplacian's quadratic form over the pairs drawn (ToolWeaver, the collaborative regularization).
+        The graph Laplacian's quadratic form over sampled pairs (ToolWeaver's collaborative regularization).
 
-        It is the mean of \\(w \|z_u - z_v\|^2\\) over the batch, divided by the mean of \\(\|z_u - z_v\|^2\\) over pairs
-        drawn at random. With weights that are 1 on average it is 1 where co-use has no influence and 0 where co-used
-        tools coincide, whatever the number of tools and edges, the dimension and the scale of the latent space.
+        It is the mean of \\(w \|z_u - z_v\|^2\\) over the batch, divided by the mean of \\(\|z_u - z_v\|^2\\) over random
+        pairs. With weights of mean 1, it is 1 if co-used tools are as far apart as random ones and 0 if they coincide,
+        for any number of tools and edges and any dimension and scale of the latent space.
 
         Args:
             quantized (`torch.Tensor` of shape `(batch_size, code_dim)`): One end of each pair.

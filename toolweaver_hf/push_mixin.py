@@ -1,4 +1,4 @@
-"""Pushing: one commit to a repository of the Hub, and the `push_to_hub` of classes that have `save_pretrained`."""
+"""Upload files to a Hub repository in one commit, and `push_to_hub` for classes with `save_pretrained`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ WEIGHT_FILES = (".safetensors", ".safetensors.index.json", "adapter_config.json"
 
 
 class PushToHubMixin:
-    """Gives a class that has `save_pretrained` its `push_to_hub`. The class makes its own card in `create_card`."""
+    """Adds `push_to_hub` to a class with `save_pretrained`. The class implements `create_card`."""
 
     _repo_type: Literal["model", "dataset"] = "model"
 
     def create_card(self, repo_id: str) -> RepoCard:
-        """Return the card for a repository of the Hub."""
+        """Return the card for the Hub repository `repo_id`."""
         raise NotImplementedError
 
     def push_to_hub(
@@ -35,7 +35,7 @@ class PushToHubMixin:
         commit_message: str | None = None,
         create_pr: bool = False,
     ) -> CommitInfo:
-        """Push to a repository of the Hub, with a card. The arguments are those of [`upload`]."""
+        """Push to a Hub repository, with a card. The arguments are those of [`upload`]."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return upload(
@@ -66,28 +66,28 @@ def upload(
     commit_message: str | None = None,
     create_pr: bool = False,
 ) -> CommitInfo:
-    """Push files of a folder to a repository of the Hub, in one commit, with a card.
+    """Upload files of a folder to a Hub repository, in one commit, with a card.
 
-    The repository is made where it does not exist. A file that is there unchanged is not sent again, and an upload
-    that was interrupted is taken up by pushing again.
+    The repository is created if it does not exist. Unchanged files are not uploaded again, and pushing again continues
+    an interrupted upload.
 
     Args:
         folder (`str`):
             The folder.
         files (`Sequence[str]`):
-            Names of its files to push.
+            Names of the files to upload, relative to the folder.
         repo_id (`str`):
-            The repository, `user/name`; a name alone is one of the user who is logged in.
+            The repository, `user/name`. A name alone belongs to the user who is logged in.
         make_card (`Callable[[str], RepoCard]`):
-            Makes the card, given the whole name of the repository.
+            Makes the card, given the full name of the repository.
         repo_type (`str`, *optional*, defaults to `"model"`):
             `"model"` or `"dataset"`.
         replace_weights (`bool`, *optional*, defaults to `False`):
-            Whether to delete weights of an earlier push that are not among the files.
+            Whether to delete weights of an earlier push that are not in `files`.
         private (`bool`, *optional*):
-            Whether a repository that is made is private.
+            Whether a newly created repository is private.
         revision (`str`, *optional*):
-            Branch to push to, made from `main` where it does not exist. Defaults to `main`.
+            Branch to push to, created from `main` if it does not exist. Defaults to `main`.
         token (`bool` or `str`, *optional*):
             The token to authenticate with. Defaults to the one of `hf auth login`.
         commit_message (`str`, *optional*):
@@ -113,7 +113,7 @@ def upload(
         if revision is not None and not create_pr and not revision.startswith("refs/pr/"):
             api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
         if replace_weights:
-            # Weights of an earlier push that are not of this model would be taken for it.
+            # Weights of an earlier push would be loaded as part of this model.
             present = api.list_repo_files(repo_id, revision=None if create_pr else revision)
             stale = [name for name in present if name.endswith(WEIGHT_FILES) and name not in files]
             operations += [CommitOperationDelete(path_in_repo=name) for name in stale if "/" not in name]
