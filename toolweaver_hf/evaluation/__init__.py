@@ -1,1 +1,1 @@
-"""Measures of rankings and of agents' runs, the rivals, judges and simulated tools."""
+"""Measures of rankings and of agent runs, baselines, judges and simulated tools."""

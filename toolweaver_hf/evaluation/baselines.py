@@ -1,4 +1,4 @@
-"""The rivals: retrievers that rank the documents of tools, called like [`ToolRetriever`], and other identifiers than codes."""
+"""Baselines: retrievers with the interface of [`ToolRetriever`] that rank documents, and other tool identifiers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..retrieval import RetrievedTool
 
 
 class BM25Retriever:
-    """Lexical retrieval over the tools' documents (BM25 with bm25s' defaults and English stop words).
+    """Lexical retrieval over the tools' documents (BM25 with the defaults of bm25s and English stop words).
 
     Args:
         catalog ([`ToolCatalog`]): The tools to rank.
@@ -46,7 +46,7 @@ class BM25Retriever:
 
 
 class DenseRetriever:
-    """Cosine similarity between the embeddings of query and document, as the encoder gives them.
+    """Dense retrieval: cosine similarity between the embeddings of query and document.
 
     Args:
         catalog ([`ToolCatalog`]): The tools to rank.
@@ -68,14 +68,14 @@ class DenseRetriever:
 def fine_tune_encoder(
     encoder: str, catalog: ToolCatalog, queries: Sequence[Query], args: SentenceTransformerTrainingArguments
 ) -> SentenceTransformer:
-    """Fine-tune an encoder on the pairs of query and tool that an aligned model learns, with in-batch negatives.
+    """Fine-tune an encoder on the query-tool pairs of the training queries, with in-batch negatives.
 
     Args:
         encoder (`str`): Id or path of a sentence-transformers model.
         catalog ([`ToolCatalog`]): The tools.
         queries (`Sequence[Query]`): The training queries with their ground-truth tools.
-        args (`SentenceTransformerTrainingArguments`): The budget. `batch_sampler="no_duplicates"` keeps a document
-            from being its own negative.
+        args (`SentenceTransformerTrainingArguments`): The training budget. With `batch_sampler="no_duplicates"`, a
+            document is never its own negative.
 
     Returns:
         `SentenceTransformer`: the encoder, for [`DenseRetriever`].
@@ -93,10 +93,10 @@ def fine_tune_encoder(
 
 
 def atomic_codes(catalog: ToolCatalog) -> ToolCodes:
-    """Give each tool one token of its own, as ToolGen (arXiv 2410.03439) does: codes of one level, without an RQ-VAE.
+    """Assign one token to each tool, as in ToolGen (arXiv 2410.03439): codes of one level, without an RQ-VAE.
 
-    To align a model with them, save them and the catalog in one folder and pass it to `recipes/sft.py` as
-    `--codes_dir`, with `--embedding_init mean_description`.
+    To align a model, save the codes and the catalog in one folder and pass it to `recipes/sft.py` as `--codes_dir`, with
+    `--embedding_init mean_description`.
 
     Args:
         catalog ([`ToolCatalog`]): The tools.
@@ -105,7 +105,7 @@ def atomic_codes(catalog: ToolCatalog) -> ToolCodes:
 
 
 def numeric_codes(catalog: ToolCatalog) -> ToolCodes:
-    """Give each tool the digits of its place in the catalog, a level for each, as in ToolGen's ablation.
+    """Assign the digits of its position in the catalog to each tool, one level per digit, as in ToolGen's ablation.
 
     Args:
         catalog ([`ToolCatalog`]): The tools.
@@ -115,12 +115,12 @@ def numeric_codes(catalog: ToolCatalog) -> ToolCodes:
 
 
 def random_codes(catalog: ToolCatalog, codebook_sizes: Sequence[int], seed: int = 0) -> ToolCodes:
-    """Give each tool a code of the same shape as ToolWeaver's, drawn at random.
+    """Assign a unique random code to each tool, of the same shape as ToolWeaver's.
 
     Args:
         catalog ([`ToolCatalog`]): The tools.
         codebook_sizes (`Sequence[int]`): Codes of each level.
-        seed (`int`, *optional*, defaults to 0): Seed of the drawing.
+        seed (`int`, *optional*, defaults to 0): Random seed.
     """
     numbers = np.random.default_rng(seed).choice(math.prod(codebook_sizes), len(catalog), replace=False)
     return _numbered(catalog, codebook_sizes, numbers)

@@ -1,4 +1,4 @@
-"""`ChatEndpoint`: a chat model behind an OpenAI-compatible endpoint, asked for JSON, its tokens counted."""
+"""`ChatEndpoint`: a chat model behind an OpenAI-compatible endpoint that replies in JSON, with token counts."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ DEFAULT_URL = "https://api.openai.com/v1"
 NUM_ATTEMPTS = 5
 OPTIONS = ("temperature", "max_tokens")
 LASTING_ERRORS = (400, 401, 403, 404, 413, 422)
-"""Statuses of HTTP that the same request would get again."""
+"""HTTP status codes that are not worth a retry."""
 
 
 class Reply(NamedTuple):
-    """What a model replied: a JSON object, or `None` where no reply held one, and the tokens of all attempts."""
+    """A model's reply: a JSON object, or `None` if no attempt returned one, and the tokens of all attempts."""
 
     content: dict[str, Any] | None
     prompt_tokens: int
@@ -30,15 +30,15 @@ class ChatEndpoint:
 
     Args:
         model (`str`):
-            The model's name there.
+            The name of the model at the endpoint.
         base_url (`str`, *optional*):
-            The endpoint, up to where `/chat/completions` follows. Defaults to OpenAI's.
+            The endpoint, without `/chat/completions`. Defaults to OpenAI's.
         api_key (`str`, *optional*):
-            The key. Defaults to the environment's `OPENAI_API_KEY`.
+            The key. Defaults to the environment variable `OPENAI_API_KEY`.
         temperature (`float`, *optional*, defaults to 0.2):
-            Temperature of sampling.
+            Sampling temperature.
         max_tokens (`int`, *optional*, defaults to 1024):
-            Most tokens of a reply. A model that refuses this or the temperature, as some do, is asked without.
+            Maximum number of tokens of a reply. If a model refuses this or the temperature, it is asked without.
     """
 
     def __init__(
@@ -56,10 +56,10 @@ class ChatEndpoint:
         self._client = httpx.Client(headers=headers, timeout=300)
 
     def ask(self, instructions: str, question: str, seed: int = 0) -> Reply:
-        """Ask for a JSON object; where a reply holds none, ask up to twice more, with other seeds.
+        """Ask for a JSON object. If a reply holds none, ask up to twice more, with other seeds.
 
         Raises:
-            `OSError`: if the endpoint refuses, or does not answer in five attempts.
+            `OSError`: if the endpoint refuses, or does not answer within five attempts.
         """
         messages = [{"role": "system", "content": instructions}, {"role": "user", "content": question}]
         prompt_tokens = completion_tokens = 0
@@ -98,7 +98,7 @@ class ChatEndpoint:
 
 
 def _find_object(text: str) -> dict[str, Any] | None:
-    """Find the JSON object in a reply, with or without words or a code fence around it."""
+    """Extract the JSON object from a reply; text or a code fence around it is ignored."""
     try:
         content = json.loads(text[text.index("{") : text.rindex("}") + 1])
     except (ValueError, RecursionError):

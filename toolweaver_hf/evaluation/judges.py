@@ -1,5 +1,5 @@
-"""Judges of an agent's runs, and the pass rate and win rate that their judgments make (SoPR and SoWR of
-StableToolBench, arXiv 2403.07714, after ToolEval of ToolLLM, arXiv 2307.16789)."""
+"""Judges of agent runs, and the pass rate and win rate of their judgments (SoPR and SoWR of StableToolBench,
+arXiv 2403.07714, after ToolEval of ToolLLM, arXiv 2307.16789)."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from .tasks import AgentTask, call_counts, calls_of, observations_of
 
 
 SCORES = {"solved": 1.0, "unsure": 0.5, "unsolved": 0.0}
-"""What a task counts for by its judgment."""
+"""Score of a task by its judgment."""
 
 MAX_TRANSCRIPT = 20_000
-"""Characters of a run that a judge reads."""
+"""Maximum number of characters of a run that a judge reads."""
 
 
 class Judgment(NamedTuple):
-    """What a judge says, and what it took.
+    """A judgment, and the tokens that it took.
 
     Args:
         value (`str`):
-            `"solved"`, `"unsure"` or `"unsolved"` of a run; `"candidate"`, `"reference"` or `"tie"` of a pair.
-        reason (`str`): Why, in words.
-        prompt_tokens (`int`), completion_tokens (`int`): Tokens of the model that judged.
+            `"solved"`, `"unsure"` or `"unsolved"` for a run; `"candidate"`, `"reference"` or `"tie"` for a pair.
+        reason (`str`): The reason.
+        prompt_tokens (`int`), completion_tokens (`int`): Tokens of the judge's model.
     """
 
     value: str
@@ -46,13 +46,13 @@ class Judgment(NamedTuple):
 
 
 class Judge(Protocol):
-    """Whatever tells whether a run solves its task, and which of two runs is the better one.
+    """Interface of a judge, which decides whether a run solves its task and which of two runs is better.
 
-    `vote` numbers the judgments that are asked for of the same thing, from 0.
+    `vote` numbers repeated judgments of the same run or pair, from 0.
     """
 
     num_workers: int
-    """Judgments that may be asked for at once."""
+    """Number of judgments that may be requested concurrently."""
 
     def solves(self, task: AgentTask, run: AgentRun, vote: int) -> Judgment: ...
 
@@ -60,17 +60,17 @@ class Judge(Protocol):
 
 
 class AnswerChecker:
-    """A judge that computes its judgments from the ground truth of a task: the same ones every time, for nothing.
+    """A deterministic judge that compares runs with the ground truth, without a model.
 
-    A run solves a task whose ground-truth answer tells something that its tools answered, if its own answer tells all
-    of that, and its own tools have answered it. Where the answer tells nothing that could be checked, a run that made
-    exactly the ground-truth calls and answered is `unsure`. Where there is no ground-truth answer, as in Seal-Tools, a
-    run solves the task if it makes exactly the ground-truth calls.
+    The facts of a task are the numbers and strings of the ground-truth observations that the ground-truth answer
+    mentions. A run solves the task if its answer mentions all facts and its own observations contain them. Without any
+    facts, a run with exactly the ground-truth calls and an answer is `unsure`. Without a ground-truth answer, as in
+    Seal-Tools, a run solves the task if it makes exactly the ground-truth calls.
 
-    Of two runs the one that solves more is better, then the one with fewer calls.
+    Of two runs, the one that solves more is better; among equals, the one with fewer calls.
 
     Raises:
-        `ValueError`: by `solves` and `prefers`, for a task of which the calls are not known.
+        `ValueError`: by `solves` and `prefers`, for a task without ground-truth calls.
     """
 
     num_workers = 1
@@ -101,7 +101,7 @@ class AnswerChecker:
 
 
 def _facts(observations: Iterable[str]) -> list[str]:
-    """List the distinct numbers and strings that tools answered; booleans and blanks are skipped."""
+    """List the distinct numbers and strings of observations; booleans and blanks are skipped."""
     facts: dict[str, None] = {}
 
     def collect(value: Any) -> None:
@@ -122,7 +122,7 @@ def _facts(observations: Iterable[str]) -> list[str]:
 
 
 def _tells(answer: str, fact: str) -> bool:
-    """Whether an answer holds a fact, not just as a part of a longer word or number."""
+    """Whether an answer mentions a fact as a whole word or number."""
     return re.search(rf"(?<![\w.])(?<!\w,){re.escape(fact)}(?!\w|[.,]\d)", answer, re.IGNORECASE) is not None
 
 
@@ -152,15 +152,15 @@ Reply with one JSON object: {"reason": "one or two sentences", "better": 0 or 1}
 
 
 class ChatJudge:
-    """A judge that asks a chat model, in the way of ToolEval.
+    """A judge that asks a chat model, as in ToolEval.
 
-    A run without a final answer is `unsolved`; the judge is not called. Otherwise the model sees query and answer; where these leave
-    it unsure, it sees the whole run. Of two runs it sees both, in an order that changes from vote to vote; of equal
-    runs neither is better. A model whose replies cannot be read counts as unsure, or as a tie.
+    A run without a final answer is `unsolved`, without a request. Otherwise the model sees query and answer and, if it
+    is unsure, the whole run. Pairs of runs are shown in an order that alternates from vote to vote; identical runs tie
+    without a request. A reply that cannot be parsed counts as unsure, or as a tie.
 
     Args:
         endpoint ([`ChatEndpoint`]): The model.
-        num_workers (`int`, *optional*, defaults to 8): Requests at once.
+        num_workers (`int`, *optional*, defaults to 8): Number of concurrent requests.
     """
 
     def __init__(self, endpoint: ChatEndpoint, num_workers: int = 8):
@@ -198,7 +198,7 @@ class ChatJudge:
 
 
 def _transcript(run: AgentRun) -> str:
-    """Write a run as a judge reads it: calls, observations, answer; of a long one the beginning and the end."""
+    """Format a run for a judge: calls, observations and answer. A long run is cut in the middle."""
     steps = []
     for message in run.messages:
         if message["role"] == "tool":
@@ -217,14 +217,13 @@ def _transcript(run: AgentRun) -> str:
 def judge_runs(
     judge: Judge, tasks: Sequence[AgentTask], runs: Mapping[str, AgentRun], votes: int, path: str | os.PathLike
 ) -> list[dict[str, Any]]:
-    """Ask a judge whether each run solves its task, `votes` times. A task without a run counts as
-    unsolved; the judge is not called.
+    """Judge `votes` times whether each run solves its task. A task without a run counts as unsolved, without a request.
 
     Args:
-        path (`str`): JSONL file of the judgments, to which each is added at once; what it holds is not asked again.
+        path (`str`): JSONL file of the judgments. Each is appended at once, and those in the file are not requested again.
 
     Returns:
-        `list[dict]`: a row for each task and vote: `id`, `vote`, and the fields of [`Judgment`].
+        `list[dict]`: one row per task and vote: `id`, `vote`, and the fields of [`Judgment`].
     """
 
     def ask(task: AgentTask, vote: int) -> Judgment:
@@ -244,17 +243,16 @@ def judge_pairs(
     votes: int,
     path: str | os.PathLike,
 ) -> list[dict[str, Any]]:
-    """Tell for each task which of two agents' runs is better, `votes` times.
+    """Judge `votes` times which of two agents' runs of each task is better.
 
-    Where one of the two passes and the other fails, by the majority of their verdicts, or only one did the task at
-    all, the judge is not asked.
+    The judge is not asked if only one agent has a run, or if by their verdicts one run passes and the other fails.
 
     Args:
-        verdicts, reference_verdicts (`list[dict]`): What [`judge_runs`] returned for the two.
+        verdicts, reference_verdicts (`list[dict]`): The results of [`judge_runs`] for the two agents.
         path (`str`): JSONL file of the judgments, as for [`judge_runs`].
 
     Returns:
-        `list[dict]`: rows as of [`judge_runs`], whose `value` is `candidate`, `reference` or `tie`.
+        `list[dict]`: rows as in [`judge_runs`], whose `value` is `candidate`, `reference` or `tie`.
     """
     scores, reference_scores = _task_scores(verdicts), _task_scores(reference_verdicts)
 
@@ -278,7 +276,7 @@ def _ask_all(
     path: str | os.PathLike,
     title: str,
 ) -> list[dict[str, Any]]:
-    """Gather the judgments that a file lacks, several at once, and return those of these tasks and votes in order."""
+    """Request the judgments that a file lacks, concurrently, and return those of these tasks and votes in order."""
     truncate_partial_line(path)
     rows = {(row["id"], row["vote"]): row for _, row in read_rows(path)} if os.path.exists(path) else {}
     wanted = [(task, vote) for task, vote in product(tasks, range(votes))]
@@ -292,7 +290,7 @@ def _ask_all(
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # what waits is not asked, and not paid for
+            pool.shutdown(cancel_futures=True)  # pending requests are not sent, and not paid for
             raise
     return [rows[task.id, vote] for task, vote in wanted]
 
@@ -305,12 +303,12 @@ def _task_scores(verdicts: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def pass_rate(verdicts: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Compute the solvable pass rate of what [`judge_runs`] returned.
+    """Compute the solvable pass rate from the result of [`judge_runs`].
 
     Returns:
-        `dict[str, float]`: `SoPR`, the mean score of a task (solved 1, unsure 0.5, unsolved 0), over tasks, then votes;
-        `SoPR_std`, the standard deviation of the votes' means, 0 for a single one; and `SoPR_low` and `SoPR_high`, the
-        ends of its 95 % interval (percentiles of 1,000 bootstrap samples of the tasks).
+        `dict[str, float]`: `SoPR`, the mean score (solved 1, unsure 0.5, unsolved 0) over tasks, then votes; `SoPR_std`, the
+        standard deviation over votes; `SoPR_low` and `SoPR_high`, the ends of the 95 % interval (percentiles of 1,000
+        bootstrap samples of the tasks).
     """
     by_vote: dict[int, list[float]] = {}
     for row in verdicts:
@@ -322,11 +320,11 @@ def pass_rate(verdicts: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def win_rate(preferences: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Compute the solvable win rate of what [`judge_pairs`] returned.
+    """Compute the solvable win rate from the result of [`judge_pairs`].
 
     Returns:
-        `dict[str, float]`: shares of the tasks, which add up to 1: `SoWR`, those for which the candidate's run was
-        better in more votes than the reference's; `ties`; and `losses`.
+        `dict[str, float]`: shares of the tasks that add up to 1: `SoWR`, tasks in which the candidate wins more votes than
+        the reference; `ties`; and `losses`.
     """
     balance: dict[str, int] = {}
     for row in preferences:
@@ -337,6 +335,6 @@ def win_rate(preferences: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def token_counts(judgments: Iterable[dict[str, Any]]) -> dict[str, int]:
-    """Add up the tokens that judgments took: `prompt_tokens` and `completion_tokens`."""
+    """Sum the tokens of judgments: `prompt_tokens` and `completion_tokens`."""
     judgments = list(judgments)
     return {name: sum(row[name] for row in judgments) for name in ("prompt_tokens", "completion_tokens")}

@@ -1,4 +1,4 @@
-"""How good a ranking of tools is, and whether another one is better."""
+"""Measures of tool rankings, with confidence intervals and significance tests."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ METRICS_FILE = "metrics.json"
 METRICS_VERSION = 1  # its schema_version
 
 MEASURES = ("nDCG@1", "nDCG@3", "nDCG@5", "R@1", "R@3", "R@5", "RR@10", "COMP@3", "COMP@5")
-"""The measures of a report. The mean of RR@10, the reciprocal rank of the first ground-truth tool, is known as MRR.
-COMP@k (COLT, CIKM 2024) is the share of queries whose tools are all among the first k."""
+"""The measures of a report. RR@10 is the reciprocal rank of the first ground-truth tool; its mean is known as MRR. COMP@k
+(COLT, CIKM 2024) is the share of queries whose ground-truth tools are all among the first k."""
 
 NUM_RESAMPLES = 1000
 SIGNIFICANCE_LEVEL = 0.05
 
 
 def measure_queries(queries: Sequence[Query], rankings: Sequence[Sequence[RetrievedTool]]) -> np.ndarray:
-    """Score the tools that were retrieved for each query.
+    """Compute the measures of each query.
 
     Args:
         queries (`Sequence[Query]`):
             The queries with their ground-truth tools.
         rankings (`Sequence[Sequence[RetrievedTool]]`):
-            For each query the tools retrieved, best first; at least 10 for every measure to be meaningful.
+            The retrieved tools of each query, best first; at least 10 for all measures to be meaningful.
 
     Returns:
-        `np.ndarray` of shape `(num_queries, len(MEASURES))`: each of `MEASURES`, between 0 and 1.
+        `np.ndarray` of shape `(num_queries, len(MEASURES))`: the measures, between 0 and 1.
     """
     rows = {query.id: row for row, query in enumerate(queries)}
     qrels = {query.id: dict.fromkeys(query.tools, 1) for query in queries}
-    # A rank, not the score, decides: equal scores would otherwise be ordered by the tools' ids.
+    # Scores are replaced by ranks, since ir-measures breaks ties by tool id.
     run = {
         query.id: {tool.tool_id: -float(rank) for rank, tool in enumerate(ranking)}
         for query, ranking in zip(queries, rankings, strict=True)
@@ -58,17 +58,17 @@ def measure_queries(queries: Sequence[Query], rankings: Sequence[Sequence[Retrie
 
 
 def check_ground_truth(queries: Sequence[Query], tool_ids: Iterable[str], source: str) -> None:
-    """Warn of ground-truth tools that will not be ranked, so that no system can find them.
+    """Warn of ground-truth tools that are not ranked.
 
-    They stay in the ground truth and count as missed, as ToolBench's queries name some that its catalogs lack.
+    They stay in the ground truth and count as missed. ToolBench's queries, for example, name tools that its catalogs lack.
 
     Args:
         queries (`Sequence[Query]`): The queries.
-        tool_ids (`Iterable[str]`): The tools that will be ranked.
-        source (`str`): Where these come from, for the message.
+        tool_ids (`Iterable[str]`): Ids of the ranked tools.
+        source (`str`): Where they come from, for the message.
 
     Raises:
-        `ValueError`: if none of the ground-truth tools will be ranked: then the ids are of another catalog.
+        `ValueError`: if none of the ground-truth tools is ranked, as with ids of another catalog.
     """
     needed = {tool for query in queries for tool in query.tools}
     missing = sorted(needed.difference(tool_ids))
@@ -82,8 +82,8 @@ def check_ground_truth(queries: Sequence[Query], tool_ids: Iterable[str], source
 
 
 def query_groups(queries: Sequence[Query]) -> dict[str, np.ndarray]:
-    """Return the rows of each group of queries: `all`, `single` (with one ground-truth tool), `multi` (with several),
-    and the groups that the queries name themselves. A group without a query is left out."""
+    """Return the rows of each group of queries: `all`, `single` (one ground-truth tool), `multi` (several), and each
+    [`Query`] `group`. Empty groups are left out."""
     rows = np.arange(len(queries))
     several = np.array([len(query.tools) > 1 for query in queries], dtype=bool)
     groups = {"all": rows, "single": rows[~several], "multi": rows[several]}
@@ -95,14 +95,14 @@ def query_groups(queries: Sequence[Query]) -> dict[str, np.ndarray]:
 def evaluate_rankings(
     queries: Sequence[Query], rankings: Sequence[Sequence[RetrievedTool]]
 ) -> dict[str, dict[str, float]]:
-    """Score the tools that were retrieved for each query, and average over each group of queries.
+    """Compute the mean of the measures over each group of queries.
 
     Args:
         queries, rankings: As for [`measure_queries`].
 
     Returns:
-        `dict[str, dict[str, float]]`: for each group of [`query_groups`] the means of `MEASURES`, each between 0 and
-        1, and its number of `queries`.
+        `dict[str, dict[str, float]]`: group ([`query_groups`]) -> measure -> its mean, between 0 and 1; and the group's
+        number of `queries`.
     """
     values = measure_queries(queries, rankings)
     return {
@@ -112,7 +112,7 @@ def evaluate_rankings(
 
 
 def ranking_metrics(queries: Sequence[Query], rankings: Sequence[Sequence[RetrievedTool]]) -> dict[str, float]:
-    """Return nDCG@1 and nDCG@5 over all queries, for the log of a training.
+    """Return nDCG@1 and nDCG@5 over all queries, for the training log.
 
     Args:
         queries, rankings: As for [`measure_queries`].
@@ -124,22 +124,21 @@ def ranking_metrics(queries: Sequence[Query], rankings: Sequence[Sequence[Retrie
 def compare_rankings(
     queries: Sequence[Query], rankings: Mapping[str, Sequence[Sequence[RetrievedTool]]], seed: int = 0
 ) -> dict[str, Any]:
-    """Score several systems on the same queries, and tell how sure their scores and their differences are.
+    """Evaluate several systems on the same queries, with confidence intervals and significance tests.
 
     Args:
         queries (`Sequence[Query]`):
             The queries with their ground-truth tools.
         rankings (`Mapping[str, Sequence[Sequence[RetrievedTool]]]`):
-            For each system its rankings, as for [`evaluate_rankings`]. The first is the one that the others are
+            The rankings of each system, as for [`evaluate_rankings`]. The first system is the one that the others are
             compared with.
         seed (`int`, *optional*, defaults to 0):
             Seed of the bootstrap.
 
     Returns:
-        `dict`: `results`, name -> what [`evaluate_rankings`] returns; `intervals`, name -> group -> measure -> the
-        ends of the 95 % interval (percentiles of 1,000 bootstrap samples of the queries); `p_values`, rival -> group
-        -> measure -> probability of a difference to the first system at least as large if there were none (paired
-        t-test over the queries, two-sided).
+        `dict`: `results`, system -> result of [`evaluate_rankings`]; `intervals`, system -> group -> measure -> ends of
+        the 95 % interval (percentiles of 1,000 bootstrap samples of the queries); `p_values`, system -> group -> measure
+        -> p-value of the difference to the first system (two-sided paired t-test over the queries).
     """
     values = np.stack([measure_queries(queries, ranking) for ranking in rankings.values()], axis=1)
     compared: dict[str, Any] = {key: {name: {} for name in rankings} for key in ("results", "intervals", "p_values")}
@@ -162,7 +161,7 @@ def _named(values: np.ndarray) -> dict[str, Any]:
 def bootstrap_intervals(scores: np.ndarray, seed: int = 0) -> np.ndarray:
     """Return both ends of the 95 % intervals of the means over the first axis, of shape `(2, *scores.shape[1:])`."""
     num_queries = len(scores)
-    # How often each query is drawn into a sample; all systems see the same samples.
+    # How often each query occurs in a sample; the samples are the same for all systems.
     draws = np.random.default_rng(seed).multinomial(
         num_queries, np.full(num_queries, 1 / num_queries), size=NUM_RESAMPLES
     )
@@ -173,7 +172,7 @@ def bootstrap_intervals(scores: np.ndarray, seed: int = 0) -> np.ndarray:
 def _paired_p_values(scores: np.ndarray) -> np.ndarray:
     """Return the p-values of every system's difference to the first, of shape `scores.shape[1:]`."""
     with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore", RuntimeWarning)  # of systems that differ for no query, or for all alike
+        warnings.simplefilter("ignore", RuntimeWarning)  # for systems whose difference is the same for all queries
         p_values = ttest_rel(scores[:, :1], scores, axis=0).pvalue
     return np.nan_to_num(p_values, nan=1.0)
 
@@ -184,20 +183,20 @@ def markdown_table(
     intervals: Mapping[str, Any] | None = None,
     p_values: Mapping[str, Any] | None = None,
 ) -> str:
-    """Lay out one group of the results of several systems in Markdown.
+    """Format the results of several systems on one group of queries as a Markdown table.
 
     Args:
         results (`Mapping`):
-            Name -> what [`evaluate_rankings`] returned.
+            System -> result of [`evaluate_rankings`].
         group (`str`, *optional*, defaults to `"all"`):
             The group of queries.
         intervals, p_values (`Mapping`, *optional*):
-            As [`compare_rankings`] returns them. With intervals a value is followed by ± half of its interval's
-            width; with p-values † marks a difference to the first system with p below 0.05, multiplied by the number
-            of rivals (Bonferroni).
+            As returned by [`compare_rankings`]. With intervals, each value is followed by ± half the width of its
+            interval. With p-values, † marks a significant difference to the first system (p < 0.05,
+            Bonferroni-corrected).
 
     Returns:
-        `str`: the table. Measures are in percent, the best value of each in bold.
+        `str`: the table, in percent, with the best value of each measure in bold.
     """
     systems = {name: result[group] for name, result in results.items() if group in result}
     measures = [measure for measure in MEASURES if all(measure in result for result in systems.values())]

@@ -1,4 +1,4 @@
-"""The folder of a run: what was measured, of what, and where; and several runs in one table."""
+"""The folder of an evaluation run, with its results and circumstances, and the comparison of several runs."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ Rankings = Mapping[str, Sequence[Sequence[RetrievedTool]]]
 
 
 def describe_run(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Say how a run was made: its configuration, the time, versions, the commit of the code and the hardware.
+    """Describe how a run was made: configuration, time, versions, commit of the code and hardware.
 
     Args:
-        config (`Mapping[str, Any]`): The run's arguments with its seed, of types that JSON knows.
+        config (`Mapping[str, Any]`): The arguments of the run, including its seed, as JSON types.
 
     Returns:
-        `dict`: as it is written to `run.json`. `commit` is `None` where the package is not in a checkout of git, and
-        ends in `-dirty` where the checkout has changes.
+        `dict`: the content of `run.json`. `commit` is `None` if the package is not in a git checkout, and ends in
+        `-dirty` if the checkout has uncommitted changes.
     """
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -85,7 +85,7 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # a checkout of another project may be around it
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # fails inside the checkout of another project
         return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -107,14 +107,14 @@ def _hardware() -> dict[str, Any]:
 
 @dataclass
 class EvaluationRun:
-    """What a run's folder holds of its rankings.
+    """The rankings in the folder of a run.
 
     Args:
         folder (`Path`): The folder.
-        queries (`list[Query]`): The queries with their ground-truth tools and groups, without their texts.
-        rankings (`dict[str, list[list[RetrievedTool]]]`): For each system the tools of each query, best first, scored
-            by their rank alone.
-        checksums (`dict[str, str]`): Of the `queries` with their ground truth and of the `tools` that were ranked.
+        queries (`list[Query]`): The queries with ground-truth tools and groups, without texts.
+        rankings (`dict[str, list[list[RetrievedTool]]]`): The ranked tools of each query, by system; their
+            scores are negative ranks.
+        checksums (`dict[str, str]`): Checksums of the `queries` with their ground truth, and of the ranked `tools`.
     """
 
     folder: Path
@@ -132,18 +132,18 @@ def save_run(
     queries_name: str,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Measure the rankings of several systems, and write all there is to know of the run into one folder.
+    """Evaluate the rankings of several systems and write the run to a folder.
 
-    That is `run.json` ([`describe_run`]), the ground truth and each system's ranking in TREC's formats (`qrels.txt`,
-    whose second column is the query's group; `NAME.run`), `metrics.json` ([`compare_rankings`]), tables and a chart.
+    The folder holds `run.json` ([`describe_run`]), `metrics.json` ([`compare_rankings`]), the ground truth and the
+    rankings in TREC's formats (`qrels.txt`, with the query's group as second column, and `NAME.run`), tables and a chart.
 
     Args:
         folder (`str`): The folder.
         queries (`Sequence[Query]`): The queries.
-        rankings (`Mapping[str, Sequence[Sequence[RetrievedTool]]]`): For each system its rankings, its own first.
-        tool_ids (`Sequence[str]`): The tools that were ranked.
+        rankings (`Mapping[str, Sequence[Sequence[RetrievedTool]]]`): The rankings of each system, the evaluated system first.
+        tool_ids (`Sequence[str]`): Ids of the ranked tools.
         config (`Mapping[str, Any]`): The run's arguments.
-        queries_name (`str`): What the queries are called in tables and cards, such as their file's name.
+        queries_name (`str`): Name of the queries in tables and cards, such as their file name.
         seed (`int`, *optional*, defaults to 0): Seed of the bootstrap.
 
     Returns:
@@ -169,7 +169,7 @@ def save_run(
 
 
 def save_tables(folder: str | os.PathLike, tables: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> None:
-    """Write the tables of a benchmark into a folder, with `run.json` ([`describe_run`]) beside them.
+    """Write the tables of a benchmark to `metrics.json` in a folder, next to `run.json` ([`describe_run`]).
 
     Args:
         folder (`str`): The folder.
@@ -182,7 +182,7 @@ def save_tables(folder: str | os.PathLike, tables: Sequence[Mapping[str, Any]], 
 
 
 def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out cells of text in Markdown, all columns but the first aligned to the right."""
+    """Format cells of text as a Markdown table, with all columns but the first aligned to the right."""
     lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -204,7 +204,7 @@ def _trec_lines(rows: Sequence[tuple]) -> str:
 
 
 def load_evaluation(folder: str | os.PathLike) -> EvaluationRun:
-    """Read a folder that [`save_run`] wrote.
+    """Read a folder written by [`save_run`].
 
     Raises:
         `ValueError`: naming the file and line that is wrong.
@@ -242,20 +242,20 @@ def _read_trec(path: Path, num_fields: int) -> list[list[str]]:
 
 
 def compare_runs(folders: Sequence[str | os.PathLike], seed: int = 0) -> dict[str, Any]:
-    """Put the systems of several runs together and compare each with the first run's first.
+    """Merge the systems of several runs and compare each with the first system of the first run.
 
-    A system that is in several runs with the same rankings, such as BM25, is taken once; where the rankings differ, each
-    is named with its run's folder.
+    A system with the same rankings in several runs, such as BM25, is taken once. If the rankings differ, its name gets
+    the folder of the run.
 
     Args:
         folders (`Sequence[str]`): Folders as `toolweaver evaluate` writes them.
         seed (`int`, *optional*, defaults to 0): Seed of the bootstrap.
 
     Returns:
-        `dict`: the content of a `metrics.json`, see [`compare_rankings`].
+        `dict`: the content of `metrics.json`, see [`compare_rankings`].
 
     Raises:
-        `ValueError`: if a folder is no run, or one of other queries or another ground truth than the first.
+        `ValueError`: if a folder does not hold a run, or its queries or ground truth differ from the first run's.
     """
     runs = [load_evaluation(folder) for folder in folders]
     first, *others = runs
@@ -281,7 +281,7 @@ def _in_order(run: EvaluationRun, name: str, queries: Sequence[Query]) -> list[l
 
 
 def tables(metrics: Mapping[str, Any]) -> str:
-    """Lay out a `metrics.json` in Markdown: a table for each group of queries, and how to read it."""
+    """Format a `metrics.json` in Markdown: a table for each group of queries, and a legend."""
     results = metrics["results"]
     own = next(iter(results))
     parts = [
@@ -296,7 +296,7 @@ def tables(metrics: Mapping[str, Any]) -> str:
 
 
 def draw_chart(metrics: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Draw a `metrics.json` as bars of nDCG with their 95 % intervals, a panel for each group of queries."""
+    """Draw a `metrics.json` as bars of nDCG with 95 % intervals, one panel per group of queries."""
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
@@ -311,7 +311,7 @@ def draw_chart(metrics: Mapping[str, Any], path: str | os.PathLike) -> None:
         for i, name in enumerate(results):
             values = 100 * np.array([results[name][group][measure] for measure in CHART_MEASURES])
             ends = 100 * np.array([intervals[name][group][measure] for measure in CHART_MEASURES])
-            # Of a skewed sample an interval may not hold its mean.
+            # With skewed samples, an interval may not contain the mean.
             errors = np.maximum(0, [values - ends[:, 0], ends[:, 1] - values])
             places = np.arange(len(CHART_MEASURES)) + (i - (len(results) - 1) / 2) * width
             axes.bar(places, values, 0.92 * width, yerr=errors, label=name, color=colors[i % 20], ecolor="0.3")

@@ -1,4 +1,4 @@
-"""`SimulatedTools`: recorded answers of tools, and simulated ones where none is recorded, so that runs can be repeated.
+"""`SimulatedTools`: recorded or simulated answers of tools, for reproducible runs of an agent.
 
 ```bash
 toolweaver serve-tools --catalog tools.jsonl --recordings answers.jsonl
@@ -29,20 +29,20 @@ where there is one, and is short."""
 
 
 class SimulatedTools(Mapping[str, Callable[..., Any]]):
-    """The tools of a catalog as functions that an agent calls, with answers that are the same in every run.
+    """The tools of a catalog as functions for an agent, with the same answers in every run.
 
-    A call is answered by the first of these that there is: a recorded answer to the same tool and arguments; the
-    tool's real function; a chat model's; an answer made up by the tool's `metadata["output_schema"]`, drawn by a seed
-    from tool and arguments. Answers of functions and of a model are recorded. As of a real API, arguments that break
-    the tool's schema are an error (`ValueError`).
+    A call is answered by the first available source: a recorded answer for the same tool and arguments; the tool's
+    real function; a chat model; or a random value of the tool's `metadata["output_schema"]`, seeded by tool and
+    arguments. Answers of functions and of the model are recorded. As with a real API, arguments that do not match the
+    tool's schema are an error (`ValueError`).
 
     Args:
         catalog ([`ToolCatalog`]): The tools.
         path (`str`, *optional*):
-            JSONL file of the recorded answers, rows of `tool`, `arguments` and `answer`, to which new ones are added.
-        functions (`Mapping[str, Callable]`, *optional*): Real functions of tools, by id.
-        endpoint ([`ChatEndpoint`], *optional*): The model that makes answers up.
-        seed (`int`, *optional*, defaults to 0): Seed of the answers made up.
+            JSONL file of recorded answers, with rows of `tool`, `arguments` and `answer`. New answers are appended.
+        functions (`Mapping[str, Callable]`, *optional*): Real functions, by tool id.
+        endpoint ([`ChatEndpoint`], *optional*): The model that simulates answers.
+        seed (`int`, *optional*, defaults to 0): Seed of simulated answers.
 
     Raises:
         `ValueError`: naming the file and line that is wrong.
@@ -87,7 +87,7 @@ class SimulatedTools(Mapping[str, Callable[..., Any]]):
         return len(self.catalog)
 
     def record_trajectories(self, trajectories: Iterable[dict[str, Any]]) -> None:
-        """Take over what tools answered in trajectories (see [`~data.load_trajectories`]), without writing it down."""
+        """Add the observations of trajectories ([`~data.load_trajectories`]) to the recorded answers, but not to the file."""
         for row in trajectories:
             messages = row["messages"]
             for (place, i), result in find_results(messages).items():
@@ -102,7 +102,7 @@ class SimulatedTools(Mapping[str, Callable[..., Any]]):
         """Answer a call.
 
         Raises:
-            `ValueError`: for arguments that break the tool's schema.
+            `ValueError`: for arguments that do not match the tool's schema.
             `KeyError`: for a tool that the catalog lacks.
         """
         key = _key(tool_id, arguments)
@@ -127,7 +127,7 @@ class SimulatedTools(Mapping[str, Callable[..., Any]]):
 
     def _record(self, tool_id: str, arguments: dict[str, Any], answer: Any) -> Any:
         with self._lock:
-            # Whatever two threads found for the same call, the first is what it answers from now on
+            # If two threads answer the same call, the first answer wins
             answer = self._answers.setdefault(_key(tool_id, arguments), answer)
             if self.path is not None:
                 row = {"tool": tool_id, "arguments": arguments, "answer": answer}
@@ -141,9 +141,9 @@ def _key(tool_id: str, arguments: dict[str, Any]) -> tuple[str, str]:
 
 
 def simulate_answer(tool: Tool, arguments: dict[str, Any], seed: int = 0) -> Any:
-    """Make an answer up that obeys the tool's `metadata["output_schema"]`, or names the tool where there is none.
+    """Generate an answer that matches the tool's `metadata["output_schema"]`, or a generic one without a schema.
 
-    The same tool, arguments and seed give the same answer, on every machine.
+    The same tool, arguments and seed give the same answer on every machine.
     """
     generator = random.Random(f"{seed} {_key(tool.id, arguments)}")
     schema = tool.metadata.get("output_schema")
@@ -153,7 +153,7 @@ def simulate_answer(tool: Tool, arguments: dict[str, Any], seed: int = 0) -> Any
 
 
 def _draw(schema: Any, generator: random.Random, name: str) -> Any:
-    """Draw a value of a JSON Schema: of its types, enumerations, defaults, ranges and compositions."""
+    """Draw a random value of a JSON Schema, with its types, enumerations, defaults, ranges and compositions."""
     if not isinstance(schema, dict):
         schema = {}
     for keyword in ("const", "default"):
@@ -185,7 +185,7 @@ def _draw(schema: Any, generator: random.Random, name: str) -> Any:
 
 
 def mcp_server(tools: SimulatedTools):
-    """Return an MCP server of the tools; `.streamable_http_app()` is its ASGI application.
+    """Return an MCP server for the tools; `.streamable_http_app()` is its ASGI application.
 
     Raises:
         `ImportError`: without the `mcp` package.
@@ -213,7 +213,7 @@ def mcp_server(tools: SimulatedTools):
     async def call_tool(context, params) -> types.CallToolResult:
         try:
             answer = await to_thread.run_sync(tools.call, params.name, params.arguments or {})
-        except Exception as error:  # whatever a tool raises is its answer
+        except Exception as error:  # an exception of a tool is returned as an error
             text = f"no such tool: {error}" if isinstance(error, KeyError) else str(error)
             return types.CallToolResult(content=[types.TextContent(text=text)], is_error=True)
         text = types.TextContent(text=json.dumps(answer, ensure_ascii=False))

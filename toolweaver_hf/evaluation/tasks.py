@@ -1,4 +1,4 @@
-"""Tasks for an agent, its runs of them, and what can be measured of a run without a judge."""
+"""Tasks and runs of an agent, and the measures that need no judge."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from ..files import read_rows
 
 
 Call = tuple[str, dict[str, Any]]
-"""A tool's id and the arguments."""
+"""The id of the called tool, and the arguments."""
 
 
 @dataclass(frozen=True)
 class AgentTask:
-    """What an agent is asked, and what is known of the right way to do it.
+    """A query for an agent, with its ground truth.
 
     Args:
         id (`str`): Identifier, unique among its tasks.
-        messages (`list[dict]`): The conversation up to where the agent takes over; the user's query ends it.
-        tools (`list[str]`): Ids of the ground-truth tools, each as often as it is called where the calls are known.
-        calls (`list[tuple[str, dict]]`, *optional*): The ground-truth calls, each a tool's id and the arguments.
-        observations (`list[str]`): What the tools answered to them, as JSON.
+        messages (`list[dict]`): The conversation up to and including the user's query.
+        tools (`list[str]`): Ids of the ground-truth tools, one per call if the calls are known.
+        calls (`list[tuple[str, dict]]`, *optional*): The ground-truth calls: tool id and arguments.
+        observations (`list[str]`): The observations of these calls, as JSON.
         answer (`str`, *optional*): The ground-truth answer.
     """
 
@@ -44,13 +44,13 @@ class AgentTask:
 
     @property
     def query(self) -> str:
-        """`str`: What the user asks."""
+        """`str`: The user's query."""
         return self.messages[-1]["content"]
 
 
 def load_tasks(path: str | os.PathLike) -> list[AgentTask]:
-    """Read tasks from ground-truth trajectories (see [`~data.load_trajectories`]; a run of an agent, or Seal-Tools), or
-    from queries with their tools (see [`~data.load_queries`]), of which the calls are not known.
+    """Read tasks from ground-truth trajectories ([`~data.load_trajectories`], including runs of an agent and Seal-Tools),
+    or from queries with their tools ([`~data.load_queries`]), without ground-truth calls.
 
     Raises:
         `ValueError`: naming the file and the line that is wrong, or the id that occurs twice.
@@ -78,7 +78,7 @@ def load_tasks(path: str | os.PathLike) -> list[AgentTask]:
 
 
 def load_agent_runs(path: str | os.PathLike) -> dict[str, AgentRun]:
-    """Read the runs of an agent, by the id of their tasks: trajectories, with a `stop_reason` or without.
+    """Read the runs of an agent by task id: trajectories, optionally with a `stop_reason`.
 
     Raises:
         `ValueError`: naming the file and line that is wrong.
@@ -107,13 +107,12 @@ def calls_of(run: AgentRun) -> Iterator[Call]:
 
 
 def observations_of(run: AgentRun) -> list[str]:
-    """Return what the tools answered in a run, in order, as JSON."""
+    """Return the observations of a run, in order, as JSON."""
     return [message["content"] for message in run.messages if message["role"] == "tool"]
 
 
 def canonical(value: Any) -> str:
-    """Write a value so that equal ones read the same: numbers however they are written, texts whatever their case and
-    white space, objects whatever their order."""
+    """Serialize a value in a canonical form, which ignores number formats, case, white space and the order of keys."""
     return json.dumps(_canonical(value), sort_keys=True)
 
 
@@ -134,36 +133,36 @@ def _canonical(value: Any) -> Any:
 
 
 def call_counts(calls: Sequence[Call]) -> Counter[tuple[str, str]]:
-    """Count equal calls: those of one tool whose arguments are [`canonical`]ly the same."""
+    """Count equal calls: calls of the same tool with the same [`canonical`] arguments."""
     return Counter((name, canonical(arguments)) for name, arguments in calls)
 
 
 def evaluate_runs(
     tasks: Sequence[AgentTask], runs: Mapping[str, AgentRun], catalog: ToolCatalog
 ) -> dict[str, float | int]:
-    """Measure what needs no judge. A task without a run counts as one in which nothing was done.
+    """Compute the measures that need no judge. A task without a run counts as a run without calls.
 
     Args:
         tasks (`Sequence[AgentTask]`): The tasks.
-        runs (`Mapping[str, AgentRun]`): The agent's run of each task, by the task's id.
+        runs (`Mapping[str, AgentRun]`): The agent's runs, by task id.
         catalog ([`ToolCatalog`]): The tools, with the schemas of their arguments.
 
     Returns:
-        `dict[str, float]`: the number of `tasks`, and, where the ground truth is known,
+        `dict[str, float]`: the number of `tasks`, measures against the ground truth
 
-        - `tool_accuracy`: tasks in which exactly the ground-truth tools were called, each as often;
-        - `tool_F1`: of the calls' tools, over all tasks together;
-        - `argument_exact_match`: tasks in which exactly the ground-truth calls were made, with all their arguments;
-        - `argument_F1`: of the calls' single arguments (tool, name and value), over all tasks together;
+        - `tool_accuracy`: share of tasks in which exactly the ground-truth tools were called, equally often;
+        - `tool_F1`: micro-averaged F1 of the called tools;
+        - `argument_exact_match`: share of tasks in which exactly the ground-truth calls were made, with all arguments;
+        - `argument_F1`: micro-averaged F1 of single arguments (tool, name and value);
 
-        and of all runs
+        and measures of the runs alone
 
-        - `parse_rate`: runs of which every turn came to its end and every call names a tool of the catalog with
-          arguments that obey its schema;
-        - `answered`: runs that end with an answer;
-        - `steps`: calls in a run, the mean.
+        - `parse_rate`: share of runs in which every turn is complete and every call names a tool of the catalog with
+          arguments that match its schema;
+        - `answered`: share of runs that end with an answer;
+        - `steps`: mean number of calls per run.
 
-        Shares lie between 0 and 1. Arguments are compared as [`canonical`] writes them.
+        Arguments are compared in their [`canonical`] form.
     """
     done = {task.id: list(calls_of(runs[task.id])) if task.id in runs else [] for task in tasks}
     measured = {
@@ -181,7 +180,7 @@ def evaluate_runs(
             "argument_F1": _f1([(_argument_counts(gold), _argument_counts(ours)) for gold, ours in pairs]),
             **measured,
         }
-    elif tasks:  # of queries the tools are known, but neither how often nor with which arguments they are called
+    elif tasks:  # queries give the tools, but neither the number of calls nor their arguments
         pairs = [(set(task.tools), {name for name, _ in done[task.id]}) for task in tasks]
         measured = {
             "tool_accuracy": _mean(gold == ours for gold, ours in pairs),
@@ -197,7 +196,7 @@ def _mean(values) -> float:
 
 
 def _f1(pairs: Sequence[tuple[Counter, Counter]]) -> float:
-    """F1 over all tasks together, of what is there (first) and what was found (second)."""
+    """Micro-averaged F1 of pairs of ground truth and prediction."""
     both = sum((gold & ours).total() for gold, ours in pairs)
     total = sum(gold.total() + ours.total() for gold, ours in pairs)
     return 2 * both / total if total else 1.0
