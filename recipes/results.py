@@ -4,8 +4,8 @@
 python recipes/results.py
 ```
 
-A folder in `recipes/results/` is one section of the page. It holds `run.json` and `metrics.json`, as `toolweaver evaluate`,
-`toolweaver compare` or `toolweaver evaluate-agent` write them, and `about.json`:
+A folder in `recipes/results/` is one section of the page. It holds `run.json` and `metrics.json`, as `toolweaver
+evaluate`, `toolweaver compare` or `toolweaver evaluate-agent` write them, and `about.json`:
 
 - `title`: the section's heading,
 - `command`: the commands that give these figures, to be pasted into a shell,
@@ -13,7 +13,8 @@ A folder in `recipes/results/` is one section of the page. It holds `run.json` a
 - `wall_time` (optional): how long the commands took.
 
 A benchmark's `metrics.json` holds `tables`, a list of `{"title", "columns", "rows"}`
-([`~evaluation.runs.save_tables`]). `"recorded_by_hand": true` in a `run.json` says that its figures were copied from an earlier run.
+([`~evaluation.runs.save_tables`]). `"recorded_by_hand": true` in a `run.json` says that its figures were copied from
+an earlier run.
 """
 
 import argparse
@@ -38,8 +39,8 @@ ABOUT_VERSION = 1  # its schema_version
 
 INTRODUCTION = """# Results
 
-Written by `python recipes/results.py` from the runs in [`results/`](results); [README.md](README.md#results) says how to
-add one. Do not edit this page.
+Written by `python recipes/results.py` from the runs in [`results/`](results); [README.md](README.md#results) says how
+to add one. Do not edit this page.
 """
 
 
@@ -125,8 +126,8 @@ def render_readme(readme: str, folder: str | os.PathLike = RESULTS_FOLDER) -> st
 
     Args:
         readme (`str`):
-            The text. Between `<!-- results: NAME -->` and `<!-- end of results -->` stand the title, the first table and
-            the text of the run `NAME`.
+            The text. Between `<!-- results: NAME -->` and `<!-- end of results -->` stand the title, the first table
+            and the text of the run `NAME`.
         folder (`str`, *optional*):
             Folder of the runs.
     """

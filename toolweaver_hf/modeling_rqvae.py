@@ -35,8 +35,8 @@ class RQVAEOutput(ModelOutput):
         commitment_loss (`torch.FloatTensor` of shape `()`):
             Squared distance of the latent vectors to the detached sum of the chosen codebook vectors.
         assignment_loss (`torch.FloatTensor` of shape `()`, *optional*):
-            Cross-entropy of the given codes over all codes of their level, with squared distances as logits; the mean over
-            levels.
+            Cross-entropy of the given codes over all codes of their level, with squared distances as logits; the mean
+            over levels.
         collaborative_loss (`torch.FloatTensor` of shape `()`, *optional*):
             Squared distance between the partial sums of codebook vectors of co-used tools, relative to random pairs of
             tools; the mean over all levels but the last.
@@ -132,7 +132,7 @@ class RQVAECodebook(nn.Module):
             self.register_buffer("ema_sum", torch.zeros(size, config.code_dim))
 
     def distances(self, residual: torch.Tensor) -> torch.Tensor:
-        """Return squared distances of shape `(batch_size, codebook_size)`, without the term for the residual's norm."""
+        """Return squared distances of shape `(batch_size, codebook_size)`, without the residual's squared norm."""
         weight = self.weight.detach().float()
         return torch.addmm(weight.square().sum(1), residual, weight.T, alpha=-2)
 
@@ -158,7 +158,7 @@ class RQVAECodebook(nn.Module):
 
 
 class RQVAEQuantizer(nn.Module):
-    """Residual quantizer: the codebook of each level quantizes the residual of the previous levels. Runs in float32."""
+    """Residual quantizer: each level's codebook quantizes the residual of the previous levels. Runs in float32."""
 
     def __init__(self, config: RQVAEConfig):
         super().__init__()
@@ -197,8 +197,8 @@ class RQVAEQuantizer(nn.Module):
             num_levels (`int`, *optional*): Number of levels to use. Defaults to all.
 
         Returns:
-            `tuple`: the codes of shape `(batch_size, num_levels)`, and for each level its input residuals and its chosen
-            codebook vectors, each of shape `(batch_size, code_dim)`.
+            `tuple`: the codes of shape `(batch_size, num_levels)`, and for each level its input residuals and its
+            chosen codebook vectors, each of shape `(batch_size, code_dim)`.
         """
         chosen, residuals, vectors = [], [], []
         residual = latents
@@ -350,12 +350,12 @@ class RQVAEModel(RQVAEPreTrainedModel):
 
         - The reconstruction loss trains decoder, chosen codebook vectors and, by the straight-through estimator, the
           encoder. With given `codes` it does not reach the encoder, which cannot change them.
-        - The commitment loss draws a latent vector to its whole code. Committing it to the partial sum of each level as
-          well would draw it to the first level's vector and leave little for the later levels to distinguish.
+        - The commitment loss draws a latent vector to its whole code. Committing it to the partial sum of each level
+          as well would draw it to the first level's vector and leave little for the later levels to distinguish.
         - The assignment loss acts on latent vectors that stay closer to another tool's code, mostly those of
           near-duplicate documents.
-        - The collaborative loss trains the codebooks alone. Drawing together the latent vectors of co-used tools, whose
-          documents differ, would harm both the assignment and the reconstruction.
+        - The collaborative loss trains the codebooks alone. Drawing together the latent vectors of co-used tools,
+          whose documents differ, would harm both the assignment and the reconstruction.
 
         Args:
             embeddings (`torch.Tensor` of shape `(batch_size, input_dim)`):
@@ -416,9 +416,9 @@ class RQVAEModel(RQVAEPreTrainedModel):
         r"""
         The graph Laplacian's quadratic form over sampled pairs (ToolWeaver's collaborative regularization).
 
-        It is the mean of \\(w \|z_u - z_v\|^2\\) over the batch, divided by the mean of \\(\|z_u - z_v\|^2\\) over random
-        pairs. With weights of mean 1, it is 1 if co-used tools are as far apart as random ones and 0 if they coincide,
-        for any number of tools and edges and any dimension and scale of the latent space.
+        It is the mean of \\(w \|z_u - z_v\|^2\\) over the batch, divided by the mean of \\(\|z_u - z_v\|^2\\) over
+        random pairs. With weights of mean 1, it is 1 if co-used tools are as far apart as random ones and 0 if they
+        coincide, for any number of tools and edges and any dimension and scale of the latent space.
 
         Args:
             quantized (`torch.Tensor` of shape `(batch_size, code_dim)`): One end of each pair.

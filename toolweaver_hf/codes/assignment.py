@@ -127,11 +127,11 @@ def choose_codes(
     r"""
     Choose the codes of one level so that tools that are used together tend to share a code.
 
-    Coordinate descent on \\(\sum_u \|r_u - e_{c_u}\|^2 / \sigma^2 + \frac12 \sum_{uv} A_{uv} [c_u \ne c_v]\\). The first
-    term is the quantization error as a share of the residuals' variance \\(\sigma^2\\). The second is the graph
+    Coordinate descent on \\(\sum_u \|r_u - e_{c_u}\|^2 / \sigma^2 + \frac12 \sum_{uv} A_{uv} [c_u \ne c_v]\\). The
+    first term is the quantization error as a share of the residuals' variance \\(\sigma^2\\). The second is the graph
     Laplacian's quadratic form (ToolWeaver's collaborative regularization), in which two different codes count as far
-    apart as two random tools. In each round, a random half of the tools take their best code given the current codes of
-    their neighbors.
+    apart as two random tools. In each round, a random half of the tools take their best code given the current codes
+    of their neighbors.
 
     Args:
         residual (`torch.Tensor` of shape `(num_tools, code_dim)`): The residuals of the previous levels.
@@ -185,7 +185,8 @@ def uniform_codes(
 ) -> np.ndarray:
     """Assign codes by the paper's uniform mapping: Sinkhorn-Knopp on the last level, within each prefix.
 
-    This is the entropic relaxation of the problem that [`assign_codes`] solves exactly; a few tools still share a code.
+    This is the entropic relaxation of the problem that [`assign_codes`] solves exactly; a few tools still share a
+    code.
 
     Args:
         latents (`torch.Tensor` of shape `(num_tools, code_dim)`): The tools' latent vectors.

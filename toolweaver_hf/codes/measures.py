@@ -33,10 +33,10 @@ def measure_codes(
 
     Returns:
         `dict`: `reconstruction_loss` of the assigned codes, as a share of the embeddings' variance; `levels`, with the
-        number of used codes and their perplexity; `collisions`, `collisions_before` and `collisions_uniform`, the number
-        of tools minus the number of distinct codes, for the assigned codes, for the nearest codes and for those of the
-        uniform mapping; `cousage` and `held_out`, how often these pairs share their first code, and how often any pair
-        does.
+        number of used codes and their perplexity; `collisions`, `collisions_before` and `collisions_uniform`, the
+        number of tools minus the number of distinct codes, for the assigned codes, for the nearest codes and for those
+        of the uniform mapping; `cousage` and `held_out`, how often these pairs share their first code, and how often
+        any pair does.
     """
     num_tools = len(assigned)
     codes = torch.from_numpy(assigned).to(embeddings.device)

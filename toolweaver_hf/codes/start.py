@@ -27,10 +27,13 @@ def start_model(
     graph, refined by [`choose_codes`].
 
     Args:
-        model ([`RQVAEModel`]): The model. Its encoder, decoder and codebooks are changed; its mean and scale must be set.
-        embeddings (`torch.Tensor` of shape `(num_tools, input_dim)`): The tools' embeddings, of which a sample is used.
+        model ([`RQVAEModel`]): The model. Its encoder, decoder and codebooks are changed; its mean and scale must be
+            set.
+        embeddings (`torch.Tensor` of shape `(num_tools, input_dim)`): The tools' embeddings, of which a sample is
+            used.
         generator (`torch.Generator`, *optional*): Source of randomness, on the CPU.
-        cousage_weights (`scipy.sparse.csr_array` of shape `(num_tools, num_tools)`, *optional*): As in [`choose_codes`].
+        cousage_weights (`scipy.sparse.csr_array` of shape `(num_tools, num_tools)`, *optional*): As in
+            [`choose_codes`].
 
     Returns:
         `torch.LongTensor` of shape `(num_tools, num_levels)`: the codes.
@@ -89,11 +92,13 @@ def _means(
 def kmeans(
     points: torch.Tensor, num_centers: int, generator: torch.Generator | None = None, iterations: int = 20
 ) -> torch.Tensor:
-    """Lloyd's algorithm with k-means++ initialization. Centers without points move to the points farthest from any center.
+    """Lloyd's algorithm with k-means++ initialization. Centers without points move to the points farthest from any
+    center.
 
     Args:
         points (`torch.Tensor` of shape `(num_points, dim)`): The points.
-        num_centers (`int`): Number of centers. If it exceeds the number of points, centers coincide up to slight noise.
+        num_centers (`int`): Number of centers. If it exceeds the number of points, centers coincide up to slight
+            noise.
         generator (`torch.Generator`, *optional*): Source of randomness, on the CPU.
         iterations (`int`, *optional*, defaults to 20): Number of rounds.
 

@@ -109,8 +109,8 @@ class RQVAETrainer(Trainer):
     Training starts from the linear solution: encoder and decoder project on the embeddings' principal axes, and the
     codebooks are initialized by k-means on the residuals of each level. Then two phases alternate. In the first,
     [`assign_codes`] assigns a unique code to every tool, with respect to the co-usage graph, and unused codes are
-    revived. In the second, encoder, codebooks and decoder are trained on these codes. In the last tenth of the training
-    the codes are fixed, so that decoder and encoder fit the final codes.
+    revived. In the second, encoder, codebooks and decoder are trained on these codes. In the last tenth of the
+    training the codes are fixed, so that decoder and encoder fit the final codes.
 
     This implements the paper's uniform mapping of the last level and its collaborative regularization (section 3.1),
     on the whole catalog and graph instead of one batch.
@@ -261,9 +261,9 @@ class RQVAETrainer(Trainer):
         """Measure the codes of the whole catalog.
 
         Returns:
-            `dict[str, float]`: `eval_reconstruction_loss` of the assigned codes, or of the nearest ones before training;
-            `eval_collision_rate`, one minus the number of distinct nearest codes per tool; `eval_codebook_use`, the
-            smallest share of used codes of any level.
+            `dict[str, float]`: `eval_reconstruction_loss` of the assigned codes, or of the nearest ones before
+            training; `eval_collision_rate`, one minus the number of distinct nearest codes per tool;
+            `eval_codebook_use`, the smallest share of used codes of any level.
         """
         model = self.accelerator.unwrap_model(self.model)
         was_training = model.training

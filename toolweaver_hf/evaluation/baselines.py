@@ -95,8 +95,8 @@ def fine_tune_encoder(
 def atomic_codes(catalog: ToolCatalog) -> ToolCodes:
     """Assign one token to each tool, as in ToolGen (arXiv 2410.03439): codes of one level, without an RQ-VAE.
 
-    To align a model, save the codes and the catalog in one folder and pass it to `recipes/sft.py` as `--codes_dir`, with
-    `--embedding_init mean_description`.
+    To align a model, save the codes and the catalog in one folder and pass it to `recipes/sft.py` as `--codes_dir`,
+    with `--embedding_init mean_description`.
 
     Args:
         catalog ([`ToolCatalog`]): The tools.

@@ -217,10 +217,12 @@ def _transcript(run: AgentRun) -> str:
 def judge_runs(
     judge: Judge, tasks: Sequence[AgentTask], runs: Mapping[str, AgentRun], votes: int, path: str | os.PathLike
 ) -> list[dict[str, Any]]:
-    """Judge `votes` times whether each run solves its task. A task without a run counts as unsolved, without a request.
+    """Judge `votes` times whether each run solves its task. A task without a run counts as unsolved, without a
+    request.
 
     Args:
-        path (`str`): JSONL file of the judgments. Each is appended at once, and those in the file are not requested again.
+        path (`str`): JSONL file of the judgments. Each is appended at once, and those in the file are not requested
+            again.
 
     Returns:
         `list[dict]`: one row per task and vote: `id`, `vote`, and the fields of [`Judgment`].
@@ -306,9 +308,9 @@ def pass_rate(verdicts: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Compute the solvable pass rate from the result of [`judge_runs`].
 
     Returns:
-        `dict[str, float]`: `SoPR`, the mean score (solved 1, unsure 0.5, unsolved 0) over tasks, then votes; `SoPR_std`, the
-        standard deviation over votes; `SoPR_low` and `SoPR_high`, the ends of the 95 % interval (percentiles of 1,000
-        bootstrap samples of the tasks).
+        `dict[str, float]`: `SoPR`, the mean score (solved 1, unsure 0.5, unsolved 0) over tasks, then votes;
+        `SoPR_std`, the standard deviation over votes; `SoPR_low` and `SoPR_high`, the ends of the 95 % interval
+        (percentiles of 1,000 bootstrap samples of the tasks).
     """
     by_vote: dict[int, list[float]] = {}
     for row in verdicts:
@@ -323,8 +325,8 @@ def win_rate(preferences: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Compute the solvable win rate from the result of [`judge_pairs`].
 
     Returns:
-        `dict[str, float]`: shares of the tasks that add up to 1: `SoWR`, tasks in which the candidate wins more votes than
-        the reference; `ties`; and `losses`.
+        `dict[str, float]`: shares of the tasks that add up to 1: `SoWR`, tasks in which the candidate wins more votes
+        than the reference; `ties`; and `losses`.
     """
     balance: dict[str, int] = {}
     for row in preferences:

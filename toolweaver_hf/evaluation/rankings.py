@@ -22,8 +22,8 @@ METRICS_FILE = "metrics.json"
 METRICS_VERSION = 1  # its schema_version
 
 MEASURES = ("nDCG@1", "nDCG@3", "nDCG@5", "R@1", "R@3", "R@5", "RR@10", "COMP@3", "COMP@5")
-"""The measures of a report. RR@10 is the reciprocal rank of the first ground-truth tool; its mean is known as MRR. COMP@k
-(COLT, CIKM 2024) is the share of queries whose ground-truth tools are all among the first k."""
+"""The measures of a report. RR@10 is the reciprocal rank of the first ground-truth tool; its mean is known as MRR.
+COMP@k (COLT, CIKM 2024) is the share of queries whose ground-truth tools are all among the first k."""
 
 NUM_RESAMPLES = 1000
 SIGNIFICANCE_LEVEL = 0.05
@@ -60,7 +60,8 @@ def measure_queries(queries: Sequence[Query], rankings: Sequence[Sequence[Retrie
 def check_ground_truth(queries: Sequence[Query], tool_ids: Iterable[str], source: str) -> None:
     """Warn of ground-truth tools that are not ranked.
 
-    They stay in the ground truth and count as missed. ToolBench's queries, for example, name tools that its catalogs lack.
+    They stay in the ground truth and count as missed. ToolBench's queries, for example, name tools that its catalogs
+    lack.
 
     Args:
         queries (`Sequence[Query]`): The queries.
@@ -101,8 +102,8 @@ def evaluate_rankings(
         queries, rankings: As for [`measure_queries`].
 
     Returns:
-        `dict[str, dict[str, float]]`: group ([`query_groups`]) -> measure -> its mean, between 0 and 1; and the group's
-        number of `queries`.
+        `dict[str, dict[str, float]]`: group ([`query_groups`]) -> measure -> its mean, between 0 and 1; and the
+        group's number of `queries`.
     """
     values = measure_queries(queries, rankings)
     return {
@@ -136,9 +137,9 @@ def compare_rankings(
             Seed of the bootstrap.
 
     Returns:
-        `dict`: `results`, system -> result of [`evaluate_rankings`]; `intervals`, system -> group -> measure -> ends of
-        the 95 % interval (percentiles of 1,000 bootstrap samples of the queries); `p_values`, system -> group -> measure
-        -> p-value of the difference to the first system (two-sided paired t-test over the queries).
+        `dict`: `results`, system -> result of [`evaluate_rankings`]; `intervals`, system -> group -> measure -> ends
+        of the 95 % interval (percentiles of 1,000 bootstrap samples of the queries); `p_values`, system -> group ->
+        measure -> p-value of the difference to the first system (two-sided paired t-test over the queries).
     """
     values = np.stack([measure_queries(queries, ranking) for ranking in rankings.values()], axis=1)
     compared: dict[str, Any] = {key: {name: {} for name in rankings} for key in ("results", "intervals", "p_values")}

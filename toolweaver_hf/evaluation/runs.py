@@ -135,12 +135,14 @@ def save_run(
     """Evaluate the rankings of several systems and write the run to a folder.
 
     The folder holds `run.json` ([`describe_run`]), `metrics.json` ([`compare_rankings`]), the ground truth and the
-    rankings in TREC's formats (`qrels.txt`, with the query's group as second column, and `NAME.run`), tables and a chart.
+    rankings in TREC's formats (`qrels.txt`, with the query's group as second column, and `NAME.run`), tables and a
+    chart.
 
     Args:
         folder (`str`): The folder.
         queries (`Sequence[Query]`): The queries.
-        rankings (`Mapping[str, Sequence[Sequence[RetrievedTool]]]`): The rankings of each system, the evaluated system first.
+        rankings (`Mapping[str, Sequence[Sequence[RetrievedTool]]]`): The rankings of each system, the evaluated system
+            first.
         tool_ids (`Sequence[str]`): Ids of the ranked tools.
         config (`Mapping[str, Any]`): The run's arguments.
         queries_name (`str`): Name of the queries in tables and cards, such as their file name.

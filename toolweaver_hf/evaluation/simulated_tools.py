@@ -87,7 +87,7 @@ class SimulatedTools(Mapping[str, Callable[..., Any]]):
         return len(self.catalog)
 
     def record_trajectories(self, trajectories: Iterable[dict[str, Any]]) -> None:
-        """Add the observations of trajectories ([`~data.load_trajectories`]) to the recorded answers, but not to the file."""
+        """Add the observations of trajectories ([`~data.load_trajectories`]) to the answers, but not to the file."""
         for row in trajectories:
             messages = row["messages"]
             for (place, i), result in find_results(messages).items():
@@ -244,7 +244,8 @@ def serve_tools(
         model (`str`, *optional*):
             Chat model that makes up what is not recorded. Without one, the answers' schemas do.
         url (`str`, *optional*):
-            OpenAI-compatible endpoint of the model, OpenAI's by default; its key is the environment's `OPENAI_API_KEY`.
+            OpenAI-compatible endpoint of the model, OpenAI's by default; its key is the environment's
+            `OPENAI_API_KEY`.
         seed (`int`, *optional*, defaults to 0):
             Seed of what is made up.
         host (`str`, *optional*, defaults to `"127.0.0.1"`):

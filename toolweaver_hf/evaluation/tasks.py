@@ -49,8 +49,8 @@ class AgentTask:
 
 
 def load_tasks(path: str | os.PathLike) -> list[AgentTask]:
-    """Read tasks from ground-truth trajectories ([`~data.load_trajectories`], including runs of an agent and Seal-Tools),
-    or from queries with their tools ([`~data.load_queries`]), without ground-truth calls.
+    """Read tasks from ground-truth trajectories ([`~data.load_trajectories`], including runs of an agent and
+    Seal-Tools), or from queries with their tools ([`~data.load_queries`]), without ground-truth calls.
 
     Raises:
         `ValueError`: naming the file and the line that is wrong, or the id that occurs twice.
