@@ -1,4 +1,4 @@
-"""The prefix trie of all codes, as flat tensors."""
+"""The prefix trie of all codes, in flat tensors."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ import numpy as np
 import torch
 
 
-KEY_STRIDE = 1 << 31  # above any token id: a node and a token make one key
+KEY_STRIDE = 1 << 31  # exceeds any token id, so that node and token form one key
 
 
 class CodeTrie:
     """A prefix trie over codes of equal length, in compressed sparse row form.
 
     Nodes are numbered breadth first: the root is 0, the children of a node are consecutive and ordered by token, and
-    the leaves, one a tool, come last. Looking up the children of a whole batch of prefixes takes a few tensor
-    operations, whatever the number of tools.
+    the leaves, one per tool, come last. Looking up the children of a batch of prefixes takes a few tensor operations,
+    for any number of tools.
 
-    [`CodeTrie.restrict`] makes a forest of the same form, with a root for each set of tools.
+    [`CodeTrie.restrict`] returns a forest in the same form, with one root per set of tools.
 
     Args:
         tool_code_ids (`np.ndarray` or `torch.Tensor` of shape `(num_tools, num_levels)`):
             Token ids of the tools' codes.
 
     Raises:
-        `ValueError`: if two tools share a code, or there is none.
+        `ValueError`: if two tools share a code, or there are no codes.
 
     Attributes:
         num_levels (`int`): Length of every code.
         roots (`torch.LongTensor` of shape `(num_sets,)`): The root of each set of tools, -1 for an empty one.
         child_ranges (`torch.LongTensor` of shape `(num_nodes + 1, 2)`): The children of node `i` are the nodes
-            `child_ranges[i, 0]` to `child_ranges[i, 1] - 1`; the last row, which the node -1 reads, is empty.
-        max_children (`list[int]`): The most children that a node has, for each depth.
+            `child_ranges[i, 0]` to `child_ranges[i, 1] - 1`; the last row, for the node -1, is empty.
+        max_children (`list[int]`): The maximum number of children of a node, for each depth.
         tools (`torch.LongTensor` of shape `(num_leaves,)`): Row in `tool_code_ids` of each leaf.
         level_sizes (`list[int]`): The number of nodes of each level, without the roots.
-        node_of_leaf (`torch.LongTensor` of shape `(num_levels, num_leaves)`): For each level the node above each leaf
-            (on the last one the leaf itself), counted from the level's first node.
+        node_of_leaf (`torch.LongTensor` of shape `(num_levels, num_leaves)`): For each level the ancestor of each leaf
+            (on the last level the leaf itself), counted from the level's first node.
     """
 
     def __init__(self, tool_code_ids: np.ndarray | torch.Tensor):
@@ -49,16 +49,16 @@ class CodeTrie:
         if len(twins):
             raise ValueError(f"the tools in rows {order[twins[0]]} and {order[twins[0] + 1]} have the same code")
         self._codes, self._order = codes, order
-        self.vocab_size = int(codes.max()) + 1  # that holds the tokens of all codes
+        self.vocab_size = int(codes.max()) + 1  # large enough for the tokens of all codes
         self._leaf_of_tool = np.empty_like(order)
         self._leaf_of_tool[order] = np.arange(len(order))
         self._build(codes, order, np.zeros(len(codes), dtype=np.int64))
         self.roots = torch.zeros(1, dtype=torch.long)
 
     def _build(self, codes: np.ndarray, tools: np.ndarray, sets: np.ndarray) -> None:
-        """Lay out the nodes of codes that are sorted within ascending sets."""
+        """Build the nodes from codes that are sorted within each set."""
         num_leaves, self.num_levels = codes.shape
-        # A code opens a new node on a level if it differs from the one before there, on a level above or in its set.
+        # A code opens a new node on a level if it differs from the previous code there, above, or in its set.
         opens = np.ones((num_leaves, self.num_levels + 1), dtype=bool)
         opens[1:, 0] = sets[1:] != sets[:-1]
         opens[1:, 1:] = codes[1:] != codes[:-1]
@@ -83,10 +83,10 @@ class CodeTrie:
         self.level_sizes = opens[:, 1:].sum(0).tolist()
         self.node_of_leaf = torch.from_numpy(np.cumsum(opens[:, 1:], axis=0).T - 1)
         self.tools = torch.from_numpy(tools)
-        # Padded, so that a row of the most children can be read at every node.
+        # Padded, so that `max_children` tokens can be read at every node.
         self._tokens = torch.from_numpy(np.concatenate([*tokens, np.zeros(max(self.max_children), dtype=np.int64)]))
-        # Sorted, because parents ascend and the tokens below a parent do: one binary search finds a child. The last
-        # one is larger than any.
+        # Sorted, because parents and the tokens below each parent ascend, so that a binary search finds a child. The
+        # last key is a sentinel.
         keys = parent * KEY_STRIDE + self._tokens.numpy()[num_roots:num_nodes]
         self._keys = torch.from_numpy(np.append(keys, np.iinfo(np.int64).max))
 
@@ -95,11 +95,11 @@ class CodeTrie:
 
     @property
     def code_tokens(self) -> np.ndarray:
-        """`np.ndarray`: The tokens that occur in codes, ascending; those of tools outside the sets included."""
+        """`np.ndarray`: The tokens of all codes, ascending, including tools outside the sets."""
         return np.unique(self._codes)
 
     def to(self, device: torch.device | str) -> CodeTrie:
-        """Return the trie with its tensors on a device."""
+        """Return the trie with its tensors on `device`."""
         if self._tokens.device == torch.device(device):
             return self
         trie = object.__new__(CodeTrie)
@@ -109,19 +109,19 @@ class CodeTrie:
         return trie
 
     def restrict(self, tool_sets: Sequence[Sequence[int]]) -> CodeTrie:
-        """Return a forest in which each row of a batch has a root of its own, above the tools that it may reach.
+        """Return a forest with one root for each row of a batch, above the tools that are allowed for the row.
 
-        Equal sets share a root. The cost grows with the sets, not with the catalog: nothing is sorted again.
+        Equal sets share a root. The cost depends on the size of the sets, not of the catalog: nothing is sorted again.
 
         Args:
-            tool_sets (`Sequence[Sequence[int]]`): For each row the tools, as rows of `tool_code_ids`.
+            tool_sets (`Sequence[Sequence[int]]`): The allowed tools of each batch row, as rows of `tool_code_ids`.
 
         Raises:
             `ValueError`: if there is no set, or a set names a row that does not exist.
         """
         if len(tool_sets) == 0:
             raise ValueError("give at least one set of tools")
-        numbers: dict[bytes, int] = {}  # of the distinct sets
+        numbers: dict[bytes, int] = {}  # distinct set -> its number
         leaves, rows = [], []
         for tools in tool_sets:
             tools = np.asarray(tools, dtype=np.int64)
@@ -149,9 +149,9 @@ class CodeTrie:
             tokens (`torch.LongTensor` of shape `(batch,)`): The token to follow from each.
 
         Returns:
-            `torch.LongTensor` of shape `(batch,)`: the child of each node, -1 where the token leads nowhere.
+            `torch.LongTensor` of shape `(batch,)`: the child of each node, -1 if there is none for the token.
         """
-        keys = nodes * KEY_STRIDE + tokens  # negative, and so unknown, for the node -1
+        keys = nodes * KEY_STRIDE + tokens  # negative, and so not found, for the node -1
         position = torch.searchsorted(self._keys, keys)
         found = self._keys[position] == keys
         return torch.where(found, position + (self.num_nodes - len(self._keys) + 1), -1)
@@ -161,10 +161,10 @@ class CodeTrie:
 
         Args:
             prefixes (`torch.LongTensor` of shape `(batch, depth)`): Token ids.
-            nodes (`torch.LongTensor` of shape `(batch,)`, *optional*): Where they start. Defaults to the first root.
+            nodes (`torch.LongTensor` of shape `(batch,)`, *optional*): The start nodes. Defaults to the first root.
 
         Returns:
-            `torch.LongTensor` of shape `(batch,)`: the node of each prefix, -1 where no code starts with it.
+            `torch.LongTensor` of shape `(batch,)`: the node of each prefix, -1 if no code starts with it.
         """
         nodes = self.roots[:1].expand(len(prefixes)) if nodes is None else nodes
         for tokens in prefixes.unbind(1):
@@ -172,14 +172,14 @@ class CodeTrie:
         return nodes
 
     def children(self, nodes: torch.LongTensor, width: int) -> tuple[torch.LongTensor, torch.BoolTensor]:
-        """List the tokens that may follow each node.
+        """List the valid continuations of each node.
 
         Args:
             nodes (`torch.LongTensor` of shape `(batch,)`): Nodes; -1 for none.
-            width (`int`): Room for children: the entry of `max_children` for the nodes' depth, or the largest of all.
+            width (`int`): Number of columns: the entry of `max_children` for the nodes' depth, or its maximum.
 
         Returns:
-            `tuple` of two tensors of shape `(batch, width)`: the tokens, ascending, and which of them are there.
+            `tuple` of two tensors of shape `(batch, width)`: the tokens, ascending, and a mask of the valid ones.
         """
         child, present = self.child_nodes(nodes, width)
         return self._tokens[child], present
@@ -222,6 +222,6 @@ class CodeTrie:
         return sums
 
     def tool_of(self, nodes: torch.LongTensor) -> torch.LongTensor:
-        """Return the tools of leaves, as rows of `tool_code_ids`; -1 for nodes that are none."""
+        """Return the tools of leaves, as rows of `tool_code_ids`; -1 for other nodes."""
         leaves = nodes - (self.num_nodes - len(self))
         return torch.where(leaves >= 0, self.tools[leaves.clamp(min=0)], -1)
