@@ -1,4 +1,4 @@
-"""Small tokenizers built as those of the model families are: the same normalizers, pre-tokenizers, decoders, templates."""
+"""Small tokenizers with the normalizers, pre-tokenizers, decoders and chat templates of real model families."""
 
 import re
 from functools import cache

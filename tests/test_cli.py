@@ -1,4 +1,4 @@
-"""What a user sees of wrong input: one line, exit status 2, nothing left behind."""
+"""Wrong input to a command gives one line on stderr and exit status 2, and leaves no files behind."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Files of every format as they were first written: what this version reads, and what it refuses by name."""
+"""Backward compatibility of every file format: old files are read, newer ones are refused by name."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The README's snippets, taken from it and run, in order, on a tiny model and the Hub on loopback."""
+"""README's snippets, run in order on a tiny model and a Hub on loopback."""
 
 import os
 import re
@@ -21,7 +21,7 @@ FIXTURES = ROOT / "tests" / "fixtures"
 
 
 def snippets(heading):
-    """Return the (language, text) of the code blocks below a heading, up to the next one of its level or above."""
+    """Return the (language, text) of the code blocks under a heading, up to the next heading of its level or above."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     level = heading.split()[0]
     section = readme.split(f"\n{heading}\n", 1)[1]
@@ -45,7 +45,7 @@ def run(heading, namespace=None):
 
 @pytest.fixture
 def workspace(tmp_path, base_tokenizer, monkeypatch, hub):
-    """A folder as the README's reader has it: `toolweaver-quickstart`, `out` and `data`, of two tools for the park."""
+    """The folders that README's snippets expect, `toolweaver-quickstart`, `out` and `data`, with two tools."""
     functions = {"weather": "weather.current_weather", "air_quality": "weather.air_quality"}
     catalog = ToolCatalog(Tool(name, f"The {name}.", metadata={"function": functions[name]}) for name in functions)
     codes = ToolCodes([2, 2], {"weather": [0, 1], "air_quality": [0, 0]})

@@ -1,4 +1,4 @@
-"""Whatever a repository holds, loading it ends well or in a clear refusal: no pickle, no other file, no flood."""
+"""Loading an untrusted repository works or raises a clear error: no pickles, no other files, no excess memory."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""Recipes, retrieval, evaluation and the agent on a tiny model and a small catalog: the whole road, with real parts."""
+"""Recipes, retrieval, evaluation and the agent end to end, on a tiny model and a small catalog."""
 
 import json
 

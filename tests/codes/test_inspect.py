@@ -1,4 +1,4 @@
-"""The report of learned codes, as a picture and as JSON."""
+"""The report of learned codes, as plots and as JSON."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from toolweaver_hf.recipes import tokenize_tools
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Codes of 40 tools by the recipe, from embeddings that lie in its folder already."""
+    """Codes of 40 tools by the recipe, from cached random embeddings."""
     data = tmp_path_factory.mktemp("data")
     catalog = ToolCatalog([Tool(f"tool{i}", f"Does the thing {i}.", name=f"name of {i}") for i in range(40)])
     catalog.to_jsonl(data / "catalog.jsonl")

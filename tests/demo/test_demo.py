@@ -1,4 +1,4 @@
-"""The demo is real data: its splits do not leak, its trajectories hold what its functions compute."""
+"""The demo's splits do not leak, and its trajectories match what its functions compute."""
 
 import json
 import re

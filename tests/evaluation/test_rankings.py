@@ -1,4 +1,4 @@
-"""Measures, intervals and significance, the folder of a run, and runs compared."""
+"""Measures, intervals and significance tests, the folder of a run, and the comparison of runs."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Answers of tools that are the same in every run, as functions and over MCP."""
+"""Reproducible answers of simulated tools, as functions and over MCP."""
 
 import json
 import socket

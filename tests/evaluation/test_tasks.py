@@ -1,4 +1,4 @@
-"""What is measured of an agent's runs without a judge."""
+"""Measures of agent runs that need no judge."""
 
 import json
 

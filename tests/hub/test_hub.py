@@ -1,4 +1,4 @@
-"""Artifacts on a Hub: pushed, loaded in a process that knows only transformers, pushed again."""
+"""Artifacts are pushed to a Hub, loaded in a process with transformers alone, and pushed again."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The rivals, and the recipe that measures all methods on one split, on tiny models."""
+"""The baselines, and the benchmark of all methods on one split, on tiny models."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say, on models that are too small to be of interest."""
+"""The benchmarks measure what they claim, on tiny models."""
 
 import json
 import math

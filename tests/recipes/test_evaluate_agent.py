@@ -1,4 +1,4 @@
-"""The recipe that lets an agent do tasks, on a tiny model with random weights."""
+"""The evaluation of an agent, on a tiny model with random weights."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""RESULTS.md and README's table are what the runs in recipes/results say."""
+"""RESULTS.md and README's table match the runs in recipes/results."""
 
 import json
 import os

@@ -112,7 +112,7 @@ def trainer_of(world, model_name, tmp_path, lora=False, **kwargs):
 
 
 def loss_token_by_token(model, tokenizer, batch):
-    """The mean over the labels of the cross-entropy among what decoding leaves, by looking at every code."""
+    """The mean cross-entropy of the labels over the valid continuations, by brute force over all codes."""
     labels = batch["labels"]
     logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
     codes = [tokenizer.encode_tool(tool_id) for tool_id in tokenizer.tool_ids]
