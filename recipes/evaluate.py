@@ -1,11 +1,11 @@
-"""Rank the tools for held-out queries with an aligned model and with its rivals, and print their tables.
+"""Evaluate tool retrieval by an aligned model, next to BM25 and a dense encoder.
 
 ```bash
 python recipes/evaluate.py --model out/retrieval --queries my_test_queries.jsonl --output_dir out/evaluation
 ```
 
 The model's whole catalog is ranked (multi-domain). `--in_domain` ranks only the tools that the queries need, `--corpus
-tools.jsonl` only those of a file. Without `--model` the rivals are measured alone, on the tools of `--corpus`.
+tools.jsonl` only those of a file. Without `--model`, the baselines are measured alone, on the tools of `--corpus`.
 """
 
 from __future__ import annotations
@@ -34,23 +34,21 @@ class EvaluationArguments:
     Args:
         queries (`list[str]`):
             Test queries, in any of the formats that [`~data.load_queries`] reads: JSONL with `id`, `text`, `tools`, a
-            BEIR queries file, ToolBench's instructions, rows of Seal-Tools or ToolRet. Of several files each is a
-            group of its own, named after the file.
+            BEIR queries file, ToolBench's instructions, rows of Seal-Tools or ToolRet. Each of several files is a
+            group, named after the file.
         qrels (`str`, *optional*):
             The relevance file of BEIR queries.
         model (`str`, *optional*):
-            Folder of an aligned model, as `recipes/sft.py` writes it, or a repository of the Hub. Without it the
-            rivals are measured alone.
+            Output folder of `recipes/sft.py`, or a Hub repository. Without it, the baselines are measured alone.
         corpus (`str`, *optional*):
-            Catalog of the only tools to rank, which the model's catalog must hold. Defaults to the model's whole
-            catalog.
+            Catalog of the tools to rank, a subset of the model's catalog. Defaults to the model's whole catalog.
         in_domain (`bool`, *optional*, defaults to `False`):
-            Whether to rank only the tools that any of the queries needs.
+            Whether to rank only the tools that the queries need.
         encoder (`str`, *optional*):
-            sentence-transformers model of the dense rival. Defaults to the encoder that the catalog is embedded with.
+            sentence-transformers model of the dense baseline. Defaults to the default encoder of catalogs.
         output_dir (`str`, *optional*):
-            Folder for the measures, the rankings in TREC's run format, and what the run was made of. Defaults to
-            `evaluation` in the model's folder, from where `toolweaver push` takes the results into the model's card.
+            Folder for the run: measures, rankings in TREC's format, and `run.json`. Defaults to `evaluation` in the
+            model's folder, from where `toolweaver push` takes the results into the model card.
         seed (`int`, *optional*, defaults to 0):
             Seed of the bootstrap.
     """
@@ -58,19 +56,19 @@ class EvaluationArguments:
     queries: list[str] = field(metadata={"help": "Test queries (JSONL or JSON)."})
     qrels: str | None = field(default=None, metadata={"help": "Relevance file (TSV) of BEIR queries."})
     model: str | None = field(default=None, metadata={"help": "Folder of an aligned model."})
-    corpus: str | None = field(default=None, metadata={"help": "Catalog of the only tools to rank."})
+    corpus: str | None = field(default=None, metadata={"help": "Catalog of the tools to rank."})
     in_domain: bool = field(default=False, metadata={"help": "Rank only the tools that the queries need."})
-    encoder: str | None = field(default=None, metadata={"help": "sentence-transformers model of the dense rival."})
+    encoder: str | None = field(default=None, metadata={"help": "sentence-transformers model of the dense baseline."})
     output_dir: str | None = field(default=None, metadata={"help": "Folder for the run."})
     seed: int = field(default=0, metadata={"help": "Seed of the bootstrap."})
 
     def __post_init__(self):
         if self.model is None and self.corpus is None:
-            raise ValueError("give --model, an aligned model, or --corpus, the tools that its rivals are to rank")
+            raise ValueError("give --model, an aligned model, or --corpus, the tools that the baselines rank")
 
 
 def load_test_queries(paths: Sequence[str], qrels: str | None = None) -> list[Query]:
-    """Read one file of queries, or several as groups that are named after their files."""
+    """Read one file of queries, or several as groups named after their files."""
     from toolweaver_hf.data.queries import load_queries
 
     if len(paths) == 1:
@@ -83,7 +81,7 @@ def load_test_queries(paths: Sequence[str], qrels: str | None = None) -> list[Qu
 
 
 def load_candidates(args: EvaluationArguments, queries: Sequence[Query]) -> ToolCatalog:
-    """Return the tools to rank, each as the model's catalog describes it."""
+    """Return the tools to rank, as described in the model's catalog."""
     from toolweaver_hf.data.catalog import ToolCatalog
     from toolweaver_hf.evaluation.rankings import check_ground_truth
 
@@ -102,7 +100,7 @@ def load_candidates(args: EvaluationArguments, queries: Sequence[Query]) -> Tool
 
 
 def main(args: EvaluationArguments) -> dict[str, Any]:
-    """Evaluate, print a table for each group of queries, and return what [`~evaluation.compare_rankings`] does."""
+    """Evaluate, print a table per group of queries, and return the result of [`~evaluation.compare_rankings`]."""
     from toolweaver_hf.evaluation.baselines import BM25Retriever, DenseRetriever
     from toolweaver_hf.evaluation.rankings import compare_rankings
     from toolweaver_hf.evaluation.runs import save_run, tables

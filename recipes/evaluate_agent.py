@@ -1,10 +1,10 @@
-"""Let an agent do tasks, and measure it: what it calls, and by a judge its pass rate and win rate (SoPR and SoWR).
+"""Evaluate an agent on tasks: its calls and, by a judge, its pass rate and win rate (SoPR and SoWR).
 
 ```bash
 python recipes/evaluate_agent.py --model out/agent --tasks trajectories.test.jsonl
 ```
 
-The same command goes on with a run that was cut off.
+The same command continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -36,35 +36,36 @@ class AgentEvaluationArguments:
         tasks (`str`):
             The tasks: ground-truth trajectories, Seal-Tools' rows, or queries with their tools.
         model (`str`, *optional*):
-            Folder of an aligned model, as `recipes/sft.py` writes it, or a repository of the Hub.
+            Output folder of `recipes/sft.py`, or a Hub repository.
         runs (`str`, *optional*):
-            In place of a model, what any agent has done: trajectories with the ids of the tasks.
+            Runs of any agent in place of a model: trajectories with the ids of the tasks.
         reference (`str`, *optional*):
-            Another agent's runs of the tasks, against which the win rate is measured.
+            Another agent's runs of the tasks, for the win rate.
         catalog (`str`, *optional*):
             The catalog's file. Defaults to the model's.
         recordings (`str`, *optional*):
-            JSONL file of recorded answers of tools (see [`SimulatedTools`]). Without one, calls are answered as in the
-            tasks' own trajectories, by the demo's functions, or by what is made up.
+            JSONL file of recorded answers of tools ([`SimulatedTools`]). Other calls are answered as in the tasks'
+            trajectories, by the demo's functions, or by simulation.
         simulator_model (`str`, *optional*):
-            Chat model that makes up answers which are not recorded.
+            Chat model that simulates answers without a record.
         judge_model (`str`, *optional*):
-            Chat model that judges. Without one, runs are checked against the ground truth, or, where it is no more than
-            the tools of a query, not judged.
+            Chat model that judges. Without one, runs are checked against the ground truth; tasks that are queries with
+            tools alone are not judged.
         url (`str`, *optional*):
-            OpenAI-compatible endpoint of these models, OpenAI's by default; its key is the environment's `OPENAI_API_KEY`.
+            OpenAI-compatible endpoint of these models, OpenAI's by default; its key is the environment's
+            `OPENAI_API_KEY`.
         votes (`int`, *optional*, defaults to 3):
-            How often the judge is asked about each run.
+            Number of judgments per run.
         prices (`list[float]`, *optional*):
-            What a million prompt tokens and a million completion tokens of the judge cost.
+            Prices of a million prompt tokens and a million completion tokens of the judge.
         max_tasks (`int`, *optional*):
-            Only the first so many tasks.
+            Number of tasks to run, from the first. Defaults to all.
         max_steps (`int`, *optional*, defaults to 5):
-            Most turns of the agent in a task.
+            Maximum number of turns of the agent per task.
         seed (`int`, *optional*, defaults to 0):
-            Seed of answers that are made up.
+            Seed of simulated answers.
         output_dir (`str`, *optional*):
-            Folder for everything. Defaults to `agent_evaluation` in the model's folder.
+            Folder for the run. Defaults to `agent_evaluation` in the model's folder.
     """
 
     tasks: str = field(metadata={"help": "Ground-truth trajectories, Seal-Tools' rows, or queries."})
@@ -73,17 +74,17 @@ class AgentEvaluationArguments:
     reference: str | None = field(default=None, metadata={"help": "Another agent's runs, for the win rate (JSONL)."})
     catalog: str | None = field(default=None, metadata={"help": "The catalog's file; the model's by default."})
     recordings: str | None = field(default=None, metadata={"help": "Recorded answers of tools (JSONL)."})
-    simulator_model: str | None = field(default=None, metadata={"help": "Chat model that makes up other answers."})
+    simulator_model: str | None = field(default=None, metadata={"help": "Chat model that simulates other answers."})
     judge_model: str | None = field(default=None, metadata={"help": "Chat model that judges."})
     url: str = field(default="https://api.openai.com/v1", metadata={"help": "OpenAI-compatible endpoint of both."})
-    votes: int = field(default=3, metadata={"help": "How often the judge is asked about each run."})
+    votes: int = field(default=3, metadata={"help": "Judgments per run."})
     prices: list[float] | None = field(
         default=None, metadata={"help": "Cost of a million prompt and a million completion tokens of the judge."}
     )
-    max_tasks: int | None = field(default=None, metadata={"help": "Only the first so many tasks."})
-    max_steps: int = field(default=5, metadata={"help": "Most turns of the agent in a task."})
-    seed: int = field(default=0, metadata={"help": "Seed of answers that are made up."})
-    output_dir: str | None = field(default=None, metadata={"help": "Folder for everything."})
+    max_tasks: int | None = field(default=None, metadata={"help": "Number of tasks to run."})
+    max_steps: int = field(default=5, metadata={"help": "Maximum number of turns per task."})
+    seed: int = field(default=0, metadata={"help": "Seed of simulated answers."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for the run."})
 
     def __post_init__(self):
         if (self.model is None) == (self.runs is None):
@@ -101,7 +102,7 @@ class AgentEvaluationArguments:
 
 
 def check_settings(args: AgentEvaluationArguments, path: Path) -> dict[str, Any]:
-    """Write down and return all that a run's results depend on, or refuse to go on where that was something else."""
+    """Save and return the settings that results depend on; raise an error if an interrupted run had other settings."""
     from toolweaver_hf.evaluation.runs import RUN_VERSION, describe_run
     from toolweaver_hf.files import local_file, read_json, write_json
 
@@ -112,9 +113,9 @@ def check_settings(args: AgentEvaluationArguments, path: Path) -> dict[str, Any]
             settings[name] = f"{os.path.basename(settings[name])} {hashlib.sha256(content).hexdigest()[:16]}"
     if path.exists():
         before = read_json(path, RUN_VERSION)["config"]
-        before["reference"] = before.get("reference") or settings["reference"]  # it may come later, and stay away
+        before["reference"] = before.get("reference") or settings["reference"]  # may be added later, or left out
         settings["reference"] = settings["reference"] or before["reference"]
-        free = ("votes", "prices", "max_tasks", "output_dir", "url")  # with others, the results so far still hold
+        free = ("votes", "prices", "max_tasks", "output_dir", "url")  # changing these keeps the results so far valid
         changed = [name for name, value in settings.items() if name not in free and before.get(name) != value]
         if changed:
             raise ValueError(
@@ -127,7 +128,7 @@ def check_settings(args: AgentEvaluationArguments, path: Path) -> dict[str, Any]
 def run_agent(
     args: AgentEvaluationArguments, catalog: ToolCatalog, tasks: list[AgentTask], path: Path
 ) -> dict[str, AgentRun]:
-    """Let the model do the tasks that the file `path` has no run of; add each run to it at once."""
+    """Run the model on the tasks without a run in the file `path`; append each run at once."""
     from tqdm.auto import tqdm
 
     from toolweaver_hf.agent.loop import ToolAgent
@@ -186,11 +187,11 @@ def main(args: AgentEvaluationArguments) -> dict[str, float]:
     runs = load_agent_runs(args.runs) if args.runs else run_agent(args, catalog, tasks, output / "runs.jsonl")
     measures = evaluate_runs(tasks, runs, catalog)
 
-    judge, votes = AnswerChecker(), 1  # which says the same every time
+    judge, votes = AnswerChecker(), 1  # deterministic, so one vote is enough
     if args.judge_model:
         judge, votes = ChatJudge(ChatEndpoint(args.judge_model, args.url)), args.votes
     asked = []
-    if args.judge_model or all(task.calls is not None for task in tasks):  # of queries alone there is no ground truth
+    if args.judge_model or all(task.calls is not None for task in tasks):  # queries alone have no ground-truth calls
         asked = verdicts = judge_runs(judge, tasks, runs, votes, output / "verdicts.jsonl")
         measures |= pass_rate(verdicts)
         if args.reference:
@@ -213,7 +214,7 @@ def main(args: AgentEvaluationArguments) -> dict[str, float]:
         print(f"\nthe judge: {', '.join(f'{name} {value:,}' for name, value in tokens.items())}")
     document = {"tasks": os.path.basename(args.tasks), "votes": votes, "measures": measures, "judge": tokens}
     write_json(output / "metrics.json", document, METRICS_VERSION)
-    write_json(output / RUN_FILE, describe_run(settings), RUN_VERSION)  # with the time of its end
+    write_json(output / RUN_FILE, describe_run(settings), RUN_VERSION)  # with the time at the end
     return measures
 
 

@@ -33,23 +33,23 @@ class TokenizationArguments:
             The catalog, in any of the formats that [`ToolCatalog.from_file`] reads: JSONL, function schemas, MCP's
             tools/list, OpenAPI, ToolBench, a BEIR corpus.
         queries (`str`, *optional*):
-            Queries with their tools, from which is learned which tools are used together.
+            Queries with their tools, for the co-usage graph.
         qrels (`str`, *optional*):
             The relevance file of BEIR queries.
         encoder (`str`, *optional*):
             sentence-transformers model for the tools' documents. Defaults to all-MiniLM-L6-v2.
         codebook_sizes (`list[int]`, *optional*):
-            Codes of each level. Defaults to two levels of the power of two next above 4 * sqrt(number of tools).
+            Number of codes of each level. Defaults to two levels of the next power of two above
+            4 * sqrt(number of tools).
         collaborative_weight (`float`, *optional*, defaults to 1.0):
             Weight of the collaborative loss.
         min_cousage (`int`, *optional*, defaults to 2):
-            How many queries at least two tools have to share to be drawn together; 1, as the paper has it, takes
-            chance for a pattern where queries are few.
+            Number of queries that two tools must share to count as used together. With 1, as in the paper, and few
+            queries, chance pairs count as well.
         codebook_update (`str`, *optional*, defaults to `"gradient"`):
-            How the codebooks learn: `"gradient"` or `"ema"`, as moving averages.
+            How the codebooks are trained: `"gradient"`, or `"ema"` for exponential moving averages.
         held_out_edges (`float`, *optional*, defaults to 0.0):
-            Share of the pairs of tools used together that is kept from training, to measure how many of them share
-            their first code.
+            Share of the co-used pairs of tools to hold out, to measure how many of them share their first code.
     """
 
     catalog: str = field(metadata={"help": "The catalog of tools (JSONL or JSON)."})
@@ -58,18 +58,18 @@ class TokenizationArguments:
     encoder: str | None = field(default=None, metadata={"help": "sentence-transformers model."})
     codebook_sizes: list[int] | None = field(default=None, metadata={"help": "Codes of each level."})
     collaborative_weight: float = field(default=1.0, metadata={"help": "Weight of the collaborative loss."})
-    min_cousage: int = field(default=2, metadata={"help": "Queries that tools share at least to be drawn together."})
-    codebook_update: str = field(default="gradient", metadata={"help": "How codebooks learn: gradient or ema."})
-    held_out_edges: float = field(default=0.0, metadata={"help": "Share of co-used pairs to measure by."})
+    min_cousage: int = field(default=2, metadata={"help": "Queries that two tools must share to count as co-used."})
+    codebook_update: str = field(default="gradient", metadata={"help": "How codebooks are trained: gradient or ema."})
+    held_out_edges: float = field(default=0.0, metadata={"help": "Share of co-used pairs to hold out."})
 
 
 def default_codebook_sizes(num_tools: int) -> list[int]:
-    """Two levels of the power of two next above 4 * sqrt(num_tools): ample room, few tools to a prefix."""
+    """Two levels of the next power of two above 4 * sqrt(num_tools): ample codes, few tools per prefix."""
     return [2 ** math.ceil(math.log2(4 * math.sqrt(num_tools)))] * 2
 
 
 def default_steps(num_tools: int) -> int:
-    """As many as there are tools, 600 to 3000: the codes of few tools get worse again if they are trained for longer."""
+    """The number of tools, clipped to 600 and 3000: longer training makes the codes of few tools worse."""
     return min(max(num_tools, 600), 3000)
 
 
@@ -145,7 +145,7 @@ def main(args: TokenizationArguments, training_args: RQVAETrainingArguments) -> 
 
 
 def print_metrics(metrics: dict) -> None:
-    """Print what a person wants to know of codes."""
+    """Print a summary of the measures of codes."""
     print(f"reconstruction loss      {metrics['reconstruction_loss']:.4f} of the embeddings' variance")
     for level in metrics["levels"]:
         print(
