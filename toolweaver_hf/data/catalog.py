@@ -358,8 +358,8 @@ def _read_tools(rows: Iterable[Row], changes: dict[str, list[str]]) -> Iterator[
 
 
 def _read_tool(row: Row, changes: dict[str, list[str]]) -> Tool:
-    said: list[str] = []
-    tool = Tool(**tool_fields(row.fields, said.append, row.foreign))
+    said = list(row.changes or ())
+    tool = Tool(**(row.fields if row.changes is not None else tool_fields(row.fields, said.append, row.foreign)))
     if row.server is not None:
         tool = _of_server(tool, row.server)
     for change in dict.fromkeys(said):

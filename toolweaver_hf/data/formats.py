@@ -25,6 +25,8 @@ class Row(NamedTuple):
     """Whether a server or a crawl wrote it, so that what it lacks is no mistake of the user's."""
     listed_by: str | None = None
     """The row of a benchmark that lists it; several may list the same tool."""
+    changes: list[str] | None = None
+    """What reading has changed, where `fields` are those of a [`Tool`] already."""
 
 
 def document_rows(
@@ -39,8 +41,8 @@ def document_rows(
     """
     for place, document in documents:
         if isinstance(document, dict) and ("openapi" in document or "swagger" in document):
-            for where, row in openapi_tools(document, path, leave_out):
-                yield Row(f"{place}, {where}", row, foreign=True)
+            for where, fields, changes in openapi_tools(document, path, leave_out):
+                yield Row(f"{place}, {where}", fields, changes=changes)
         elif path.suffix.lower() in LINES or isinstance(document, list) or _is_tool(document) or _container(document):
             yield from find_rows(place, document)
         else:

@@ -13,7 +13,7 @@ from referencing import Registry, Resource, Specification
 from referencing.exceptions import Unresolvable
 
 from .documents import read_documents
-from .schemas import MANY, NAMED, ONE
+from .schemas import MANY, NAMED, ONE, to_json_schema
 
 
 METHODS = ("get", "put", "post", "delete", "patch", "head", "options", "trace")
@@ -33,7 +33,7 @@ class Node(NamedTuple):
 
 def openapi_tools(
     document: dict[str, Any], path: Path | None = None, leave_out: Callable[[str, str], None] | None = None
-) -> Iterator[tuple[str, dict[str, Any]]]:
+) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
     """Turn a description in OpenAPI 3.0 or 3.1, or in Swagger 2.0, into rows of a catalog.
 
     An operation's id is the tool's id, or method and path where it has none or another has it. Its parameters, and the
@@ -53,7 +53,8 @@ def openapi_tools(
             and why, in place of an error.
 
     Returns:
-        `Iterator[tuple[str, dict]]`: the place of each operation, such as `GET /pets`, and its row.
+        `Iterator[tuple[str, dict, list[str]]]`: the place of each operation, such as `GET /pets`, its row, and what
+        JSON Schema cannot say of it.
 
     Raises:
         `ValueError`: naming the operation or reference that is wrong, or the version that is not read.
@@ -82,15 +83,16 @@ def openapi_tools(
             continue
         for item, method in attempt(name, lambda value=value: reader.operations(Node(value, paths.base))) or ():
             place = f"{method.upper()} {name}"
-            row = attempt(place, lambda item=item, method=method, name=name: reader.tool(method, name, item))
-            if row is not None:
+            read = attempt(place, lambda item=item, method=method, name=name: reader.tool(method, name, item))
+            if read is not None:
+                row, changes = read
                 short = re.sub(r"[\W_]+", "_", f"{method}_{name}").strip("_")
                 candidates = (row["id"], short, *(f"{short}_{number}" for number in range(2, len(ids) + 3)))
                 tool_id = next(tool_id for tool_id in candidates if tool_id and tool_id not in ids)
                 if row["id"] and tool_id != row["id"]:
                     row["metadata"]["operationId"] = row["id"]
                 ids.add(tool_id)
-                yield place, row | {"id": tool_id}
+                yield place, row | {"id": tool_id}, changes
 
 
 class _Reader:
@@ -105,7 +107,8 @@ class _Reader:
         self.files: dict[str, Resource] = {}
         self.registry = Registry(retrieve=self.retrieve).with_resource(self.base, _resource(document))
         self.names: dict[Any, str] = {}  # under `$defs`, of the schemas that are referred to
-        self.definitions: dict[str, tuple[Any, list[str]]] = {}  # by name: a schema, and the names that it refers to
+        # By name: a schema as JSON Schema, the names that it refers to, and what could not be said.
+        self.definitions: dict[str, tuple[Any, list[str], list[str]]] = {}
         self.waiting: dict[str, tuple[Node, Any, Any]] = {}
 
     def retrieve(self, uri: str) -> Resource:
@@ -155,7 +158,7 @@ class _Reader:
             item.append(Node(_object(followed.value, "a path"), followed.base))
         return [(item, method) for method in METHODS if any(method in part.value for part in item)]
 
-    def tool(self, method: str, path: str, item: list[Node]) -> dict[str, Any]:
+    def tool(self, method: str, path: str, item: list[Node]) -> tuple[dict[str, Any], list[str]]:
         operation = self.follow(next(Node(part.value[method], part.base) for part in item if method in part.value))
         _object(operation.value, "the operation")
         body = Node(operation.value.get("requestBody") or {}, operation.base)
@@ -197,12 +200,16 @@ class _Reader:
             arguments += self.body_arguments(Node(content.schema, body.base), body.value, arguments, used)
 
         names = _distinct_names(arguments)
-        properties = {name: schema for name, (_, _, schema, _) in zip(names, arguments, strict=True)}
+        changes: list[str] = []
+        properties = {
+            name: to_json_schema(schema, changes.append)
+            for name, (_, _, schema, _) in zip(names, arguments, strict=True)
+        }
         required = [name for name, (*_, is_required) in zip(names, arguments, strict=True) if is_required]
         parameters: dict[str, Any] = {"type": "object", "properties": properties}
         if required:
             parameters["required"] = required
-        definitions = self.collect(used)
+        definitions = self.collect(used, changes)
         if definitions:
             parameters["$defs"] = definitions
         metadata: dict[str, Any] = {"method": method.upper(), "path": path}
@@ -214,7 +221,7 @@ class _Reader:
             metadata["names"] = renamed
         tags = [tag for tag in _list(operation.value, "tags") if isinstance(tag, str)]
         operation_id = operation.value.get("operationId")
-        return {
+        row = {
             "id": operation_id if _is_text(operation_id) else None,
             "description": join_sentences(operation.value.get("summary"), operation.value.get("description"))
             or f"{method.upper()} {path}",
@@ -222,6 +229,7 @@ class _Reader:
             "category": tags[0] if tags else None,
             "metadata": metadata,
         }
+        return row, changes
 
     def body_arguments(
         self, content: Node, body: dict[str, Any], arguments: list[tuple[str, str, Any, bool]], used: list[str]
@@ -302,7 +310,7 @@ class _Reader:
             )  # the last keeps its id from being reused
         return self.names[key]
 
-    def collect(self, used: list[str]) -> dict[str, Any]:
+    def collect(self, used: list[str], changes: list[str]) -> dict[str, Any]:
         """Return the schemas of the names, and of those that they refer to."""
         definitions: dict[str, Any] = {}
         open_names = list(used)
@@ -315,9 +323,11 @@ class _Reader:
             if name not in self.definitions:
                 node, root, _ = self.waiting[name]
                 further: list[str] = []
-                self.definitions[name] = self.plain(node, root, further), further
-            definitions[name], further = self.definitions[name]
+                said: list[str] = []
+                self.definitions[name] = to_json_schema(self.plain(node, root, further), said.append), further, said
+            definitions[name], further, said = self.definitions[name]
             open_names += further
+            changes += said
         return definitions
 
 
