@@ -4,6 +4,7 @@ import jsonschema
 import pytest
 import torch
 from conftest import small_llama
+from llguidance import LLMatcher
 
 from toolweaver_hf import (
     Tool,
@@ -13,7 +14,8 @@ from toolweaver_hf import (
     ToolCodes,
     ToolWeaverTokenizer,
 )
-from toolweaver_hf.agent.arguments import close_schema, find_error
+from toolweaver_hf.agent.arguments import find_error
+from toolweaver_hf.data.grammar import close_schema, expressible_grammar
 from toolweaver_hf.demo import DEMO_FOLDER
 
 
@@ -86,7 +88,6 @@ def test_the_grammar_is_the_schema(base_tokenizer):
         {"type": "array", "items": {"type": "integer"}, "uniqueItems": True},
         {"not": {"type": "string"}},
         {"type": "string", "pattern": "^(?=a)b"},
-        {"type": "string", "format": "of-our-own"},
         {"$ref": "https://example.com/schema.json"},
         {"type": 7},
     ],
@@ -96,6 +97,57 @@ def test_what_no_grammar_expresses_is_a_json_object_all_the_same(base_tokenizer,
     assert not processor.is_exact("odd")
     assert accepts(tokenizer, processor, "odd", '{"x": [1, 1]}') or accepts(tokenizer, processor, "odd", '{"x": "bc"}')
     assert not accepts(tokenizer, processor, "odd", "[1]")
+
+
+ODD = {
+    "type": {"type": "Callable", "description": "A function."},
+    "minimum": {"type": "integer", "minimum": -(2**63), "maximum": 9},
+    "pattern": {"type": "string", "pattern": "^(?!a)b", "maxLength": 3},
+    "uniqueItems": {"type": "array", "uniqueItems": True, "items": {"type": "string", "format": "snowflake"}},
+    "$ref": {"$ref": "#/$defs/nothing"},
+    "minLength": {"type": "string", "minLength": -1, "enum": ["a", "b"]},
+    "oneOf": {"oneOf": [{"type": "string"}, {"enum": ["a", 1]}]},
+}
+
+
+def test_only_what_cannot_be_said_is_left_out(base_tokenizer):
+    """Seven odd properties, in a definition as well: all else is in the grammar, and is checked."""
+    schema = {
+        "type": "object",
+        "properties": {**ODD, "last": {"$ref": "#/$defs/Odd"}, "sure": {"type": "integer"}},
+        "required": ["sure"],
+        "$defs": {"Odd": {"type": "object", "properties": {**ODD, "sure": {"type": "integer"}}, "required": ["sure"]}},
+    }
+    tokenizer, processor = make(base_tokenizer, odd=schema, flaky={"properties": {"x": ODD["uniqueItems"]["items"]}})
+    assert processor.is_exact("flaky") and not processor.is_exact("odd")
+    _, left_out = expressible_grammar(schema, LLMatcher.validate_grammar)
+    assert {*left_out} == {*ODD, "format: snowflake"}
+    good = {"minimum": 3, "pattern": "ba", "uniqueItems": ["x"], "minLength": "a", "oneOf": 1}
+    for arguments in (
+        {**good, "sure": 1},
+        {"last": {"sure": 1}, "sure": 1},
+        {"type": [1], "$ref": {"a": 1}, "sure": 1},
+    ):
+        assert accepts(tokenizer, processor, "odd", json.dumps(arguments))
+        assert find_error(arguments, schema) is None
+    for wrong in ({"minimum": "3"}, {"minimum": 10}, {"pattern": "baba"}, {"uniqueItems": [1]}, {"minLength": "c"}):
+        assert not accepts(tokenizer, processor, "odd", json.dumps({**wrong, "sure": 1}))
+        assert not accepts(tokenizer, processor, "odd", json.dumps({"last": {**wrong, "sure": 1}, "sure": 1}))
+        assert find_error({**wrong, "sure": 1}, schema)
+        assert find_error({"last": {**wrong, "sure": 1}, "sure": 1}, schema)
+    assert find_error({}, schema) == "'sure' is a required property"
+    # What the grammar leaves out is found afterwards where it can be checked at all.
+    for late in ({"uniqueItems": ["x", "x"]}, {"pattern": "ab"}, {"oneOf": "a"}):
+        assert find_error({**late, "sure": 1}, schema)
+
+
+def test_a_pattern_that_cannot_be_read_costs_nothing_else():
+    schema = {"properties": {"x": {"type": "string", "pattern": "[("}, "y": {"type": "integer"}}}
+    assert find_error({"x": "a"}, schema) is None
+    assert find_error({"x": 1}, schema) == "['x']: 1 is not of type 'string'"
+    assert find_error({"x": "a", "y": "b"}, schema) == "['y']: 'b' is not of type 'integer'"
+    loop = {"allOf": [{"$ref": "#"}, {"$ref": "#"}]}
+    assert find_error({}, loop) is None
 
 
 def test_every_schema_of_the_demo_gives_valid_arguments_to_any_model(base_tokenizer):

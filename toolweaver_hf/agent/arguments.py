@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
-from jsonschema.validators import validator_for
+from jsonschema.validators import extend, validator_for
 from referencing import Registry
 from transformers import LogitsProcessor
 from transformers.utils import logging
 
+from ..data.grammar import expressible_grammar
 from ..tokenization_toolweaver import ToolWeaverTokenizer
 
 
@@ -23,9 +25,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.get_logger(__name__)
-
-# As json.dumps writes, and so as the training data has it.
-JSON_FORMAT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class ToolArgumentsLogitsProcessor(LogitsProcessor):
@@ -163,32 +162,27 @@ class ToolArgumentsLogitsProcessor(LogitsProcessor):
         """A grammar of a tool's arguments, and whether it expresses all of the schema."""
         if tool_id not in self._grammars:
             schema = self.tools[tool_id].parameters if tool_id in self.tools else {"type": "object"}
-            closed = close_schema(schema)
-            space = '" " ' if self.tokenizer.opens_with_space else ""
-            for candidate, options in (
-                (closed, {}),
-                (closed, {"lenient": True, "coerce_one_of": True}),
-                ({"type": "object"}, {}),
-            ):
-                rule = json.dumps(candidate | {"x-guidance": JSON_FORMAT | options})
-                grammar = self._matcher_class.grammar_from_lark(f"start: {space}object\nobject: %json {rule}")
-                error = self._matcher_class.validate_grammar(grammar, self._vocabulary)
-                if not error:
-                    break
-                logger.info(f"the schema of {tool_id!r} is not wholly expressed by a grammar: {error}")
-            self._grammars[tool_id] = (grammar, candidate is closed and not options)
+            grammar, left_out = expressible_grammar(
+                schema,
+                lambda grammar: self._matcher_class.validate_grammar(grammar, self._vocabulary),
+                start='" " ' if self.tokenizer.opens_with_space else "",
+            )
+            if left_out:
+                logger.info(f"of the schema of {tool_id!r} a grammar cannot say: {', '.join(left_out)}")
+            self._grammars[tool_id] = grammar, all(keyword.startswith("format: ") for keyword in left_out)
         return self._grammars[tool_id]
 
 
 def find_error(arguments: dict[str, Any], schema: dict[str, Any]) -> str | None:
     """Say in what arguments break a tool's JSON Schema, or return `None`.
 
-    References to schemas elsewhere are not fetched. A schema that is itself broken allows everything.
+    References to schemas elsewhere are not fetched. Of a schema that is broken in one place, such as by a type that
+    does not exist, everything else is checked.
     """
-    validator = validator_for(schema, default=Draft202012Validator)(schema, registry=Registry())
     try:
+        validator = _forgiving(validator_for(schema, default=Draft202012Validator))(schema, registry=Registry())
         error = best_match(validator.iter_errors(arguments))
-    except Exception as broken:  # as many kinds as there are ways to break a schema
+    except Exception as broken:  # such as a reference that leads to itself
         logger.warning_once(f"arguments are not checked against a broken schema: {broken}")
         return None
     if error is None:
@@ -197,21 +191,19 @@ def find_error(arguments: dict[str, Any], schema: dict[str, Any]) -> str | None:
     return f"{place}: {error.message}" if place else error.message
 
 
-def close_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    """Copy a JSON Schema of an object so that no property is allowed that it does not declare.
+@cache
+def _forgiving(validator_class: Any) -> Any:
+    """A validator for which a keyword that cannot be checked allows everything."""
 
-    Objects inside that declare properties are closed as well. A schema that says itself what other properties may be,
-    or is composed of others, stays as it is.
-    """
-    closed = dict(schema)
-    if isinstance(closed.get("properties"), dict):
-        closed["properties"] = {
-            name: close_schema(inner) if isinstance(inner, dict) else inner
-            for name, inner in closed["properties"].items()
-        }
-        composed = ("additionalProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf")
-        if not any(keyword in closed for keyword in composed):
-            closed["additionalProperties"] = False
-    if isinstance(closed.get("items"), dict):
-        closed["items"] = close_schema(closed["items"])
-    return closed
+    def forgive(keyword: str, check: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
+        def checked(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[Any]:
+            try:
+                yield from check(validator, value, instance, schema) or ()
+            except RecursionError:
+                raise
+            except Exception as broken:  # as many kinds as there are ways to break a schema
+                logger.warning_once(f"{keyword!r} of a schema is not checked: {' '.join(str(broken).split())[:200]}")
+
+        return checked
+
+    return extend(validator_class, {key: forgive(key, check) for key, check in validator_class.VALIDATORS.items()})
