@@ -115,8 +115,14 @@ def main(args: EvaluationArguments) -> dict[str, Any]:
     if args.model is not None:
         retriever = ToolRetriever.from_pretrained(args.model)
         rankings["ToolWeaver"] = retriever(texts, top_k=TOP_K, allowed_tools=candidates.ids, show_progress_bar=True)
+        if retriever.text_expert is not None and retriever.model is not None:
+            alone = ToolRetriever(retriever.model, retriever.tokenizer)
+            coded = [tool_id for tool_id in candidates.ids if tool_id in set(alone.tool_ids)]
+            rankings["codes alone"] = alone(texts, top_k=TOP_K, allowed_tools=coded, show_progress_bar=True)
+    encoder = args.encoder or default_encoder()
     rankings["BM25"] = BM25Retriever(candidates)(texts, top_k=TOP_K)
-    rankings["dense"] = DenseRetriever(candidates, args.encoder or default_encoder())(texts, top_k=TOP_K)
+    rankings["dense"] = DenseRetriever(candidates, encoder)(texts, top_k=TOP_K)
+    rankings["search"] = ToolRetriever.from_catalog(candidates, encoder)(texts, top_k=TOP_K)
 
     name = ", ".join(Path(path).name for path in args.queries)
     output_dir = args.output_dir

@@ -22,6 +22,7 @@ my_trajectories.jsonl --output_dir out/agent`.
 
 from __future__ import annotations
 
+import os
 import random
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,14 +33,17 @@ from toolweaver_hf.cli import parse_arguments, run_command
 
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from datasets import Dataset
     from peft import PeftModel
     from transformers import PreTrainedModel
     from trl import ModelConfig
 
-    from toolweaver_hf.alignment.trainer import AlignmentTrainingArguments
+    from toolweaver_hf.alignment.trainer import AlignmentTrainer, AlignmentTrainingArguments
     from toolweaver_hf.data.catalog import ToolCatalog
     from toolweaver_hf.data.queries import Query
+    from toolweaver_hf.text_expert import TextExpert
     from toolweaver_hf.tokenization_toolweaver import ToolWeaverTokenizer
 
 
@@ -80,6 +84,11 @@ class AlignmentArguments:
             Evaluations without a better `metric_for_best_model` after which training stops.
         embedding_init (`str`, *optional*, defaults to `"codebook"`):
             Where the embeddings of a base model's new tokens come from: `codebook`, `mean_description` or `random`.
+        guided (`bool`, *optional*, defaults to `True`):
+            Whether to save a text expert with the model, which guides decoding and finds tools that are added later.
+            With `eval_queries` its weights are fitted on them at the end.
+        text_encoder (`str`, *optional*):
+            The text expert's sentence-transformers model. Defaults to all-MiniLM-L6-v2.
         augmentations (`int`, *optional*, defaults to 0):
             Noisy copies of each memorization and retrieval row, with words left out and tokens split at random.
             They keep a small model from learning few queries by heart.
@@ -115,6 +124,12 @@ class AlignmentArguments:
             "help": "Initialization of a base model's new tokens.",
             "choices": ["codebook", "mean_description", "random"],
         },
+    )
+    guided: bool = field(
+        default=True, metadata={"help": "Whether to save a text expert with the model, which guides decoding."}
+    )
+    text_encoder: str | None = field(
+        default=None, metadata={"help": "The text expert's sentence-transformers model (default: all-MiniLM-L6-v2)."}
     )
     augmentations: int = field(default=0, metadata={"help": "Noisy copies of each memorization and retrieval row."})
     max_bad_rows: float = field(
@@ -200,8 +215,12 @@ def load_rows(
     seed: int,
     shared_prompts: bool = False,
     eos_token_id: int | list[int] | None = None,
-) -> Dataset:
+) -> tuple[Dataset, list[tuple[str, Sequence[str]]]]:
     """Build the rows of every stage: conversations, then tokens with the loss on the turns to learn.
+
+    Returns:
+        `tuple[Dataset, list[tuple[str, Sequence[str]]]]`: the rows, and what queries and trajectories ask with the ids
+        of the tools that they call for. (A document alone does not teach a model when to call its tool.)
 
     Raises:
         `ValueError`: naming the first five of the rows that cannot be learned, if they are more than
@@ -221,20 +240,23 @@ def load_rows(
         trajectory_rows,
     )
     from toolweaver_hf.data.queries import load_queries
-    from toolweaver_hf.data.trajectories import load_trajectories
+    from toolweaver_hf.data.trajectories import asked_in_trajectories, load_trajectories
 
     logger = get_logger(__name__)
     generator = random.Random(seed)
-    datasets = []
+    datasets, asked = [], []
     for stage, weight in zip(args.stages, args.stage_weights or [1.0] * len(args.stages), strict=True):
         bad_rows: list[str] = []
         if stage == "memorization":
             rows = memorization_rows(catalog, tokenizer)
         elif stage == "retrieval":
             queries = load_queries(args.queries, args.qrels, bad_rows)
+            asked += [(query.text, query.tools) for query in queries]
             rows = retrieval_rows(queries, tokenizer, args.tools_as_sequence, bad_rows)
         elif stage == "trajectory":
-            rows = trajectory_rows(load_trajectories(args.trajectories, bad_rows), tokenizer, bad_rows)
+            trajectories = load_trajectories(args.trajectories, bad_rows)
+            asked += asked_in_trajectories(trajectories)
+            rows = trajectory_rows(trajectories, tokenizer, bad_rows)
         else:
             rows = replay_rows(load_trajectories(args.replay, bad_rows), tokenizer, bad_rows)
         num_rows = len(rows) + len(bad_rows)
@@ -267,7 +289,7 @@ def load_rows(
     dataset = concatenate_datasets(datasets)
     if len(dataset) == 0:
         raise ValueError(f"no row to train on fits in --max_length {max_length}")
-    return dataset
+    return dataset, asked
 
 
 def load_eval_queries(args: AlignmentArguments, seed: int) -> list[Query]:
@@ -278,6 +300,44 @@ def load_eval_queries(args: AlignmentArguments, seed: int) -> list[Query]:
         return []
     queries = load_queries(args.eval_queries, args.eval_qrels)
     return random.Random(seed).sample(queries, min(args.max_eval_queries, len(queries)))
+
+
+def load_text_expert(
+    args: AlignmentArguments,
+    catalog: ToolCatalog,
+    model_args: ModelConfig,
+    asked: list[tuple[str, Sequence[str]]],
+    seed: int,
+) -> TextExpert:
+    """Embed the tools' documents and the queries, before the training, so that an encoder that is missing shows at
+    once."""
+    from transformers.utils import cached_file
+
+    from toolweaver_hf.text_expert import TEXT_EXPERT_FILE, TextExpert
+
+    name, hub_kwargs = model_args.model_name_or_path, {"revision": model_args.model_revision}
+    learned = {tool_id for _, tools in asked for tool_id in tools}
+    expert = TextExpert(catalog.ids, catalog.documents, args.text_encoder, learned=learned)
+    expert.embed(args.codes_dir if os.path.isdir(args.codes_dir) else None, show_progress_bar=True)
+    expert.remember(*zip(*asked, strict=True) if asked else ([], []), seed=seed)
+    if cached_file(name, TEXT_EXPERT_FILE, _raise_exceptions_for_missing_entries=False, **hub_kwargs):
+        expert.take_over(TextExpert.from_pretrained(name, **hub_kwargs))
+    return expert
+
+
+def fit_text_expert(text_expert: TextExpert, trainer: AlignmentTrainer, queries: list[Query]) -> None:
+    """Fit the weights of guided decoding on the validation queries, and save them with the model."""
+    from toolweaver_hf.alignment.guidance import fit_guidance
+    from toolweaver_hf.retrieval import ToolRetriever
+
+    output_dir = trainer.args.output_dir
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # no process holds the whole model
+        trainer.accelerator.print(f"Now fit how far to trust the model: toolweaver fit-guidance --model {output_dir}")
+    elif trainer.is_world_process_zero():
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        fitted = fit_guidance(ToolRetriever(model, trainer.processing_class, text_expert), queries)
+        text_expert.save_pretrained(output_dir)
+        print("Guidance: " + ", ".join(f"{name} {value}" for name, value in fitted.items()))
 
 
 def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, model_args: ModelConfig) -> None:
@@ -303,7 +363,7 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
 
     padded = not (training_args.packing or training_args.padding_free)
     shared_prompts = padded and can_share_prompts(model)
-    train_dataset = load_rows(
+    train_dataset, asked = load_rows(
         args,
         catalog,
         tokenizer,
@@ -312,6 +372,7 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
         shared_prompts=shared_prompts,
         eos_token_id=model.generation_config.eos_token_id,
     )
+    text_expert = load_text_expert(args, catalog, model_args, asked, training_args.seed) if args.guided else None
     eval_queries = load_eval_queries(args, training_args.seed)
     eval_dataset = None
     if eval_queries:
@@ -354,6 +415,12 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
         record_training(trainer, model_args.model_name_or_path, stages=args.stages)
         # Trainer pickles its arguments beside the model; nothing here reads them, and nobody should load a pickle.
         Path(training_args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        if text_expert is not None:
+            text_expert.save_pretrained(training_args.output_dir)
+    known = {text for text, _ in asked}  # queries that are known by heart tell nothing of how far to trust what
+    held_out = [query for query in eval_queries if query.text not in known]
+    if text_expert is not None and held_out:
+        fit_text_expert(text_expert, trainer, held_out)
     trainer.accelerator.print(f"Aligned model saved in {training_args.output_dir}")
     if push_arguments and trainer.is_world_process_zero():
         push_folder(training_args.output_dir, **push_arguments)

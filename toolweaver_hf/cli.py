@@ -163,6 +163,7 @@ COMMANDS = {
     "tokenize": (_recipe("tokenize_tools"), "learn the codes of a catalog's tools"),
     "inspect": (_inspect, "draw a report of learned codes"),
     "sft": (_recipe("sft"), "align a language model with the codes"),
+    "fit-guidance": ("toolweaver_hf.recipes.fit_guidance", "fit the weights of guided decoding on held-out queries"),
     "evaluate": (_recipe("evaluate"), "measure retrieval next to BM25 and a dense encoder"),
     "evaluate-agent": (_recipe("evaluate_agent"), "measure what an agent does, with a judge or without"),
     "serve-tools": (_serve_tools, "serve recorded and simulated answers of tools over MCP"),

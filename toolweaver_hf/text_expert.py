@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import random
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,8 +29,13 @@ except ImportError:
 SCHEMA_VERSION = 1
 TEXT_EXPERT_FILE = "text_expert.json"
 TEXT_EMBEDDINGS_FILE = "text_expert.safetensors"
+SCORE_WEIGHTS = ("cosine_weight", "bm25_weight", "memory_weight")
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 MAX_ENCODED_TOKENS = 128  # of a document: what tells tools apart comes first
+KERNEL_WIDTH = 20.0  # of remembered queries: a cosine less by 0.05 counts e times less
+KERNEL_FLOOR = 1e-5  # what a tool without a like query counts
+NEW_TOOL_SHARE = 0.2  # what a tool that was added later counts, of the best remembered one
+MAX_MEMORY = 50_000  # queries that are remembered
 WORD_BOUNDARY = re.compile(
     r"_|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])"
 )
@@ -50,13 +56,21 @@ def default_encoder() -> str:
 
 class TextExpert:
     r"""
-    Scores every tool of a catalog for a query by the tool's document: by the cosine of sentence embeddings and by BM25.
+    Scores every tool of a catalog for a query by what is known of the tool in words.
 
-    The two add up to the logits of one distribution over tools,
-    \\(p(tool | query) \propto \exp(\tau \cos(query, tool) + \nu \mathrm{BM25}(query, tool))\\).
+    Three scores add up to the logits of one distribution over tools,
+    \\(p(tool | query) \propto \exp(\tau \cos(query, tool) + \nu \mathrm{BM25}(query, tool) + \mu M(query, tool))\\):
+
+    - the cosine of sentence embeddings of query and document;
+    - BM25 of the document's words, identifiers split into theirs;
+    - a memory of queries whose tools are known, where [`TextExpert.remember`] was given any: the log of a kernel
+      density, \\(M = \log(\epsilon + \sum_j \exp(20 (\cos(query, query_j) - 1)))\\) over the remembered queries of
+      the tool.
+
     Before [`TextExpert.embed`] has been called, BM25 alone scores; it is ready at once, also for large catalogs.
 
-    Tools can be added and removed at any time: embeddings of the others are kept.
+    Tools can be added and removed at any time: the embeddings of the others are kept. A tool that was added after the
+    memory counts there for a fifth of the tool that it knows best, so that the document decides.
 
     Args:
         tool_ids (`Sequence[str]`):
@@ -70,7 +84,9 @@ class TextExpert:
             \\(\tau\\), the weight of the cosine.
         bm25_weight (`float`, *optional*, defaults to 0.4):
             \\(\nu\\), the weight of BM25.
-        model_weight (`float`, *optional*, defaults to 1.0):
+        memory_weight (`float`, *optional*, defaults to 1.2):
+            \\(\mu\\), the weight of the memory.
+        model_weight (`float`, *optional*, defaults to 0.5):
             The weight \\(w\\) of an aligned model's log-probabilities beside the expert, where there is one: see
             [`ToolRetriever`].
         learned (`Iterable[str]`, *optional*):
@@ -98,7 +114,8 @@ class TextExpert:
         encoder: str | None = None,
         cosine_weight: float = 15.0,
         bm25_weight: float = 0.4,
-        model_weight: float = 1.0,
+        memory_weight: float = 1.2,
+        model_weight: float = 0.5,
         learned: Iterable[str] | None = None,
     ):
         if not tool_ids or len(tool_ids) != len(documents):
@@ -107,12 +124,16 @@ class TextExpert:
             raise ImportError("a text expert needs bm25s and scipy: pip install bm25s scipy")
         self.encoder = encoder or default_encoder()
         self.cosine_weight, self.bm25_weight = float(cosine_weight), float(bm25_weight)
-        self.model_weight = float(model_weight)
+        self.memory_weight, self.model_weight = float(memory_weight), float(model_weight)
         self.learned = None if learned is None else frozenset(learned)
         self.tool_ids: list[str] = []
         self.documents: list[str] = []
         self.embeddings: torch.Tensor | None = None
         """`torch.Tensor` of shape `(num_tools, embedding_dim)`: unit vectors, float32; `None` before `embed`."""
+        self.memory: torch.Tensor | None = None
+        """`torch.Tensor` of shape `(num_remembered, embedding_dim)`: embeddings of the remembered queries, float32."""
+        self._memory_pairs = torch.zeros((0, 2), dtype=torch.long)  # remembered query, row of a tool that it needed
+        self._added_later: set[str] = set()
         self._encoder_module = None
         self.add(tool_ids, documents)
 
@@ -136,9 +157,11 @@ class TextExpert:
             known.add(tool_id)
         if self.embeddings is not None and len(documents):
             self.embeddings = torch.cat([self.embeddings, self._encode(documents)])
+        if self.memory is not None:
+            self._added_later.update(tool_ids)
         self.tool_ids = [*self.tool_ids, *tool_ids]
         self.documents = [*self.documents, *documents]
-        self._index = None
+        self._index = self._owners = None
 
     def remove(self, *tool_ids: str) -> None:
         """Remove tools.
@@ -154,9 +177,14 @@ class TextExpert:
             raise ValueError("a text expert needs at least one tool")
         if self.embeddings is not None:
             self.embeddings = self.embeddings[kept]
+        new_row = torch.full((len(self.tool_ids),), -1)
+        new_row[kept] = torch.arange(len(kept))
+        pairs = torch.stack([self._memory_pairs[:, 0], new_row[self._memory_pairs[:, 1]]], dim=1)
+        self._memory_pairs = pairs[pairs[:, 1] >= 0]
+        self._added_later.difference_update(tool_ids)
         self.tool_ids = [self.tool_ids[row] for row in kept]
         self.documents = [self.documents[row] for row in kept]
-        self._index = None
+        self._index = self._owners = None
 
     def embed(self, cache_dir: str | os.PathLike | None = None, show_progress_bar: bool = False) -> TextExpert:
         """Embed the documents, so that the cosine scores beside BM25.
@@ -194,29 +222,86 @@ class TextExpert:
         self.embeddings = embeddings
         return self
 
-    def scores(self, queries: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Score every tool for each query, by both measures apart.
+    def remember(self, queries: Sequence[str], tools: Sequence[Iterable[str]], seed: int = 0) -> None:
+        """Remember queries whose tools are known, in place of those remembered before.
+
+        Weights must be fitted on other queries: these are known by heart.
+
+        Args:
+            queries (`Sequence[str]`): The queries.
+            tools (`Sequence[Iterable[str]]`): For each query the ids of its tools. Those that the expert does not know
+                are left out.
+            seed (`int`, *optional*, defaults to 0): Of more than 50,000 queries, a sample by this seed is remembered.
+        """
+        row_of_tool = {tool_id: row for row, tool_id in enumerate(self.tool_ids)}
+        rows = [[row_of_tool[tool] for tool in dict.fromkeys(needed) if tool in row_of_tool] for needed in tools]
+        known = [i for i, needed in enumerate(rows) if needed]
+        if len(known) > MAX_MEMORY:
+            known = sorted(random.Random(seed).sample(known, MAX_MEMORY))
+        pairs = [(place, row) for place, i in enumerate(known) for row in rows[i]]
+        self._memory_pairs = torch.tensor(pairs, dtype=torch.long).view(-1, 2)
+        self.memory = self._encode([queries[i] for i in known], as_queries=True) if known else None
+        self._added_later, self._owners = set(), None
+
+    def take_over(self, earlier: TextExpert) -> None:
+        """Go on from the expert of an earlier training stage: its weights, what its model learned, what it remembers.
+
+        Args:
+            earlier ([`TextExpert`]): An expert with the same encoder.
+        """
+        for name in (*SCORE_WEIGHTS, "model_weight"):
+            setattr(self, name, getattr(earlier, name))
+        if self.learned is not None:
+            self.learned = None if earlier.learned is None else self.learned | earlier.learned
+        if earlier.memory is not None and earlier.encoder == self.encoder:
+            row_of_tool = {tool_id: row for row, tool_id in enumerate(self.tool_ids)}
+            rows = torch.tensor([row_of_tool.get(tool_id, -1) for tool_id in earlier.tool_ids])
+            pairs = torch.stack([earlier._memory_pairs[:, 0], rows[earlier._memory_pairs[:, 1]]], dim=1)
+            pairs = pairs[pairs[:, 1] >= 0]
+            mine = self._memory_pairs + torch.tensor([len(earlier.memory), 0])
+            self.memory = earlier.memory if self.memory is None else torch.cat([earlier.memory, self.memory])
+            self._memory_pairs, self._owners = torch.cat([pairs, mine]), None
+
+    def scores(self, queries: Sequence[str]) -> torch.Tensor:
+        """Score every tool for each query, by each measure apart.
 
         Args:
             queries (`Sequence[str]`): The queries.
 
         Returns:
-            `tuple` of two tensors of shape `(num_queries, num_tools)`, float32: the cosines (0 before `embed`) and
-            the BM25 scores.
+            `torch.Tensor` of shape `(3, num_queries, num_tools)`, float32: the cosines, the BM25 scores and the memory's
+            log densities; 0 for what has nothing to go by.
         """
         bm25 = torch.from_numpy(self._bm25(queries))
-        if self.embeddings is None:
-            return torch.zeros_like(bm25), bm25
-        return self._encode(queries, as_queries=True) @ self.embeddings.T, bm25
+        cosines = memory = torch.zeros_like(bm25)
+        if self.embeddings is not None:
+            encoded = self._encode(queries, as_queries=True)
+            cosines = encoded @ self.embeddings.T
+            if self.memory is not None:
+                memory = self._recall(encoded)
+        return torch.stack([cosines, bm25, memory])
 
     def logits(self, queries: Sequence[str]) -> torch.Tensor:
-        """Return the weighted sum of both scores, of shape `(num_queries, num_tools)`."""
-        cosines, bm25 = self.scores(queries)
-        return self.cosine_weight * cosines + self.bm25_weight * bm25
+        """Return the weighted sum of the scores, of shape `(num_queries, num_tools)`."""
+        weights = torch.tensor([getattr(self, name) for name in SCORE_WEIGHTS])
+        return torch.tensordot(weights, self.scores(queries), dims=1)
 
     def log_probs(self, queries: Sequence[str]) -> torch.Tensor:
         """Return the log-probabilities of the tools, of shape `(num_queries, num_tools)`."""
         return self.logits(queries).log_softmax(1)
+
+    def _recall(self, encoded: torch.Tensor) -> torch.Tensor:
+        if self._owners is None:
+            rows, columns = self._memory_pairs.T.numpy()
+            ones, shape = np.ones(len(rows), np.float32), (len(self.memory), len(self))
+            self._owners = scipy.sparse.csr_array((ones, (rows, columns)), shape=shape).T.tocsr()
+            self._late = torch.tensor([tool_id in self._added_later for tool_id in self.tool_ids])
+        kernel = ((encoded @ self.memory.T - 1) * KERNEL_WIDTH).exp()
+        density = torch.from_numpy((self._owners @ kernel.T.numpy()).T)
+        if self._late.any():
+            best = density.max(1, keepdim=True).values
+            density = torch.where(self._late, NEW_TOOL_SHARE * best, density)
+        return (KERNEL_FLOOR + density).log()
 
     def _bm25(self, queries: Sequence[str]) -> np.ndarray:
         if self._index is None:
@@ -246,17 +331,19 @@ class TextExpert:
         document = {
             "schema_version": SCHEMA_VERSION,
             "encoder": encoder,
-            "cosine_weight": self.cosine_weight,
-            "bm25_weight": self.bm25_weight,
-            "model_weight": self.model_weight,
+            **{name: getattr(self, name) for name in (*SCORE_WEIGHTS, "model_weight")},
             "learned": None if self.learned is None else sorted(self.learned),
+            "added_later": sorted(self._added_later),
             "tools": dict(zip(self.tool_ids, self.documents, strict=True)),
         }
         path = Path(folder, TEXT_EMBEDDINGS_FILE)
         if self.embeddings is None:
             path.unlink(missing_ok=True)
         else:
-            _save({"embeddings": self.embeddings.half()}, path, {"encoder": encoder})
+            tensors = {"embeddings": self.embeddings.half()}
+            if self.memory is not None:
+                tensors |= {"memory": self.memory.half(), "memory_pairs": self._memory_pairs.int()}
+            _save(tensors, path, {"encoder": encoder})
         partial = Path(folder, f"{TEXT_EXPERT_FILE}.partial")
         partial.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
         os.replace(partial, Path(folder, TEXT_EXPERT_FILE))
@@ -285,7 +372,7 @@ class TextExpert:
             if not all(isinstance(text, str) for text in tools.values()):
                 raise ValueError("the document of every tool must be a text")
             encoder = default_encoder() if document["encoder"] == DEFAULT_ENCODER else document["encoder"]
-            weights = {name: document[name] for name in ("cosine_weight", "bm25_weight", "model_weight")}
+            weights = {name: document[name] for name in (*SCORE_WEIGHTS, "model_weight")}
             expert = cls(list(tools), list(tools.values()), encoder, **weights, learned=document["learned"])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is not a valid text expert: {error}") from None
@@ -298,13 +385,25 @@ class TextExpert:
         if weights is not None:
             try:
                 with safe_open(weights, framework="pt") as file:
-                    embeddings = file.get_tensor("embeddings").float()
-            except SafetensorError as error:
-                raise ValueError(f"{weights} is not valid: {error}") from None
-            if embeddings.ndim != 2 or len(embeddings) != len(expert) or not torch.isfinite(embeddings).all():
-                raise ValueError(f"{weights} must hold a finite embedding for each of the {len(expert)} tools")
-            expert.embeddings = embeddings
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                expert._set_tensors(tensors, document["added_later"])
+            except (SafetensorError, ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{weights} does not hold the embeddings of the text expert: {error}") from None
         return expert
+
+    def _set_tensors(self, tensors: dict[str, torch.Tensor], added_later: list[str]) -> None:
+        embeddings = tensors["embeddings"].float()
+        if embeddings.ndim != 2 or len(embeddings) != len(self) or not torch.isfinite(embeddings).all():
+            raise ValueError(f"it must have a finite embedding for each of the {len(self)} tools")
+        if "memory" in tensors:
+            memory, pairs = tensors["memory"].float(), tensors["memory_pairs"].long()
+            if memory.ndim != 2 or memory.shape[1] != embeddings.shape[1] or not torch.isfinite(memory).all():
+                raise ValueError("its remembered queries must have finite embeddings of the tools' size")
+            limits = torch.tensor([len(memory), len(self)])
+            if pairs.ndim != 2 or pairs.shape[1] != 2 or not ((pairs >= 0) & (pairs < limits)).all():
+                raise ValueError("its remembered queries name tools that are not there")
+            self.memory, self._memory_pairs, self._added_later = memory, pairs, set(added_later)
+        self.embeddings = embeddings
 
 
 class _BM25Index:
@@ -318,6 +417,25 @@ class _BM25Index:
         parts = (index.scores["data"], index.scores["indices"], index.scores["indptr"])
         shape = (len(documents), len(index.scores["indptr"]) - 1)
         self.by_word = scipy.sparse.csc_array(parts, shape=shape).T.tocsr()
+
+    def take_over(self, earlier: TextExpert) -> None:
+        """Go on from the expert of an earlier training stage: its weights, what its model learned, what it remembers.
+
+        Args:
+            earlier ([`TextExpert`]): An expert with the same encoder.
+        """
+        for name in (*SCORE_WEIGHTS, "model_weight"):
+            setattr(self, name, getattr(earlier, name))
+        if self.learned is not None:
+            self.learned = None if earlier.learned is None else self.learned | earlier.learned
+        if earlier.memory is not None and earlier.encoder == self.encoder:
+            row_of_tool = {tool_id: row for row, tool_id in enumerate(self.tool_ids)}
+            rows = torch.tensor([row_of_tool.get(tool_id, -1) for tool_id in earlier.tool_ids])
+            pairs = torch.stack([earlier._memory_pairs[:, 0], rows[earlier._memory_pairs[:, 1]]], dim=1)
+            pairs = pairs[pairs[:, 1] >= 0]
+            mine = self._memory_pairs + torch.tensor([len(earlier.memory), 0])
+            self.memory = earlier.memory if self.memory is None else torch.cat([earlier.memory, self.memory])
+            self._memory_pairs, self._owners = torch.cat([pairs, mine]), None
 
     def scores(self, queries: Sequence[str]) -> np.ndarray:
         """Return the scores of all documents for each query, of shape `(num_queries, num_documents)`."""

@@ -288,7 +288,8 @@ def test_stages_are_weighed_and_long_rows_reported(world, tmp_path, caplog):
     catalog = ToolCatalog.from_file(world / "codes" / "catalog.jsonl")
     AlignmentTrainingArguments(str(tmp_path))  # the logger needs its state
     with caplog.at_level("WARNING"):
-        dataset = sft.load_rows(arguments, catalog, tokenizer, 128, seed=0)
+        dataset, asked = sft.load_rows(arguments, catalog, tokenizer, 128, seed=0)
+    assert len(asked) == 64 and {tool for _, tools in asked for tool in tools} <= set(catalog.ids)
     assert len(dataset) == 2 * 30 + 32 + 3 * 1
     assert "replay: 1 of 2 rows have more than 128 tokens: left out" in caplog.text
     with pytest.raises(ValueError, match="one for each stage"):

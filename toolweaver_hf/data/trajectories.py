@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
@@ -221,6 +221,25 @@ def _read_call(call: Any, names: set[str] | None) -> dict[str, Any]:
         raise ValueError(f"the tool {name!r} is called but is not among the row's 'tools'")
     read = {"type": "function", "function": {"name": name, "arguments": arguments}}
     return read if call.get("id") is None else read | {"id": str(call["id"])}
+
+
+def asked_in_trajectories(trajectories: Iterable[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Return for each turn that calls tools what was asked, the user's last message and the turn's thought, and the ids
+    of the tools. ToolGen's tokens name a tool by both of their spellings."""
+    asked = []
+    for row in trajectories:
+        said = ""
+        for message in row["messages"]:
+            content = message["content"] or ""
+            if message["role"] == "user":
+                said = content
+            elif message["role"] == "assistant":
+                tokens = ATOMIC_TOKEN.findall(content)
+                tools = [call["function"]["name"] for call in message.get("tool_calls") or []]
+                tools += [name for token in tokens for name in (token, token[2:-2])]
+                if tools:
+                    asked.append((f"{said} {ATOMIC_TOKEN.sub('', content)}".strip(), tools))
+    return asked
 
 
 def code_text(tool_id: str, tokenizer: ToolWeaverTokenizer) -> str:
