@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 
 import torch
@@ -80,6 +81,12 @@ class DecodingState:
             "logits_to_keep": 1,
         }
         return _values(module(**_only(inputs, known), use_cache=True))[:, -1]
+
+    def fork(self) -> DecodingState:
+        """Return a copy to go on with apart from this one."""
+        state = copy.copy(self)
+        state.cache = copy.deepcopy(self.cache)
+        return state
 
     def select(self, rows: torch.LongTensor) -> None:
         """Go on with some rows of the batch, each as often as it is named.

@@ -345,6 +345,33 @@ class ToolRetriever:
         num_beams = self._num_beams(top_k, num_beams)
         return self._beam_search(input_ids, attention_mask, expert_logits, mask, num_beams, top_k)
 
+    def choose(
+        self,
+        state: DecodingState,
+        logits: torch.Tensor,
+        query: str,
+        allowed_tools: Iterable[str] | None = None,
+        num_beams: int = 10,
+        top_k: int = 10,
+    ) -> list[RetrievedTool]:
+        """Rank the tools that may come next in a conversation, for one sequence whose next token opens a code.
+
+        Args:
+            state ([`DecodingState`]): What the model has read of the conversation; it stays as it is.
+            logits (`torch.Tensor` of shape `(1, vocab_size)`): The logits of the next token.
+            query (`str`): What the text expert reads.
+            allowed_tools (`Iterable[str]`, *optional*): Ids of the only tools to choose from.
+            num_beams (`int`, *optional*, defaults to 10): Prefixes kept at each level.
+            top_k (`int`, *optional*, defaults to 10): Number of tools.
+        """
+        allowed = self._allowed_rows(None if allowed_tools is None else [list(allowed_tools)], 1)
+        mask = None if allowed is None else self._allowed_mask(allowed)
+        expert_logits = None if self.text_expert is None else self.text_expert.logits([query])
+        if self.trie is None:
+            return self.name_tools(*self._search(expert_logits, mask, top_k))[0]
+        found = self._beam_search(None, None, expert_logits, mask, num_beams, top_k, state.fork(), logits)
+        return self.name_tools(*found)[0]
+
     def name_tools(self, rows: torch.LongTensor, scores: torch.FloatTensor) -> list[list[RetrievedTool]]:
         """Turn what `rank` returns into lists of tools."""
         return [
@@ -397,9 +424,15 @@ class ToolRetriever:
         allowed: torch.Tensor | None,
         num_beams: int,
         top_k: int,
+        state: DecodingState | None = None,
+        first_logits: torch.Tensor | None = None,
     ) -> tuple[torch.LongTensor, torch.FloatTensor]:
-        trie, device, batch = self.trie, self.model.device, len(input_ids)
-        input_ids, mask = input_ids.to(device), mask.to(device)
+        trie, device = self.trie, self.model.device
+        if state is None:
+            state, batch = DecodingState(self.model), len(input_ids)
+            input_ids, mask = input_ids.to(device), mask.to(device)
+        else:  # the prompts were read already, up to the logits of the first level
+            batch = len(first_logits)
         weight, below, reachable, rest = 1.0, None, None, []
         log_share = 0.0  # of the tools that the model has learned
         if allowed is not None:
@@ -420,13 +453,17 @@ class ToolRetriever:
 
         nodes = torch.zeros((batch, 1), dtype=torch.long, device=device)
         scores = torch.full((batch, 1), log_share, device=device)  # of the model
-        state, first_node = DecodingState(self.model), 1
+        first_node = 1
         for level in range(trie.num_levels):
-            logits, first = self._logits(state, input_ids, mask, level)
+            if level == 0 and first_logits is not None:
+                logits, first = first_logits.float(), 0
+            else:
+                logits, first = self._logits(state, input_ids, mask, level)
             children, present = trie.child_nodes(nodes.flatten(), trie.max_children[level])
             tokens = trie.tokens_of(children)
             logits = logits.gather(1, torch.where(present, tokens - first, 0)).masked_fill(~present, -torch.inf)
             log_probs = logits - logits.logsumexp(1, keepdim=True).nan_to_num(neginf=0.0)
+            num_rows = scores.shape[1]  # beams of each query so far
             scores = (scores.view(-1, 1) + log_probs).view(batch, -1)
             children, tokens = children.view(batch, -1), tokens.view(batch, -1)
             place = (children - first_node).clamp(0, trie.level_sizes[level] - 1)
@@ -447,7 +484,7 @@ class ToolRetriever:
             width = trie.max_children[level]
             nodes = torch.where(ranked > -torch.inf, children.gather(1, best), -1)
             scores = scores.gather(1, best)
-            beams = torch.arange(batch, device=device)[:, None] * (len(input_ids) // batch) + best // width
+            beams = torch.arange(batch, device=device)[:, None] * num_rows + best // width
             state.select(beams.flatten())
             input_ids, mask = tokens.gather(1, best).view(-1, 1), None
             first_node += trie.level_sizes[level]

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from ..data.catalog import ToolCatalog
 from ..loading import load_aligned_model, split_hub_kwargs
+from ..retrieval import ToolRetriever
+from ..text_expert import TEXT_EXPERT_FILE, TextExpert
 from ..tokenization_toolweaver import ToolWeaverTokenizer
 from ..trie import CodeTrie
 from .arguments import ToolArgumentsLogitsProcessor
@@ -50,6 +52,12 @@ class ToolAgent:
         max_total_tokens (`int`, *optional*): Most tokens that the model generates in one run.
         time_limit (`float`, *optional*, defaults to 60): Seconds that a call may take; `None` for any time.
         do_sample (`bool`, *optional*, defaults to `False`): Whether to sample tokens, or take the most probable.
+        text_expert ([`TextExpert`], *optional*):
+            Guides the choice of tools, as in [`ToolRetriever`], by the user's last message and the thought before the
+            code. Where the model opens a code, the product of model and expert chooses whose.
+        text_expert ([`TextExpert`], *optional*): Guides the choice of tools, as in [`ToolRetriever`]: where the model
+            opens a code, the product of model and expert chooses whose. The expert reads the user's last message and
+            the thought before the code. [`ToolAgent.from_pretrained`] loads the one that is saved with the model.
         logits_processor (`LogitsProcessorList`, *optional*): Applied before the constraints, such as a temperature.
 
     Raises:
@@ -77,6 +85,7 @@ class ToolAgent:
         time_limit: float | None = 60.0,
         do_sample: bool = False,
         logits_processor: LogitsProcessorList | None = None,
+        text_expert: TextExpert | None = None,
     ):
         unknown = [tool_id for tool_id in functions if tool_id not in catalog]
         if unknown:
@@ -97,6 +106,10 @@ class ToolAgent:
         self.time_limit = time_limit
         self.do_sample = do_sample
         self.logits_processor = logits_processor or LogitsProcessorList()
+        self.retriever = None
+        if text_expert is not None:
+            self.retriever = ToolRetriever(model, tokenizer, text_expert)
+            self.retriever.add(catalog[tool_id] for tool_id in functions.keys() - set(text_expert.tool_ids))
         self._tool_rows = {tool_id: row for row, tool_id in enumerate(functions)}
         self.trie = CodeTrie(torch.tensor([tokenizer.encode_tool(tool_id) for tool_id in functions]))
         ends = model.generation_config.eos_token_id
@@ -126,6 +139,10 @@ class ToolAgent:
             kwargs: As for the class; those that say where from, such as `revision` and `token`, hold for all files.
         """
         hub_kwargs, settings = split_hub_kwargs(kwargs)
+        if "text_expert" not in settings and cached_file(
+            folder, TEXT_EXPERT_FILE, _raise_exceptions_for_missing_entries=False, **hub_kwargs
+        ):
+            settings["text_expert"] = TextExpert.from_pretrained(folder, **hub_kwargs)
         return cls(
             load_aligned_model(folder, **hub_kwargs),
             ToolWeaverTokenizer.from_pretrained(folder, **hub_kwargs),
@@ -170,7 +187,7 @@ class ToolAgent:
         unknown = [tool_id for tool_id in allowed if tool_id not in self.functions]
         if unknown:
             raise ValueError(f"these allowed tools have no function: {', '.join(unknown[:5])}")
-        turn = Turn(self, run, [self._tool_rows[tool_id] for tool_id in allowed])
+        turn = Turn(self, run, allowed)
         yield run.messages[-1]
         for _ in range(self.max_steps):
             yield from turn.generate(stream_tokens)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Turn:
     """The turns of one run: the conversation as tokens, the model's cache of it, and the last turn that was read."""
 
-    def __init__(self, agent: ToolAgent, run: AgentRun, allowed: list[int]):
-        self.agent, self.run = agent, run
+    def __init__(self, agent: ToolAgent, run: AgentRun, allowed: list[str]):
+        self.agent, self.run, self.allowed = agent, run, allowed
         tokenizer = agent.tokenizer
         self.ids: list[int] = tokenizer.encode_conversation(
             render_calls(run.messages, tokenizer), add_generation_prompt=True
@@ -36,7 +36,7 @@ class Turn:
                 mode="trajectory",
                 code_start=start,
                 code_token_ids=tokenizer.code_token_ids,
-                allowed_rows=[allowed],
+                allowed_rows=[[agent._tool_rows[tool_id] for tool_id in allowed]],
             )
             for start in ("allowed", "forbidden")
         }
@@ -49,6 +49,7 @@ class Turn:
         """Generate one turn, from the tokens with which it has begun, and read it."""
         agent, tokenizer = self.agent, self.agent.tokenizer
         self.new_ids, self.stop_reason = list(begun), None
+        self._chosen: list[int] = []  # tokens that were chosen at once
         text = DecodeStream(skip_special_tokens=True)
         while True:
             if self.run._cancelled.done():
@@ -57,7 +58,9 @@ class Turn:
                 self.stop_reason = "max_tokens"
             if self.stop_reason:
                 break
-            self.new_ids.append(self._next_token())
+            if not self._chosen:
+                self._chosen = self._next_tokens()
+            self.new_ids.append(self._chosen.pop(0))
             self.run.num_new_tokens += 1
             piece = text.step(tokenizer.backend_tokenizer, self.new_ids[-1])
             if stream_tokens and piece:
@@ -81,7 +84,8 @@ class Turn:
         self.ids += [*written, *self.agent.tokenizer.encode_reply(observation, ends)]
 
     @torch.inference_mode()
-    def _next_token(self) -> int:
+    def _next_tokens(self) -> list[int]:
+        """Generate the next token, or, where it opens a code and a text expert guides the choice, the whole code."""
         input_ids = torch.tensor([self.ids + self.new_ids], device=self.agent.model.device)
         logits = self.state.read(input_ids[:, self.state.length :])
         scores = self.agent.logits_processor(input_ids, logits.float())
@@ -90,7 +94,19 @@ class Turn:
         scores = self.codes["forbidden" if has_code else "allowed"](new_ids, scores)
         if self.agent._grammar is not None:
             scores = self.agent._grammar(new_ids, scores)
-        return int(scores.softmax(-1).multinomial(1) if self.agent.do_sample else scores.argmax(-1))
+        token = int(scores.softmax(-1).multinomial(1) if self.agent.do_sample else scores.argmax(-1))
+        if token not in self.first_level or self.agent.retriever is None:
+            return [token]
+        found = self.agent.retriever.choose(self.state, logits, self._expert_query(), self.allowed)
+        weights = torch.tensor([tool.score for tool in found]).exp()
+        best = int(weights.multinomial(1)) if self.agent.do_sample else 0
+        return self.agent.tokenizer.encode_tool(found[best].tool_id)
+
+    def _expert_query(self) -> str:
+        """What the text expert reads: what the user said last, and the thought before the code."""
+        said = next((m["content"] for m in reversed(self.run.messages) if m["role"] == "user"), "")
+        thought = self.agent.tokenizer.decode(self.new_ids, skip_special_tokens=True).strip()
+        return f"{said} {thought}".strip()
 
     def _is_full(self) -> bool:
         limit, context = self.agent.max_total_tokens, getattr(self.agent.model.config, "max_position_embeddings", None)
