@@ -157,3 +157,67 @@ def test_identifiers_are_split_into_words():
     expert = TextExpert(["a", "b"], ["getUserByID_v2: reads an account", "delete_row: removes"])
     assert expert.log_probs(["user id"]).argmax() == 0
     assert expert.log_probs(["row"]).argmax() == 1
+
+
+def test_a_memory_of_queries_scores_tools_by_a_kernel_density(guided, tmp_path):
+    expert = guided[2]
+    asked = [
+        ("rain today", ["tool_1"]),
+        ("a euro", ["tool_1", "tool_2"]),
+        ("no such", ["unknown"]),
+        ("snow", ["tool_3"]),
+    ]
+    expert.remember(*zip(*asked, strict=True))
+    expert.remove("tool_0")
+
+    def densities(queries):
+        encoded = LetterEncoder().encode_query(queries)
+        memory = torch.zeros(len(queries), len(expert))
+        for text, tools in asked:
+            kernel = ((encoded @ LetterEncoder().encode_query([text])[0] - 1) * 20).exp()
+            for tool in set(tools) & set(expert.tool_ids):
+                memory[:, expert.tool_ids.index(tool)] += kernel
+        return memory
+
+    assert torch.allclose(expert.scores(QUERIES)[2], (densities(QUERIES) + 1e-5).log(), atol=1e-3)
+    # What comes later counts for a fifth of the best, so that its document decides.
+    expert.add(["late"], ["a chess opening"])
+    late = expert.scores(QUERIES)[2, :, -1]
+    assert torch.allclose(late, (0.2 * densities(QUERIES).max(1).values + 1e-5).log(), atol=1e-3)
+    expert.save_pretrained(tmp_path)
+    loaded = TextExpert.from_pretrained(tmp_path)
+    loaded._encoder_module = LetterEncoder()
+    assert torch.allclose(loaded.scores(QUERIES), expert.scores(QUERIES), atol=2e-2)
+
+
+def test_the_next_stage_takes_over_what_is_remembered(guided):
+    first = guided[2]
+    first.remember(["rain today"], [["tool_1"]])
+    first.learned, first.cosine_weight = frozenset({"tool_1"}), 3.0
+    second = TextExpert(["tool_2", "tool_1"], ["euro", "rain"], learned=["tool_2"])
+    second._encoder_module = LetterEncoder()
+    second.embed().remember(["a euro"], [["tool_2"]])
+    second.take_over(first)
+    assert second.learned == {"tool_1", "tool_2"} and second.cosine_weight == 3.0
+    memory = second.scores(["rain today", "a euro"])[2]
+    assert memory[0].argmax() == 1 and memory[1].argmax() == 0
+
+
+def test_weights_are_fitted_by_likelihood(guided):
+    from toolweaver_hf.alignment.guidance import fit_guidance
+    from toolweaver_hf.data.queries import Query
+
+    model, tokenizer, expert = guided
+    queries = [
+        Query(str(i), text, (tool,))
+        for i, (tool, text) in enumerate(zip(expert.tool_ids, expert.documents, strict=True))
+    ]
+    queries.append(Query("x", "rain", ("unknown",)))
+    fitted = fit_guidance(ToolRetriever(model, tokenizer, expert), queries)
+    assert fitted["loss"] < fitted["loss_before"] and fitted["queries"] == 40
+    # An untrained model says nothing of these, and each document is its own query.
+    assert expert.model_weight < 0.7 and expert.bm25_weight > 1
+    with pytest.raises(ValueError, match="no text expert"):
+        fit_guidance(ToolRetriever(model, tokenizer), queries)
+    with pytest.raises(ValueError, match="none of the queries"):
+        fit_guidance(ToolRetriever(text_expert=expert), queries[-1:])
