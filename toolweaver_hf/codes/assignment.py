@@ -110,7 +110,7 @@ def assign_codes(
     return codes
 
 
-def nearest(points: torch.Tensor, centers: torch.Tensor) -> tuple[torch.LongTensor, torch.Tensor]:
+def nearest(points: torch.Tensor, centers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the nearest center of each point and their squared distance, without the term for the point's norm."""
     norms = centers.square().sum(1)
     distances = [torch.addmm(norms, rows, centers.T, alpha=-2).min(1) for rows in points.split(CHUNK_SIZE)]

@@ -33,7 +33,8 @@ def cousage_graph(catalog: ToolCatalog, uses: Iterable[Sequence[str]], min_cousa
     if min_cousage < 1:
         raise ValueError(f"min_cousage must be at least 1, not {min_cousage}")
     position = {tool_id: i for i, tool_id in enumerate(catalog.ids)}
-    tools, lengths = [], []
+    tools: list[int] = []
+    lengths: list[int] = []
     for use in uses:
         unknown = [tool_id for tool_id in use if tool_id not in position]
         if unknown:

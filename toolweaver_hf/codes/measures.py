@@ -7,11 +7,44 @@ import scipy.sparse
 import torch
 
 from ..modeling_rqvae import RQVAEModel
-from .assignment import uniform_codes
+from .assignment import CHUNK_SIZE, encode_tools, uniform_codes
 
 
 METRICS_FILE = "metrics.json"
 METRICS_VERSION = 1  # schema_version of metrics.json and report.json
+
+
+@torch.no_grad()
+def nearest_codes(model: RQVAEModel, latents: torch.Tensor) -> torch.Tensor:
+    """Quantize the latent vectors of a whole catalog, in chunks.
+
+    Args:
+        model ([`RQVAEModel`]): The model.
+        latents (`torch.Tensor` of shape `(num_tools, code_dim)`): The tools' latent vectors.
+
+    Returns:
+        `torch.Tensor` of shape `(num_tools, num_levels)`: the nearest codes, which tools may share.
+    """
+    return torch.cat([model.quantize(rows) for rows in latents.split(CHUNK_SIZE)])
+
+
+@torch.no_grad()
+def reconstruction_loss(model: RQVAEModel, embeddings: torch.Tensor, codes: torch.Tensor) -> float:
+    """Measure how well codes reconstruct the embeddings of a whole catalog, in chunks.
+
+    Args:
+        model ([`RQVAEModel`]): The model.
+        embeddings (`torch.Tensor` of shape `(num_tools, input_dim)`): The tools' embeddings.
+        codes (`torch.Tensor` of shape `(num_tools, num_levels)`): The tools' codes.
+
+    Returns:
+        `float`: the mean squared error as a share of the embeddings' variance.
+    """
+    losses = [
+        model(rows, codes=index).reconstruction_loss * len(rows)
+        for rows, index in zip(embeddings.split(CHUNK_SIZE), codes.split(CHUNK_SIZE), strict=True)
+    ]
+    return float(sum(losses)) / len(embeddings)
 
 
 @torch.no_grad()
@@ -39,13 +72,8 @@ def measure_codes(
         any pair does.
     """
     num_tools = len(assigned)
-    codes = torch.from_numpy(assigned).to(embeddings.device)
-    losses, latents = [], []
-    for rows, index in zip(embeddings.split(8192), codes.split(8192), strict=True):
-        losses.append(model(rows, codes=index).reconstruction_loss * len(rows))
-        latents.append(model.encode(rows))
-    latents = torch.cat(latents)
-    nearest = torch.cat([model.quantize(rows) for rows in latents.split(8192)]).cpu().numpy()
+    latents = encode_tools(model, embeddings)
+    nearest = nearest_codes(model, latents).cpu().numpy()
     uniform = uniform_codes(latents, model.codebooks())
     levels = []
     for level, size in enumerate(model.config.codebook_sizes):
@@ -64,7 +92,9 @@ def measure_codes(
 
     return {
         "tools": num_tools,
-        "reconstruction_loss": float(sum(losses) / num_tools),
+        "reconstruction_loss": reconstruction_loss(
+            model, embeddings, torch.from_numpy(assigned).to(embeddings.device)
+        ),
         "levels": levels,
         "collisions_before": num_tools - len(np.unique(nearest, axis=0)),
         "collisions_uniform": num_tools - len(np.unique(uniform, axis=0)),

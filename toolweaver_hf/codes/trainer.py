@@ -18,6 +18,7 @@ from transformers.trainer_callback import ExportableState
 from ..modeling_rqvae import LOSSES, RQVAEModel
 from .assignment import CHUNK_SIZE, assign_codes, check_capacity, encode_tools
 from .cousage import unit_degree
+from .measures import nearest_codes, reconstruction_loss
 from .start import SAMPLE_SIZE, revive_codes, start_model
 
 
@@ -268,18 +269,14 @@ class RQVAETrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         was_training = model.training
         model.eval()
-        found = torch.cat([model.quantize(rows) for rows in encode_tools(model, self.embeddings).split(CHUNK_SIZE)])
-        present = found if self.codes is None else self.codes
-        losses = [
-            model(rows, codes=codes).reconstruction_loss * len(rows)
-            for rows, codes in zip(self.embeddings.split(CHUNK_SIZE), present.split(CHUNK_SIZE), strict=True)
-        ]
+        found = nearest_codes(model, encode_tools(model, self.embeddings))
+        loss = reconstruction_loss(model, self.embeddings, found if self.codes is None else self.codes)
         model.train(was_training)
         num_tools = len(self.embeddings)
         codes = found.cpu().numpy()
         sizes = model.config.codebook_sizes
         metrics = {
-            "reconstruction_loss": float(sum(losses)) / num_tools,
+            "reconstruction_loss": loss,
             "collision_rate": 1 - len(np.unique(codes, axis=0)) / num_tools,
             "codebook_use": min(len(np.unique(c)) / size for c, size in zip(codes.T, sizes, strict=True)),
         }
