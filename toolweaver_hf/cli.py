@@ -27,7 +27,7 @@ def run_command(command: Callable[[], None]) -> None:
 
 
 def parse_arguments(
-    argv: list[str] | None, arguments: type, load_more: Callable[[], Iterable[type]] = tuple
+    argv: list[str] | None, arguments: Any, load_more: Callable[[], Iterable[Any]] = tuple
 ) -> tuple[Any, ...]:
     """Parse a recipe's command line, and the YAML file that its `--config` names, with [`~trl.TrlParser`].
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfFileSystem, hf_hub_download
+from huggingface_hub.hf_file_system import HfFileSystemResolvedRepositoryPath
 from huggingface_hub.utils import httpx
 
 
@@ -134,7 +135,9 @@ def local_file(path: str | os.PathLike) -> str | os.PathLike:
     if not os.fspath(path).startswith("hf://"):
         return path
     try:
-        found = HfFileSystem().resolve_path(path)
+        found = HfFileSystem().resolve_path(os.fspath(path))
+        if not isinstance(found, HfFileSystemResolvedRepositoryPath):
+            raise ValueError("a bucket's files are not read")
         return hf_hub_download(found.repo_id, found.path_in_repo, repo_type=found.repo_type, revision=found.revision)
     except (ValueError, OSError, httpx.TransportError, NotImplementedError) as error:
         raise OSError(f"cannot get {path} from the Hub: {error}") from None

@@ -94,7 +94,7 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
     def _keeps_text(self) -> bool:
         return self.mode == "trajectory" and self.code_start != "forced"
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Mask the scores of the tokens that may not come next.
 
         Args:

@@ -141,7 +141,7 @@ class CodeTrie:
         forest.roots = torch.from_numpy(root_of_set[rows])
         return forest.to(self._tokens.device)
 
-    def step(self, nodes: torch.LongTensor, tokens: torch.LongTensor) -> torch.LongTensor:
+    def step(self, nodes: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Follow one token from each node.
 
         Args:
@@ -156,7 +156,7 @@ class CodeTrie:
         found = self._keys[position] == keys
         return torch.where(found, position + (self.num_nodes - len(self._keys) + 1), -1)
 
-    def walk(self, prefixes: torch.LongTensor, nodes: torch.LongTensor | None = None) -> torch.LongTensor:
+    def walk(self, prefixes: torch.Tensor, nodes: torch.Tensor | None = None) -> torch.Tensor:
         """Follow prefixes of codes.
 
         Args:
@@ -171,7 +171,7 @@ class CodeTrie:
             nodes = self.step(nodes, tokens)
         return nodes
 
-    def children(self, nodes: torch.LongTensor, width: int) -> tuple[torch.LongTensor, torch.BoolTensor]:
+    def children(self, nodes: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """List the valid continuations of each node.
 
         Args:
@@ -184,7 +184,7 @@ class CodeTrie:
         child, present = self.child_nodes(nodes, width)
         return self._tokens[child], present
 
-    def child_nodes(self, nodes: torch.LongTensor, width: int) -> tuple[torch.LongTensor, torch.BoolTensor]:
+    def child_nodes(self, nodes: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """List the children of each node.
 
         Args:
@@ -198,7 +198,7 @@ class CodeTrie:
         child = ranges[:, :1] + self._places[:width]
         return child, child < ranges[:, 1:]
 
-    def tokens_of(self, nodes: torch.LongTensor) -> torch.LongTensor:
+    def tokens_of(self, nodes: torch.Tensor) -> torch.Tensor:
         """Return the token that leads to each node."""
         return self._tokens[nodes]
 
@@ -221,7 +221,7 @@ class CodeTrie:
             sums.append(finite + torch.zeros_like(peak).scatter_add(1, index, share).log())
         return sums
 
-    def tool_of(self, nodes: torch.LongTensor) -> torch.LongTensor:
+    def tool_of(self, nodes: torch.Tensor) -> torch.Tensor:
         """Return the tools of leaves, as rows of `tool_code_ids`; -1 for other nodes."""
         leaves = nodes - (self.num_nodes - len(self))
         return torch.where(leaves >= 0, self.tools[leaves.clamp(min=0)], -1)

@@ -64,9 +64,8 @@ def last_checkpoint(folder: str | os.PathLike) -> str | None:
     )
     for checkpoint in checkpoints:
         try:
-            TrainerState.load_from_json(
-                checkpoint / TRAINER_STATE_NAME
-            )  # written last: present only in complete checkpoints
+            # Written last: present only in complete checkpoints
+            TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
             return str(checkpoint)
         except (OSError, ValueError, TypeError):
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
@@ -45,5 +46,5 @@ def dataset_card(
         for name, files in configurations.items()
     ]
     data = DatasetCardData(license=license, tags=["toolweaver", "tool-use"], configs=configs)
-    facts = {"name": repo_id.split("/")[-1], "repo_id": repo_id, "num_tools": num_tools}
+    facts: dict[str, Any] = {"name": repo_id.split("/")[-1], "repo_id": repo_id, "num_tools": num_tools}
     return DatasetCard.from_template(data, template_str=DATASET_CARD_TEMPLATE, **facts)

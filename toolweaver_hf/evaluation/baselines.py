@@ -62,7 +62,7 @@ class DenseRetriever:
         """Rank the tools for each query, best first."""
         embeddings = self.encoder.encode(queries, convert_to_tensor=True)
         hits = util.semantic_search(embeddings, self.documents, top_k=top_k)  # by cosine similarity, in chunks
-        return [[RetrievedTool(self.tool_ids[hit["corpus_id"]], hit["score"]) for hit in row] for row in hits]
+        return [[RetrievedTool(self.tool_ids[int(hit["corpus_id"])], hit["score"]) for hit in row] for row in hits]
 
 
 def fine_tune_encoder(
