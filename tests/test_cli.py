@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from toolweaver_hf.cli import find_config
 from toolweaver_hf.data.catalog import ToolCatalog
 from toolweaver_hf.demo import DEMO_FOLDER
 
@@ -71,6 +73,15 @@ def test_sft_without_codes(tmp_path):
 def test_help():
     done = toolweaver("--help")
     assert done.returncode == 0 and "quickstart" in done.stdout
+
+
+def test_a_configuration_is_a_file_or_one_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config("smoke") == find_config("smoke").with_name("smoke.yaml")
+    (tmp_path / "smoke").write_text("seed: 1\n")
+    assert find_config("smoke") == Path("smoke")
+    with pytest.raises(ValueError, match="smollm2_135m"):
+        find_config("no_such_configuration")
 
 
 @pytest.mark.parametrize("count", [1, 3, 50])
