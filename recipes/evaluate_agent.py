@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from toolweaver_hf.evaluation.tasks import AgentTask
 
 
-METRICS_VERSION = 1  # schema_version of metrics.json
+AGENT_METRICS_VERSION = 1  # schema_version of the agent's metrics.json
 
 
 @dataclass
@@ -213,7 +213,7 @@ def main(args: AgentEvaluationArguments) -> dict[str, float]:
     if args.judge_model:
         print(f"\nthe judge: {', '.join(f'{name} {value:,}' for name, value in tokens.items())}")
     document = {"tasks": os.path.basename(args.tasks), "votes": votes, "measures": measures, "judge": tokens}
-    write_json(output / "metrics.json", document, METRICS_VERSION)
+    write_json(output / "metrics.json", document, AGENT_METRICS_VERSION)
     write_json(output / RUN_FILE, describe_run(settings), RUN_VERSION)  # with the time at the end
     return measures
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from toolweaver_hf.cli import run_command
-from toolweaver_hf.evaluation.rankings import METRICS_FILE, METRICS_VERSION
+from toolweaver_hf.evaluation.rankings import METRICS_FILE, RANKING_METRICS_VERSION
 from toolweaver_hf.evaluation.runs import RUN_FILE, RUN_VERSION, tables, text_table
 from toolweaver_hf.files import read_json, write_text
 
@@ -96,7 +96,7 @@ def describe_circumstances(run: Mapping[str, Any], wall_time: str | None = None)
 def render_tables(folder: str | os.PathLike) -> str:
     """Lay out the `metrics.json` of a run in Markdown."""
     path = Path(folder) / METRICS_FILE
-    metrics = read_json(path, METRICS_VERSION)
+    metrics = read_json(path, RANKING_METRICS_VERSION)
     if "results" in metrics:  # of rankings
         return tables(metrics)
     if "measures" in metrics:  # of an agent

@@ -80,7 +80,7 @@ def main(args: TokenizationArguments, training_args: RQVAETrainingArguments) -> 
     from toolweaver_hf.codes.assignment import check_capacity
     from toolweaver_hf.codes.cousage import cousage_graph, hold_out_edges
     from toolweaver_hf.codes.embeddings import embed_catalog
-    from toolweaver_hf.codes.measures import METRICS_FILE, METRICS_VERSION, measure_codes
+    from toolweaver_hf.codes.measures import CODES_METRICS_VERSION, METRICS_FILE, measure_codes
     from toolweaver_hf.codes.tool_codes import ToolCodes
     from toolweaver_hf.codes.trainer import CodesEarlyStoppingCallback, RQVAETrainer
     from toolweaver_hf.configuration_rqvae import RQVAEConfig
@@ -134,7 +134,7 @@ def main(args: TokenizationArguments, training_args: RQVAETrainingArguments) -> 
     model.save_pretrained(output_dir)
     codes.save_pretrained(output_dir)
     catalog.save_pretrained(output_dir)
-    write_json(os.path.join(output_dir, METRICS_FILE), metrics, METRICS_VERSION)
+    write_json(os.path.join(output_dir, METRICS_FILE), metrics, CODES_METRICS_VERSION)
     for checkpoint in Path(output_dir).glob("checkpoint-*"):  # they were for a resume, and hold pickles
         shutil.rmtree(checkpoint)
     print_metrics(metrics)

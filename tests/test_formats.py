@@ -9,11 +9,11 @@ from safetensors.numpy import load_file
 
 from toolweaver_hf import RQVAEModel, ToolCatalog, ToolCodes
 from toolweaver_hf.alignment.record import TRAINING_VERSION
-from toolweaver_hf.codes.measures import METRICS_VERSION
+from toolweaver_hf.codes.measures import CODES_METRICS_VERSION
 from toolweaver_hf.codes.report import inspect_codes
 from toolweaver_hf.data.queries import load_queries
 from toolweaver_hf.data.trajectories import load_trajectories
-from toolweaver_hf.evaluation.rankings import METRICS_VERSION as EVALUATION_VERSION
+from toolweaver_hf.evaluation.rankings import RANKING_METRICS_VERSION as EVALUATION_VERSION
 from toolweaver_hf.files import read_json
 from toolweaver_hf.hub.cards import create_card
 
@@ -23,8 +23,8 @@ GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 # Every JSON of ours, with its newest schema_version. Rows of JSONL are the user's, in formats that others read as well.
 FORMATS = {
     "codes/tool_codes.json": 1,
-    "codes/metrics.json": METRICS_VERSION,
-    "codes/report.json": METRICS_VERSION,
+    "codes/metrics.json": CODES_METRICS_VERSION,
+    "codes/report.json": CODES_METRICS_VERSION,
     "model/training.json": TRAINING_VERSION,
     "model/evaluation/metrics.json": EVALUATION_VERSION,
 }
@@ -41,7 +41,7 @@ def test_codes_folder(tmp_path):
     assert embeddings.shape == (3, 4)
     shutil.copytree(GOLDEN / "codes", tmp_path / "codes")
     assert inspect_codes(tmp_path / "codes").exists()
-    assert read_json(tmp_path / "codes/report.json", METRICS_VERSION)["schema_version"] == METRICS_VERSION
+    assert read_json(tmp_path / "codes/report.json", CODES_METRICS_VERSION)["schema_version"] == CODES_METRICS_VERSION
 
 
 def test_card_of_a_model():

@@ -11,7 +11,7 @@ from .assignment import CHUNK_SIZE, encode_tools, uniform_codes
 
 
 METRICS_FILE = "metrics.json"
-METRICS_VERSION = 1  # schema_version of metrics.json and report.json
+CODES_METRICS_VERSION = 1  # schema_version of metrics.json and report.json
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import numpy as np
 from ..data.catalog import ToolCatalog
 from ..files import read_json, write_json
 from ..modeling_rqvae import LOSSES, RQVAEModel
-from .measures import METRICS_FILE, METRICS_VERSION
+from .measures import CODES_METRICS_VERSION, METRICS_FILE
 from .tool_codes import ToolCodes
 
 
@@ -35,7 +35,7 @@ def inspect_codes(folder: str | os.PathLike, catalog: str | os.PathLike | None =
     folder = Path(folder)
     codes = ToolCodes.from_pretrained(folder)
     learned = ToolCatalog.from_file(folder / "catalog.jsonl")
-    metrics = read_json(folder / METRICS_FILE, METRICS_VERSION)
+    metrics = read_json(folder / METRICS_FILE, CODES_METRICS_VERSION)
     codebooks = [codebook.numpy() for codebook in RQVAEModel.from_pretrained(folder).codebooks()]
     matrix = codes.matrix
     names = [learned[tool_id].name if tool_id in learned else tool_id for tool_id in codes]
@@ -52,7 +52,7 @@ def inspect_codes(folder: str | os.PathLike, catalog: str | os.PathLike | None =
             kind: [(present if tool_id in present else learned)[tool_id].name for tool_id in tool_ids]
             for kind, tool_ids in codes.compare(present)._asdict().items()
         }
-    write_json(folder / "report.json", report, METRICS_VERSION)
+    write_json(folder / "report.json", report, CODES_METRICS_VERSION)
 
     figure = plt.figure(figsize=(15, 11), layout="constrained")
     grid = figure.add_gridspec(3, 2, height_ratios=(1, 1.25, 1.25), width_ratios=(1, 1.25))
@@ -124,6 +124,6 @@ def print_report(folder: str | os.PathLike, catalog: str | os.PathLike | None = 
     """Draw the report of [`inspect_codes`]; print its path and, given a catalog, the changed tools."""
     picture = inspect_codes(folder, catalog)
     if catalog:
-        for kind, names in read_json(picture.with_suffix(".json"), METRICS_VERSION)["changes"].items():
+        for kind, names in read_json(picture.with_suffix(".json"), CODES_METRICS_VERSION)["changes"].items():
             print(f"{kind:<9}{len(names):>6}  {_shortened(names, 200)}")
     print(picture)

@@ -19,7 +19,7 @@ from ..retrieval import RetrievedTool
 logger = logging.get_logger(__name__)
 
 METRICS_FILE = "metrics.json"
-METRICS_VERSION = 1  # its schema_version
+RANKING_METRICS_VERSION = 1  # its schema_version
 
 MEASURES = ("nDCG@1", "nDCG@3", "nDCG@5", "R@1", "R@3", "R@5", "RR@10", "COMP@3", "COMP@5")
 """The measures of a report. RR@10 is the reciprocal rank of the first ground-truth tool; its mean is known as MRR.

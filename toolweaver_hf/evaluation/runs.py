@@ -24,7 +24,7 @@ from transformers.utils import logging
 from ..data.queries import Query
 from ..files import atomic_write, read_json, write_json, write_text
 from ..retrieval import RetrievedTool
-from .rankings import METRICS_FILE, METRICS_VERSION, compare_rankings, markdown_table
+from .rankings import METRICS_FILE, RANKING_METRICS_VERSION, compare_rankings, markdown_table
 
 
 logger = logging.get_logger(__name__)
@@ -180,7 +180,7 @@ def save_tables(folder: str | os.PathLike, tables: Sequence[Mapping[str, Any]], 
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_json(Path(folder) / RUN_FILE, describe_run(config), RUN_VERSION)
-    write_json(Path(folder) / METRICS_FILE, {"tables": list(tables)}, METRICS_VERSION)
+    write_json(Path(folder) / METRICS_FILE, {"tables": list(tables)}, RANKING_METRICS_VERSION)
 
 
 def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -192,7 +192,7 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _write_results(folder: Path, metrics: dict[str, Any]) -> None:
     write_text(folder / TABLES_FILE, tables(metrics))
     draw_chart(metrics, folder / CHART_FILE)
-    write_json(folder / METRICS_FILE, metrics, METRICS_VERSION)
+    write_json(folder / METRICS_FILE, metrics, RANKING_METRICS_VERSION)
 
 
 def _checksum(document: Any) -> str:
@@ -213,7 +213,7 @@ def load_evaluation(folder: str | os.PathLike) -> EvaluationRun:
         `OSError`: if a file is missing.
     """
     folder = Path(folder)
-    names = read_json(folder / METRICS_FILE, METRICS_VERSION).get("results")
+    names = read_json(folder / METRICS_FILE, RANKING_METRICS_VERSION).get("results")
     checksums = read_json(folder / RUN_FILE, RUN_VERSION).get("checksums")
     if not isinstance(names, dict) or not names or not isinstance(checksums, dict):
         raise ValueError(f"{folder} does not hold a run of `toolweaver evaluate`")
@@ -273,7 +273,7 @@ def compare_runs(folders: Sequence[str | os.PathLike], seed: int = 0) -> dict[st
         found = [(run.folder, _in_order(run, name, first.queries)) for run in runs if name in run.rankings]
         differ = any(ranking != found[0][1] for _, ranking in found)
         rankings |= {f"{name} ({folder})" if differ else name: ranking for folder, ranking in found}
-    queries_name = read_json(first.folder / METRICS_FILE, METRICS_VERSION).get("queries", "")
+    queries_name = read_json(first.folder / METRICS_FILE, RANKING_METRICS_VERSION).get("queries", "")
     return {"queries": queries_name, **compare_rankings(first.queries, rankings, seed)}
 
 

@@ -15,11 +15,12 @@ from safetensors import safe_open
 
 from ..alignment.record import TRAINING_FILE, TRAINING_VERSION
 from ..codes.card import TAGS, codes_facts, model_card
+from ..codes.measures import CODES_METRICS_VERSION
 from ..data.card import dataset_card
 from ..data.catalog import CATALOG_FILE, ToolCatalog
 from ..data.queries import load_queries
 from ..data.trajectories import load_trajectories
-from ..evaluation.rankings import METRICS_FILE, METRICS_VERSION, markdown_table
+from ..evaluation.rankings import METRICS_FILE, RANKING_METRICS_VERSION, markdown_table
 from ..files import read_json, read_object
 from ..tool_codes_file import TOOL_CODES_FILE, check_tool_codes
 
@@ -105,8 +106,8 @@ def create_card(
         tags.append("rq-vae")
         facts |= {"rqvae": True, "input_dim": read_object(folder / "config.json").get("input_dim")}
         facts["encoder"] = _encoder(folder)
-        if (folder / "metrics.json").exists():
-            facts["code_metrics"] = read_json(folder / "metrics.json", 1)
+        if (folder / METRICS_FILE).exists():
+            facts["code_metrics"] = read_json(folder / METRICS_FILE, CODES_METRICS_VERSION)
     data = ModelCardData(
         library_name="transformers",
         license=license,
@@ -128,7 +129,7 @@ def _evaluation(folder: Path, facts: dict[str, Any]) -> list[EvalResult] | None:
     path = folder / EVALUATION_FOLDER / METRICS_FILE
     if not path.exists():
         return None
-    metrics = read_json(path, METRICS_VERSION)
+    metrics = read_json(path, RANKING_METRICS_VERSION)
     try:
         results, queries = metrics["results"], metrics["queries"]
         own = next(iter(results.values()))
