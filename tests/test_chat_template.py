@@ -1,0 +1,203 @@
+"""Conversations by the chat template of every model family: what is learned is what will be generated."""
+
+import copy
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+from agent.test_agent import CATALOG, Script
+from bases import FAMILIES, TRL_TEMPLATES, build, stop_tokens
+from conftest import small_llama
+from transformers import LogitsProcessorList
+
+from toolweaver_hf import ToolAgent, ToolCodes, ToolWeaverTokenizer
+from toolweaver_hf.alignment.rows import replay_rows, retrieval_rows, tokenize_rows, trajectory_rows
+from toolweaver_hf.data.queries import Query
+from toolweaver_hf.data.trajectories import read_messages, render_calls
+
+
+LEARNED = Path(__file__).parent / "fixtures" / "learned"
+UPDATE = "TOOLWEAVER_TEST_UPDATE"  # set it to write the golden files anew, and look at what changed
+MODELS = [name for name in (*FAMILIES, *TRL_TEMPLATES) if not name.endswith("_training")]
+CODES = ToolCodes([2, 2], {"rain": [0, 1], "wind": [1, 1]})
+# Two turns of the user, thoughts, and two calls in one turn whose results come in the other order
+CONVERSATION = [
+    {"role": "user", "content": "Rain in Oslo? Wind in Rome?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "reasoning_content": "I look at both.",
+        "tool_calls": [
+            {"id": "c1", "function": {"name": "rain", "arguments": {"place": "Oslo"}}},
+            {"id": "c2", "function": {"name": "wind", "arguments": {"place": "Rome"}}},
+        ],
+    },
+    {"role": "tool", "content": '{"wind": 3}', "tool_call_id": "c2"},
+    {"role": "tool", "content": '{"rain": true}', "tool_call_id": "c1"},
+    {"role": "assistant", "content": "Rain, and a breeze."},
+    {"role": "user", "content": "Sure?"},
+    {"role": "assistant", "content": "Yes.", "reasoning_content": "They said so."},
+]
+
+
+@pytest.fixture(scope="module", params=[*FAMILIES, *TRL_TEMPLATES])
+def family(request):
+    """Each family's name, tokenizer, and the tokens at which its models stop."""
+    tokenizer = ToolWeaverTokenizer.from_base(build(request.param), CODES)
+    return request.param, tokenizer, tokenizer.convert_tokens_to_ids(stop_tokens(request.param))
+
+
+def stretches(row):
+    """The parts of a row that are learned, and those that are not: whether learned, start, tokens."""
+    parts = []
+    for i, (token, label) in enumerate(zip(row["input_ids"], row["labels"], strict=True)):
+        if not parts or parts[-1][0] != (label != -100):
+            parts.append((label != -100, i, []))
+        parts[-1][2].append(token)
+    return parts
+
+
+def rows_of(conversation, tokenizer, stops):
+    row = {"id": "1", "messages": read_messages({"messages": conversation})}
+    return list(tokenize_rows(trajectory_rows([row], tokenizer), tokenizer, eos_token_id=stops)[0])
+
+
+def learned_turns(rows):
+    return [(row, start, tokens) for row in rows for is_learned, start, tokens in stretches(row) if is_learned]
+
+
+def test_each_turn_is_learned_as_it_is_generated(family):
+    """Every turn of the assistant, with its thought and its end, behind the prompt that an agent is given."""
+    name, tokenizer, stops = family
+    rendered = render_calls(read_messages({"messages": CONVERSATION}), tokenizer)
+    turns = [i for i, message in enumerate(rendered) if message["role"] == "assistant"]
+    learned = learned_turns(rows_of(CONVERSATION, tokenizer, stops))
+    for turn, (row, start, tokens) in zip(turns, learned, strict=True):
+        message, text = rendered[turn], tokenizer.decode(tokens)
+        if name != "gpt2_prefix":  # which puts a space before what follows any added token
+            assert message["content"] in text and message.get("reasoning_content", "") in text
+        # An answer ends where generation stops, a call where its turn does.
+        is_call = any(token in tokenizer.code_token_ids for token in tokens)
+        assert tokens[-1] in (tokenizer.added_tokens_decoder if is_call else stops)
+        assert not set(tokens[:-1]) & set(stops)
+        if rendered[turn - 1]["role"] == "user":
+            prompt = tokenizer.encode_conversation(rendered[:turn], add_generation_prompt=True)["input_ids"]
+            assert row["input_ids"][:start] == prompt
+    # Each result follows its call.
+    text = "".join(tokenizer.decode(tokens) for _, _, tokens in stretches(learned[0][0]))
+    places = [text.index(part) for part in ("<a_0>", "true", "<a_1>", "3}", "breeze")]
+    assert places == sorted(places)
+
+
+def test_a_query_is_the_prompt_of_its_code(family):
+    """Of one code, or of several and the token at which generation stops; a thought that is opened is closed."""
+    _, tokenizer, stops = family
+    query = Query("1", "Rain, <a_0> or wind?", ("rain", "wind"))
+    prompt = tokenizer.encode_query(query.text)
+    codes = [tokenizer.encode_tool(tool) for tool in query.tools]
+    rows, _ = tokenize_rows(retrieval_rows([query], tokenizer), tokenizer, codes_alone=True, eos_token_id=stops)
+    for row, code in zip(rows, codes, strict=True):
+        assert row["input_ids"] == prompt + code
+        assert row["labels"] == [-100] * len(prompt) + code
+    (row,) = tokenize_rows(retrieval_rows([query], tokenizer, as_sequence=True), tokenizer, eos_token_id=stops)[0]
+    (_, _, head), (is_learned, _, tokens) = stretches(row)
+    assert is_learned and head == prompt and tokens[: 2 * len(codes[0])] == codes[0] + codes[1]
+    assert tokens[-1] in stops and not set(tokens[:-1]) & set(stops)
+    text = tokenizer.decode(prompt)
+    assert text.count("<think>") == text.count("</think>")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_learned_token_by_token(name):
+    """A golden file for each family, to look at: the tokens, with `+` before those that are learned."""
+    tokenizer = ToolWeaverTokenizer.from_base(build(name), CODES)
+    stops = tokenizer.convert_tokens_to_ids(stop_tokens(name))
+    queries = retrieval_rows([Query("1", "Rain in Oslo?", ("rain", "wind"))], tokenizer, as_sequence=True)
+    lines = []
+    for row in [*tokenize_rows(queries, tokenizer, eos_token_id=stops)[0], *rows_of(CONVERSATION, tokenizer, stops)]:
+        lines.append("trajectory:" if lines else "retrieval:")
+        for is_learned, start, tokens in stretches(row):
+            if start == 0:  # from the user's text on: what a template says before may hold the day
+                said = max(i for i in range(len(tokens)) if "Rain in Oslo?" in tokenizer.decode(tokens[i:]))
+                tokens = tokens[said:]
+            written = [token.replace("\n", "\\n") for token in tokenizer.convert_ids_to_tokens(tokens)]
+            lines.append(f"{'+' if is_learned else ' '} {' '.join(written)}")
+    text = "\n".join(lines) + "\n"
+    path = LEARNED / f"{name.replace('/', '_')}.txt"
+    if os.environ.get(UPDATE):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8"), f"look at what changed, and set {UPDATE}=1 if it is right"
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "gpt2_prefix"])
+def test_an_agent_sees_what_was_learned(name):
+    """A run that writes what rows teach has their tokens, and the messages that they were made of."""
+    tokenizer = ToolWeaverTokenizer.from_base(build(name), CODES)
+    stops = tokenizer.convert_tokens_to_ids(stop_tokens(name))
+    messages = read_messages({"messages": CONVERSATION})
+    expected = render_calls(messages, tokenizer)
+    rows = rows_of(CONVERSATION, tokenizer, stops)
+    learned = [tokens for _, _, tokens in learned_turns(rows)]
+    model = small_llama(len(tokenizer), eos_token_id=stops, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+    functions = {"rain": lambda place: {"rain": True}, "wind": lambda place: {"wind": 3}}
+
+    def write(turns):
+        """What the model writes: a call ends with its arguments."""
+        for tokens in turns:
+            if any(token in tokenizer.code_token_ids for token in tokens):
+                tokens = tokens[: next(i for i in range(len(tokens)) if "}" in tokenizer.decode(tokens[:i]))]
+            yield from tokens
+
+    for asked, turns, row in ((1, learned[:3], rows[0]), (6, learned[3:], rows[-1])):
+        script = LogitsProcessorList([Script(write(turns))])
+        run = ToolAgent(model, tokenizer, CATALOG, functions, logits_processor=script)(messages[:asked])
+        assert run.stop_reason == "answer"
+        assert run.token_ids == row["input_ids"][: len(run.token_ids)]
+        said = render_calls(run.messages, tokenizer)
+        assert said == [{k: v for k, v in m.items() if k != "loss"} for m in expected[: len(said)]]
+
+
+TEMPLATES = {
+    "default": "default: " + build("smollm2").chat_template,
+    "tool_use": "tools: " + build("smollm2").chat_template,
+    "rag": "{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no') }}{% endif %}"
+    "{{ message.content }}{% endfor %}",
+}
+
+
+def test_several_chat_templates(tmp_path):
+    """All are completed and kept by their names; where tools are called, `tool_use` is taken."""
+    base = build("smollm2")
+    base.chat_template = TEMPLATES
+    tokenizer = ToolWeaverTokenizer.from_base(base, CODES)
+    tokenizer.save_pretrained(tmp_path)
+    for tokenizer in (tokenizer, ToolWeaverTokenizer.from_pretrained(tmp_path)):  # noqa: B020
+        assert list(tokenizer.chat_template) == list(TEMPLATES)
+        messages = [{"role": "user", "content": "?"}, {"role": "tool", "content": "x"}]
+        assert tokenizer.apply_chat_template(messages, chat_template="rag", tokenize=False) == "?x"
+        assert "tools: " in tokenizer.decode(tokenizer.encode_query("?"))
+        (row,) = rows_of(CONVERSATION[:5], tokenizer, None)
+        assert "tools: " in tokenizer.decode(row["input_ids"])
+        chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+        (row,) = tokenize_rows(replay_rows([{"id": "1", "messages": chat}], tokenizer), tokenizer)[0]
+        assert "default: " in tokenizer.decode(row["input_ids"])
+    base.chat_template = {name: text for name, text in TEMPLATES.items() if name != "tool_use"}
+    tokenizer = ToolWeaverTokenizer.from_base(base, CODES)
+    assert "default: " in tokenizer.decode(tokenizer.encode_query("?"))
+
+
+def test_a_template_that_no_turn_follows_from_is_named():
+    base = build("smollm2")
+    base.chat_template = base.chat_template.replace("assistant\n' }}{% endif", "assistant (calm)\n' }}{% endif")
+    tokenizer = ToolWeaverTokenizer.from_base(base, CODES)
+    with pytest.raises(ValueError, match=r"generation prompt ends with .*assistant \(calm\)"):
+        tokenizer.encode_query("?")
+
+
+def test_a_tokenizer_that_has_written_conversations_is_copied_and_pickled():
+    tokenizer = ToolWeaverTokenizer.from_base(build("qwen3"), CODES)
+    prompt = tokenizer.encode_query("?")
+    assert pickle.loads(pickle.dumps(tokenizer)).encode_query("?") == prompt
+    assert copy.deepcopy(tokenizer).encode_query("?") == prompt
