@@ -1,6 +1,7 @@
 """Conversations by the chat template of every model family: what is learned is what will be generated."""
 
 import copy
+import json
 import os
 import pickle
 from pathlib import Path
@@ -10,16 +11,20 @@ from agent.test_agent import CATALOG, Script
 from bases import FAMILIES, TRL_TEMPLATES, build, stop_tokens
 from conftest import small_llama
 from transformers import LogitsProcessorList
+from trl import ModelConfig
 
-from toolweaver_hf import ToolAgent, ToolCodes, ToolWeaverTokenizer
+from toolweaver_hf import ToolAgent, ToolCatalog, ToolCodes, ToolRetriever, ToolWeaverTokenizer
 from toolweaver_hf.alignment.rows import replay_rows, retrieval_rows, tokenize_rows, trajectory_rows
+from toolweaver_hf.alignment.trainer import AlignmentTrainingArguments
 from toolweaver_hf.data.queries import Query
 from toolweaver_hf.data.trajectories import read_messages, render_calls
+from toolweaver_hf.recipes import sft
 
 
 LEARNED = Path(__file__).parent / "fixtures" / "learned"
 UPDATE = "TOOLWEAVER_TEST_UPDATE"  # set it to write the golden files anew, and look at what changed
 MODELS = [name for name in (*FAMILIES, *TRL_TEMPLATES) if not name.endswith("_training")]
+ONE_OF_A_KIND = ("llama2", "trl/deepseek_r1_distill", "trl/glm4moe", "trl/gptoss", "trl/idefics3", "trl/qwen3_6")
 CODES = ToolCodes([2, 2], {"rain": [0, 1], "wind": [1, 1]})
 # Two turns of the user, thoughts, and two calls in one turn whose results come in the other order
 CONVERSATION = [
@@ -201,3 +206,42 @@ def test_a_tokenizer_that_has_written_conversations_is_copied_and_pickled():
     prompt = tokenizer.encode_query("?")
     assert pickle.loads(pickle.dumps(tokenizer)).encode_query("?") == prompt
     assert copy.deepcopy(tokenizer).encode_query("?") == prompt
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ONE_OF_A_KIND else pytest.mark.slow) for name in MODELS]
+)
+def test_the_recipe_trains_on_every_family(name, tmp_path):
+    """From conversations in files to a model that retrieves and an agent that runs and knows where to stop."""
+    base, stops = build(name), stop_tokens(name)
+    model = small_llama(len(base), hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+    model.generation_config.eos_token_id = base.convert_tokens_to_ids(stops)
+    model.save_pretrained(tmp_path / "base")
+    base.save_pretrained(tmp_path / "base")
+    catalog = ToolCatalog([tool for tool in CATALOG if tool.id in CODES])
+    checksums = {tool.id: tool.checksum for tool in catalog}
+    ToolCodes(CODES.codebook_sizes, dict(CODES), checksums).save_pretrained(tmp_path / "codes")
+    catalog.to_jsonl(tmp_path / "codes" / "catalog.jsonl")
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": CONVERSATION}))
+    query = {"id": "1", "text": "Rain and wind?", "tools": ["rain", "wind"]}
+    (tmp_path / "queries.jsonl").write_text(json.dumps(query))
+    arguments = sft.AlignmentArguments(
+        codes_dir=str(tmp_path / "codes"),
+        stages=["memorization", "retrieval", "trajectory", "replay"],
+        queries=str(tmp_path / "queries.jsonl"),
+        trajectories=str(tmp_path / "chat.jsonl"),
+        replay=str(tmp_path / "chat.jsonl"),
+        tools_as_sequence=True,
+        embedding_init="random",
+        max_bad_rows=0,
+    )
+    settings = AlignmentTrainingArguments(
+        str(tmp_path / "out"), max_steps=1, report_to="none", save_strategy="no", disable_tqdm=True
+    )
+    sft.main(arguments, settings, ModelConfig(str(tmp_path / "base")))
+    (ranking,) = ToolRetriever.from_pretrained(tmp_path / "out")("Rain?")
+    assert {tool.tool_id for tool in ranking} == {"rain", "wind"}
+    functions = dict.fromkeys(CODES, lambda **arguments: 1)
+    agent = ToolAgent.from_pretrained(tmp_path / "out", functions, max_steps=2, max_new_tokens=8)
+    assert set(agent.tokenizer.convert_tokens_to_ids(stops)) <= set(agent._end_ids)
+    assert agent(CONVERSATION[:1]).messages[1]["role"] == "assistant"
