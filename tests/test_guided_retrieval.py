@@ -221,3 +221,47 @@ def test_weights_are_fitted_by_likelihood(guided):
         fit_guidance(ToolRetriever(model, tokenizer), queries)
     with pytest.raises(ValueError, match="none of the queries"):
         fit_guidance(ToolRetriever(text_expert=expert), queries[-1:])
+
+
+def test_generate_is_guided_as_the_product_says(guided):
+    from transformers import LogitsProcessorList
+
+    from toolweaver_hf import ToolCodeLogitsProcessor
+
+    model, tokenizer, expert = guided
+    texts, trie = QUERIES, tokenizer.trie
+    prompts = [tokenizer.encode_query(text) for text in texts]
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    logits = expert.logits(texts)
+    guide = {"expert_logits": logits, "model_weight": expert.model_weight}
+    processor = ToolCodeLogitsProcessor(trie, prompt_length=longest, eos_token_id=2, **guide)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        logits_processor=LogitsProcessorList([processor]),
+        num_beams=30,
+        num_return_sequences=1,
+        renormalize_logits=True,
+        max_new_tokens=4,
+    )
+    found = [tokenizer.decode_tool(row[longest : longest + 3]) for row in out]
+    best = [tools[0].tool_id for tools in ToolRetriever(model, tokenizer, expert)(texts, top_k=1, exhaustive=True)]
+    assert found == best
+
+    # In free text it leaves alone how probable a code is, and sums up to the scores of the codes that may start.
+    scores = torch.randn(len(texts), len(tokenizer))
+    plain = ToolCodeLogitsProcessor(trie, mode="trajectory")(ids, scores)
+    moved = ToolCodeLogitsProcessor(trie, mode="trajectory", **guide)(ids, scores)
+    starts = torch.tensor(tokenizer.code_token_ids)
+    torch.testing.assert_close(moved[:, starts].logsumexp(1), plain[:, starts].logsumexp(1))
+    text = torch.ones(len(tokenizer), dtype=torch.bool)
+    text[starts] = False
+    assert torch.equal(moved[:, text], plain[:, text])
+    # With allowed tools, only those; inside a code its children alone.
+    rows = [[0, 1], [2], [3, 4, 5]]
+    forest = ToolCodeLogitsProcessor(trie, mode="trajectory", code_start="forced", allowed_rows=rows, **guide)
+    for row, allowed, values in zip(range(3), rows, forest(ids, scores), strict=True):
+        first = {tokenizer.encode_tool(tokenizer.tool_ids[tool])[0] for tool in allowed}
+        assert set((values > -torch.inf).nonzero().flatten().tolist()) == first, row

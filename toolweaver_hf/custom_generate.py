@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from .logits_process import ToolCodeLogitsProcessor
+from .text_expert import TextExpert
 from .tokenization_toolweaver import ToolWeaverTokenizer
 
 
@@ -19,6 +21,7 @@ def generate(
     model: PreTrainedModel,
     allowed_tools: Sequence[str] | None = None,
     code_start: str = "allowed",
+    query: str | Sequence[str] | None = None,
     **kwargs,
 ):
     """Generate as [`GenerationMixin.generate`] does, in free text with codes of tools that exist.
@@ -27,6 +30,9 @@ def generate(
         inputs, generation_config, logits_processor, kwargs: As for [`GenerationMixin.generate`].
         model ([`PreTrainedModel`]): The aligned model, loaded from a folder or repository that holds its tokenizer.
         allowed_tools (`Sequence[str]`, *optional*): Ids of the only tools that may be named.
+        query (`str` or `Sequence[str]`, *optional*):
+            What the text expert reads, one for each sequence or one for all, such as the user's last message. With it
+            the expert beside the model guides which tool is named; without it the model alone decides.
         code_start (`str`, *optional*, defaults to `"allowed"`): As for [`ToolCodeLogitsProcessor`].
     """
     if not hasattr(model, "_tool_trie"):
@@ -42,8 +48,23 @@ def generate(
         prompt_length=0 if prompts is None else prompts.shape[1],
         code_start=code_start,
         code_token_ids=model._code_token_ids,
+        **({} if query is None else _guidance(model, [query] if isinstance(query, str) else query)),
         allowed_rows=None if allowed_tools is None else [[model._tool_rows[tool_id] for tool_id in allowed_tools]],
     )
     kwargs.pop("custom_generate", None)
     processors = LogitsProcessorList([*(logits_processor or []), processor])
     return type(model).generate(model, inputs, generation_config, logits_processor=processors, **kwargs)
+
+
+def _guidance(model: PreTrainedModel, queries: Sequence[str]) -> dict[str, Any]:
+    """Score the tools for the queries by the text expert beside the model."""
+    if not hasattr(model, "_text_expert"):
+        commit = getattr(model.config, "_commit_hash", None)
+        model._text_expert = TextExpert.from_pretrained(model.name_or_path, revision=commit)
+    expert = model._text_expert
+    logits = expert.logits(queries)
+    rows = {tool_id: row for row, tool_id in enumerate(expert.tool_ids)}
+    known = torch.tensor([rows.get(tool_id, -1) for tool_id in model._tool_rows])
+    # A tool that the expert does not know is as unlikely as the last one that it does.
+    logits = torch.where(known >= 0, logits[:, known], logits.min(1, keepdim=True).values)
+    return {"expert_logits": logits, "model_weight": expert.model_weight}

@@ -35,6 +35,12 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
         code_token_ids (`Sequence[int]`, *optional*):
             All tokens of codes, such as [`ToolWeaverTokenizer.code_token_ids`], to keep those that no tool uses out of
             free text. Defaults to the tokens in the trie.
+        expert_logits (`torch.Tensor` of shape `(num_sequences, num_tools)`, *optional*):
+            What a [`TextExpert`] says of the tools, in the order of the trie's `tool_code_ids`, for each sequence of the
+            batch or once for all. It guides which code is written, and leaves how probable it is that one is written as
+            it was: among the tokens that go on to a tool, scores become those of the product of model and expert.
+        model_weight (`float`, *optional*, defaults to 0.5):
+            The weight of the model's log-probabilities in that product.
         allowed_rows (`Sequence[Sequence[int]]`, *optional*):
             For each sequence of the batch the tools that it may name, as rows of the trie's `tool_code_ids`. One set
             alone holds for all sequences. Defaults to every tool.
@@ -64,6 +70,8 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
         code_start: str = "allowed",
         code_token_ids: Sequence[int] | None = None,
         allowed_rows: Sequence[Sequence[int]] | None = None,
+        expert_logits: torch.Tensor | None = None,
+        model_weight: float = 0.5,
     ):
         if mode not in ("retrieval", "trajectory"):
             raise ValueError(f"mode must be 'retrieval' or 'trajectory', not {mode!r}")
@@ -90,6 +98,12 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
         if mode == "retrieval" or code_start != "forbidden":
             self._bias[present.nonzero()[:, 0].cpu(), starts - low] = 0.0
 
+        self.model_weight, self._hopes = model_weight, None
+        if expert_logits is not None:
+            leaves = expert_logits.float().log_softmax(1)[:, self.trie.tools.to(expert_logits.device)]
+            roots = leaves.new_zeros((len(leaves), self.trie.num_nodes - sum(self.trie.level_sizes)))
+            self._hopes = torch.cat([roots, *self.trie.to(leaves.device).look_ahead(leaves, model_weight)], dim=1)
+
     @property
     def _keeps_text(self) -> bool:
         return self.mode == "trajectory" and self.code_start != "forced"
@@ -106,6 +120,7 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
         """
         if self._bias.device != scores.device:
             self.trie, self._bias = self.trie.to(scores.device), self._bias.to(scores.device)
+            self._hopes = None if self._hopes is None else self._hopes.to(scores.device)
         num_sets = len(self.trie.roots)
         if len(scores) % num_sets:
             raise ValueError(f"{num_sets} sets of allowed tools cannot hold for {len(scores)} rows")
@@ -121,24 +136,46 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
         else:
             roots, bias = self.trie.roots.repeat_interleave(beams), self._bias.repeat_interleave(beams, dim=0)
         step = self._retrieval if self.mode == "retrieval" else self._trajectory
-        return step(input_ids[:, self.prompt_length :], scores, roots, bias)
+        masked, nodes = step(input_ids[:, self.prompt_length :], scores, roots, bias)
+        return masked if self._hopes is None else self._guide(masked, nodes)
+
+    def _guide(self, masked: torch.Tensor, nodes: torch.LongTensor) -> torch.Tensor:
+        """Move scores among the children of each row's node, so that they follow the product of model and expert."""
+        trie, num_rows = self.trie, len(masked)
+        if num_rows % len(self._hopes):
+            raise ValueError(f"the expert's logits of {len(self._hopes)} sequences cannot hold for {num_rows} rows")
+        children, present = trie.child_nodes(nodes, max(trie.max_children))
+        tokens = torch.where(present, trie.tokens_of(children), 0)
+        scores = masked.gather(1, tokens).masked_fill(~present, -torch.inf)
+        total = scores.logsumexp(1, keepdim=True)
+        sequences = torch.arange(num_rows, device=nodes.device) // (num_rows // len(self._hopes))
+        hopes = self._hopes[sequences[:, None], children.clamp(max=trie.num_nodes - 1)]
+        guided = self.model_weight * (scores - total) + hopes
+        guided = total + guided - guided.logsumexp(1, keepdim=True)
+        guided = torch.where((scores > -torch.inf) & (guided == guided), guided, masked.gather(1, tokens))
+        # A place without a child repeats the first token's value, whatever that is.
+        first = torch.where(present[:, :1], tokens[:, :1], 0)
+        value = torch.where(present[:, :1], guided[:, :1], masked[:, :1])
+        return masked.scatter(1, torch.where(present, tokens, first), torch.where(present, guided, value))
 
     def _retrieval(self, new_ids, scores, roots, bias):
-        trie, depth = self.trie, new_ids.shape[1]
+        trie, depth, nodes = self.trie, new_ids.shape[1], torch.full_like(roots, -1)
         masked = torch.full_like(scores, float("-inf"))
         if depth >= trie.num_levels:
             masked[:, self.eos_token_id] = scores[:, self.eos_token_id]
         elif depth == 0:
             masked[:, self._slice] = scores[:, self._slice] + bias
+            nodes = roots
             masked[:, self.eos_token_id] = torch.where(roots < 0, scores[:, self.eos_token_id], float("-inf"))
         else:
-            tokens, present = trie.children(trie.walk(new_ids, roots), trie.max_children[depth])
+            nodes = trie.walk(new_ids, roots)
+            tokens, present = trie.children(nodes, trie.max_children[depth])
             # A place without a child repeats the first one. A row that left the trie, such as a spare beam of
             # probability zero, can only end.
             first = torch.where(present[:, :1], tokens[:, :1], self.eos_token_id)
             tokens = torch.where(present, tokens, first)
             masked.scatter_(1, tokens, scores.gather(1, tokens))
-        return masked
+        return masked, nodes
 
     def _trajectory(self, new_ids, scores, roots, bias):
         trie = self.trie
@@ -160,4 +197,4 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
             tokens = torch.where(present, tokens, tokens[:, :1])
             values = torch.where(inside, scores.gather(1, tokens), masked.gather(1, tokens))
             masked.scatter_(1, tokens, values)
-        return masked
+        return masked, torch.where(nodes >= 0, nodes, roots)

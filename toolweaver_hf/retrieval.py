@@ -440,7 +440,7 @@ class ToolRetriever:
         if expert_logits is not None:
             weight = self.text_expert.model_weight
             expert = expert_logits.to(device, torch.float32).log_softmax(1)
-            below = self._look_ahead(expert[:, self._row_of_leaf], weight)
+            below = trie.look_ahead(expert[:, self._row_of_leaf], weight)
             if len(self._unlearned):
                 log_share = math.log(len(self._row_of_leaf) / len(self.tool_ids))
                 abstained = expert[:, self._unlearned] - weight * math.log(len(self.tool_ids))
@@ -449,7 +449,7 @@ class ToolRetriever:
         if allowed is not None:
             leaves = torch.zeros_like(allowed, dtype=torch.float32) if below is None else expert
             leaves = leaves.masked_fill(~allowed, -torch.inf)[:, self._row_of_leaf]
-            reachable = self._look_ahead(leaves, weight) if below is not None else trie.sum_below(leaves)
+            reachable = trie.look_ahead(leaves, weight) if below is not None else trie.sum_below(leaves)
 
         nodes = torch.zeros((batch, 1), dtype=torch.long, device=device)
         scores = torch.full((batch, 1), log_share, device=device)  # of the model
@@ -500,20 +500,6 @@ class ToolRetriever:
             ranked = ranked - total
         ranked, best = ranked.topk(min(top_k, ranked.shape[1]))
         return rows.gather(1, best), ranked
-
-    def _look_ahead(self, leaves: torch.Tensor, weight: float) -> list[torch.Tensor]:
-        """Estimate for each node the log of the sum of \\(p_{LM}(tool | node)^w p_{expert}(tool)\\) over the tools below
-        it, as if the model knew of them what the expert does. It is exact on the last level.
-
-        Args:
-            leaves (`torch.Tensor` of shape `(batch, num_leaves)`): The expert's log-probabilities.
-            weight (`float`): \\(w\\).
-
-        Returns:
-            `list[torch.Tensor]`: for each level a tensor of shape `(batch, level_size)`.
-        """
-        sharp, plain = self.trie.sum_below((1 + weight) * leaves), self.trie.sum_below(leaves)
-        return [torch.where(b > -torch.inf, a - weight * b, -torch.inf) for a, b in zip(sharp, plain, strict=True)]
 
     def _logits(
         self, state: DecodingState, input_ids: torch.LongTensor, mask: torch.LongTensor | None, level: int

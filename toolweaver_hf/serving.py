@@ -29,6 +29,7 @@ PIPELINE_FILES = (
     "chat_template.py",
 )
 GENERATE_FILES = (
+    "text_expert.py",
     "logits_process.py",
     "trie.py",
     "tokenization_toolweaver.py",

@@ -202,6 +202,21 @@ class CodeTrie:
         """Return the token that leads to each node."""
         return self._tokens[nodes]
 
+    def look_ahead(self, leaf_logits: torch.Tensor, weight: float) -> list[torch.Tensor]:
+        r"""Estimate what a search may hope for below each node: the log of the sum over the tools below it of
+        \\(p_{LM}(tool | node)^w p_{expert}(tool)\\), as if the model knew of them what the expert does. It is exact on the
+        last level.
+
+        Args:
+            leaf_logits (`torch.Tensor` of shape `(batch, num_leaves)`): The expert's log-probabilities of the leaves.
+            weight (`float`): \\(w\\), the weight of the model.
+
+        Returns:
+            `list[torch.Tensor]`: for each level a tensor of shape `(batch, level_size)`.
+        """
+        sharp, plain = self.sum_below((1 + weight) * leaf_logits), self.sum_below(leaf_logits)
+        return [torch.where(b > -torch.inf, a - weight * b, -torch.inf) for a, b in zip(sharp, plain, strict=True)]
+
     def sum_below(self, leaf_logits: torch.Tensor) -> list[torch.Tensor]:
         """Add up over each node what its leaves have: a log-sum-exp over the tools below it.
 

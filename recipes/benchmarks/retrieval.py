@@ -27,6 +27,7 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import set_seed
 from trl import ModelConfig, TrlParser
 
+from toolweaver_hf.alignment.guidance import fit_guidance
 from toolweaver_hf.alignment.trainer import AlignmentTrainingArguments
 from toolweaver_hf.cli import run_command
 from toolweaver_hf.codes.assignment import check_capacity
@@ -47,7 +48,6 @@ from toolweaver_hf.evaluation.baselines import (
 from toolweaver_hf.evaluation.rankings import check_ground_truth
 from toolweaver_hf.evaluation.runs import save_run, tables
 from toolweaver_hf.files import write_text
-from toolweaver_hf.loading import load_aligned_model
 from toolweaver_hf.modeling_rqvae import RQVAEModel
 from toolweaver_hf.recipes import sft, tokenize_tools
 from toolweaver_hf.retrieval import RetrievedTool, ToolRetriever
@@ -65,10 +65,12 @@ NAMES = {
     "bm25": "BM25",
     "dense": "dense, zero-shot",
     "dense_tuned": "dense, fine-tuned",
+    "search": "BM25 + dense",
+    "memory": "BM25 + dense + known queries",
 }
 LEARNED_CODES = ("toolweaver", "no_collaboration", "random_embeddings")
 OTHER_CODES = ("toolgen", "numeric", "random_codes")
-SUPPORT_NEW_TOOLS = ("toolweaver", "no_collaboration", "bm25", "dense", "dense_tuned")
+SUPPORT_NEW_TOOLS = ("toolweaver", "no_collaboration", "bm25", "dense", "dense_tuned", "search", "memory")
 TOP_K = 10
 
 
@@ -101,6 +103,9 @@ class BenchmarkArguments:
             Training steps of the fine-tuned encoder, in place of epochs.
         held_out_tools (`float`, *optional*, defaults to 0):
             Share of the tools that are added after the training.
+        guidance_queries (`int`, *optional*, defaults to 100):
+            Training queries that are held out of training, to fit the weights of guided decoding on; the same for every
+            method that has any.
         document_epochs (`float`, *optional*, defaults to 10):
             Passes over the documents of these tools; half of them where known queries are mixed in.
     """
@@ -126,6 +131,9 @@ class BenchmarkArguments:
     encoder_learning_rate: float = field(default=2e-5, metadata={"help": "Of the fine-tuned encoder."})
     encoder_max_steps: int = field(default=-1, metadata={"help": "Steps of the fine-tuned encoder."})
     held_out_tools: float = field(default=0.0, metadata={"help": "Share of the tools that are added later."})
+    guidance_queries: int = field(
+        default=100, metadata={"help": "Training queries held out to fit the weights of guided decoding on."}
+    )
     document_epochs: float = field(default=10, metadata={"help": "Passes over the documents of these tools."})
 
     def __post_init__(self):
@@ -187,10 +195,14 @@ class Benchmark:
         self.everything = ToolCatalog([*self.catalog, *(self.new or ())])
         self.codebook_sizes = args.codebook_sizes or tokenize_tools.default_codebook_sizes(len(self.everything))
         check_capacity(len(self.everything), self.codebook_sizes)
+        shuffled = random.Random(self.seed).sample(self.train, len(self.train))
+        num_held_out = min(args.guidance_queries, len(shuffled) // 5)
+        self.validation, self.train = shuffled[:num_held_out], shuffled[num_held_out:]
 
         self.folder.mkdir(parents=True, exist_ok=True)
         self.catalog.save_pretrained(self.folder)
         write_queries(self.folder / "queries.train.jsonl", self.train)
+        write_queries(self.folder / "queries.validation.jsonl", self.validation)
         self.base = model_args.model_name_or_path
         if self.base is None:
             set_seed(self.seed)
@@ -198,7 +210,7 @@ class Benchmark:
             build_small_llama(self.catalog.documents + [query.text for query in self.train], Path(self.base))
 
     def rankings(self, method: str) -> dict[str, list[list[RetrievedTool]]]:
-        """Train a method and rank all tools for the test queries; a model that takes in new tools has three rankings."""
+        """Train a method and rank all tools for the test queries; a model is ranked guided and by its codes alone."""
         name, texts = NAMES[method], [query.text for query in self.test]
         if method == "bm25":
             return {name: BM25Retriever(self.everything)(texts, top_k=TOP_K)}
@@ -206,30 +218,42 @@ class Benchmark:
             return {name: DenseRetriever(self.everything, self.encoder)(texts, top_k=TOP_K)}
         if method == "dense_tuned":
             return {name: DenseRetriever(self.everything, self.tune_encoder())(texts, top_k=TOP_K)}
+        if method in ("search", "memory"):
+            retriever = ToolRetriever.from_catalog(self.catalog, self.encoder, cache_dir=self.folder)
+            if method == "memory":
+                retriever.text_expert.remember(*zip(*((q.text, q.tools) for q in self.train), strict=True))
+            if self.validation:
+                fit_guidance(retriever, self.validation)
+            retriever.add(self.new or ())
+            return {name: retriever(texts, top_k=TOP_K)}
 
         codes_dir, model_dir = self.folder / method / "codes", self.folder / method / "model"
         self.make_codes(method, codes_dir)
         queries = self.folder / "queries.train.jsonl"
         self.align(self.base, codes_dir, queries, self.args.stages, self.training_args, model_dir)
+        guided = ToolRetriever.from_pretrained(model_dir)
+        guided.add(self.new or ())
+        rankings = {name: guided(texts, top_k=TOP_K)}
+        alone = f"{name}, codes alone"
         if self.new is None:
-            return {name: ToolRetriever.from_pretrained(model_dir)(texts, top_k=TOP_K)}
+            return rankings | {alone: ToolRetriever(guided.model, guided.tokenizer)(texts, top_k=TOP_K)}
 
         # New tools: codes of tokens that the model knows; then their documents, alone and with queries of known tools
         codes = self.add_tools(codes_dir)
         tokenizer = ToolWeaverTokenizer.from_pretrained(model_dir, tool_codes=codes.to_dict())
-        rankings = {name: ToolRetriever(load_aligned_model(model_dir), tokenizer)(texts, top_k=TOP_K)}
+        rankings[alone] = ToolRetriever(guided.model, tokenizer)(texts, top_k=TOP_K)
         documents = [Query(f"document of {tool.id}", tool.document, (tool.id,)) for tool in self.new]
         replayed = random.Random(self.seed).sample(self.train, min(len(documents), len(self.train)))
         learned = {
-            "documents": (f"{name}, documents learned", documents, self.args.document_epochs),
-            "replay": (f"{name}, documents and known queries", documents + replayed, self.args.document_epochs / 2),
+            "documents": (f"{alone}, documents learned", documents, self.args.document_epochs),
+            "replay": (f"{alone}, documents and known queries", documents + replayed, self.args.document_epochs / 2),
         }
         for folder, (title, rows, num_epochs) in learned.items():
             queries, learned_dir = self.folder / method / f"{folder}.jsonl", self.folder / method / folder
             write_queries(queries, rows)
             budget = replace(self.training_args, num_train_epochs=num_epochs, max_steps=-1)
             self.align(str(model_dir), codes_dir, queries, ["retrieval"], budget, learned_dir)
-            rankings[title] = ToolRetriever.from_pretrained(learned_dir)(texts, top_k=TOP_K)
+            rankings[title] = ToolRetriever.from_pretrained(learned_dir, guided=False)(texts, top_k=TOP_K)
         return rankings
 
     def make_codes(self, method: str, codes_dir: Path) -> None:
@@ -297,6 +321,8 @@ class Benchmark:
                 queries=str(queries),
                 embedding_init="codebook" if learned else "mean_description",
                 augmentations=self.args.augmentations,
+                text_encoder=self.encoder,
+                eval_queries=str(self.folder / "queries.validation.jsonl") if self.validation else None,
             ),
             training_args,
             replace(self.model_args, model_name_or_path=base),
