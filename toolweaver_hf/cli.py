@@ -109,6 +109,29 @@ def _inspect(argv: list[str]) -> None:
     print_report(args.folder, args.catalog)
 
 
+def _gateway(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description="Serve the tools of many MCP servers as two, find_tools and call_tool, on standard input and output."
+    )
+    parser.add_argument("config", help="the servers: an mcp.json as Claude Desktop, Cursor and VS Code have it")
+    parser.add_argument("--model", help="an aligned model that finds the tools (default: search by words and meaning)")
+    parser.add_argument("--encoder", help="sentence-transformers model of the search (default: a small one)")
+    parser.add_argument("--port", type=int, help="serve by streamable HTTP at this port instead")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    parser.add_argument("--allow", nargs="+", default=["*"], metavar="TOOL", help="only these tools, such as 'git.*'")
+    parser.add_argument("--direct", nargs="+", default=[], metavar="TOOL", help="tools to list as they are, too")
+    parser.add_argument("--time-limit", type=float, default=60.0, help="seconds for a call (default: 60)")
+    parser.add_argument("--pin", action="store_true", help="hold back tools that changed since they were approved")
+    parser.add_argument("--approve", action="store_true", help="approve all tools as they are now, and end")
+    parser.add_argument("--log", metavar="FOLDER", help="write queries, calls and outcomes there as trajectories")
+    parser.add_argument("--redact", action="store_true", help="leave arguments and outcomes out of the log")
+    parser.add_argument("--cache-dir", help="folder for approvals and embeddings (default: ~/.cache/toolweaver)")
+    args = parser.parse_args(argv)
+    from .agent.run_gateway import run_gateway
+
+    run_gateway(**vars(args))
+
+
 def _serve_tools(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description="Serve recorded and simulated answers of tools over MCP.",
@@ -166,6 +189,7 @@ COMMANDS = {
     "fit-guidance": ("toolweaver_hf.recipes.fit_guidance", "fit the weights of guided decoding on held-out queries"),
     "evaluate": (_recipe("evaluate"), "measure retrieval next to BM25 and a dense encoder"),
     "evaluate-agent": (_recipe("evaluate_agent"), "measure what an agent does, with a judge or without"),
+    "gateway": (_gateway, "serve the tools of many MCP servers as two that find and call them"),
     "serve-tools": (_serve_tools, "serve recorded and simulated answers of tools over MCP"),
     "compare": (_compare, "put the evaluations of several models in one table"),
     "push": (_push, "push what a step has made to the Hugging Face Hub, with its card"),

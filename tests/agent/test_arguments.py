@@ -14,7 +14,7 @@ from toolweaver_hf import (
     ToolCodes,
     ToolWeaverTokenizer,
 )
-from toolweaver_hf.agent.arguments import find_error
+from toolweaver_hf.agent.schema import find_error
 from toolweaver_hf.data.grammar import close_schema, expressible_grammar
 from toolweaver_hf.demo import DEMO_FOLDER
 

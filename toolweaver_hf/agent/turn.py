@@ -12,8 +12,8 @@ from tokenizers.decoders import DecodeStream
 from ..cache import DecodingState
 from ..data.trajectories import render_calls
 from ..logits_process import ToolCodeLogitsProcessor
-from .arguments import find_error
 from .run import AgentRun, as_json
+from .schema import find_error
 
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from ..agent.arguments import find_error
+from ..agent.schema import find_error
 from ..data.catalog import Tool, ToolCatalog
 from ..data.trajectories import find_results, load_trajectories
 from ..files import read_rows, truncate_partial_line

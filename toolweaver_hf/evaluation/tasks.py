@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..agent.arguments import find_error
 from ..agent.run import AgentRun
+from ..agent.schema import find_error
 from ..data.catalog import ToolCatalog
 from ..data.queries import load_queries
 from ..data.trajectories import load_trajectories

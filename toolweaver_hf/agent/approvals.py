@@ -1,0 +1,80 @@
+"""`Approvals`: what each tool was when it was approved, so that a later change is seen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..files import read_json, write_json
+
+
+if TYPE_CHECKING:
+    from mcp import types
+
+
+logger = logging.getLogger(__name__)
+
+APPROVALS_VERSION = 1
+
+
+class Approvals:
+    """The checksums of approved tools, in a file.
+
+    A tool that is seen for the first time is approved. One whose description, schema or annotations are others than
+    approved is reported, since a model would follow the new text as it did the old, and, with `pin`, held back until
+    it is approved anew.
+
+    Args:
+        path (`str`):
+            The file.
+        pin (`bool`, *optional*, defaults to `False`):
+            Whether tools that have changed are held back.
+        approve (`bool`, *optional*, defaults to `False`):
+            Whether to approve every tool as it is now.
+
+    Raises:
+        `ValueError`: naming the file, if it is not one of approvals.
+    """
+
+    def __init__(self, path: str | os.PathLike, pin: bool = False, approve: bool = False):
+        self.path, self.pin, self.approve = Path(path), pin, approve
+        self._reported: dict[str, str] = {}
+        self._approved: dict[str, str] = {}
+        if self.path.exists():
+            tools = read_json(self.path, APPROVALS_VERSION).get("tools")
+            if not isinstance(tools, dict) or not all(isinstance(checksum, str) for checksum in tools.values()):
+                raise ValueError(f"{path} must hold the checksums of approved tools under 'tools'")
+            self._approved = tools
+
+    def check(self, tools: Mapping[str, types.Tool]) -> set[str]:
+        """Compare tools with what was approved, and approve those that are new.
+
+        Args:
+            tools (`Mapping[str, mcp.types.Tool]`): The tools by id.
+
+        Returns:
+            `set[str]`: The ids of the tools to hold back.
+        """
+        now = {tool_id: _checksum(tool) for tool_id, tool in tools.items()}
+        changed = {tool_id for tool_id, checksum in now.items() if self._approved.get(tool_id, checksum) != checksum}
+        for tool_id in sorted(changed):
+            if self._reported.get(tool_id) != now[tool_id]:
+                self._reported[tool_id] = now[tool_id]
+                outcome = "approved" if self.approve else "held back" if self.pin else "served all the same"
+                logger.warning("the tool %s has changed since it was approved: it is %s", tool_id, outcome)
+        new = {tool_id: now[tool_id] for tool_id in now if tool_id not in self._approved or self.approve}
+        if any(self._approved.get(tool_id) != checksum for tool_id, checksum in new.items()):
+            self._approved |= new
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, {"tools": self._approved}, APPROVALS_VERSION)
+        return changed if self.pin and not self.approve else set()
+
+
+def _checksum(tool: types.Tool) -> str:
+    text = json.dumps(tool.model_dump(mode="json", by_alias=True, exclude_none=True), sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()

@@ -1,0 +1,338 @@
+"""`Gateway`: the tools of many MCP servers, found and called by name."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import anyio
+from anyio import to_thread
+
+from ..data.catalog import Tool, ToolCatalog
+from .mcp_config import ClientConfig, Redactor, ServerConfig, redactor_of
+from .schema import find_error
+from .upstream import Ask, Upstream, UpstreamError
+
+
+if TYPE_CHECKING:
+    from mcp import types
+
+    from ..retrieval import ToolRetriever
+    from .approvals import Approvals
+
+
+logger = logging.getLogger(__name__)
+
+STARTS_AT_ONCE = 16
+FIRST_ANSWER_SECONDS = 3.0  # that a first query waits for servers that are still starting
+RESERVED_NAMES = ("find_tools", "call_tool")
+
+
+class Gateway:
+    """Stands before many MCP servers: `find_tools` searches their tools and `call_tool` calls one.
+
+    Servers are started at once, watched and started again. While one is down, its tools are not found, and calls to
+    them fail with a clear error; the others are not affected.
+
+    Needs the `mcp` package: `pip install "toolweaver-hf[mcp]"`.
+
+    Args:
+        servers (`Sequence[ServerConfig]`):
+            The servers, as [`read_mcp_config`] reads them.
+        make_retriever (`Callable`):
+            Makes the search over a [`ToolCatalog`], such as `ToolRetriever.from_catalog`. It is called in a thread.
+        redact ([`Redactor`], *optional*):
+            What takes the secrets out of all that is shown. Defaults to one of the secrets of `servers`.
+        allow (`Sequence[str]`, *optional*, defaults to `("*",)`):
+            Patterns of the ids (`server.tool`) of tools that may be found and called at all.
+        direct (`Sequence[str]`, *optional*):
+            Patterns of the ids of tools that are listed as they are, beside the two.
+        time_limit (`float`, *optional*, defaults to 60.0):
+            Seconds that a server may take for a call.
+        approvals ([`Approvals`], *optional*):
+            What each tool was when it was approved. One that has changed is reported, or held back.
+        on_index (`Callable`, *optional*):
+            Called in a thread with the tools that can be found, whenever they have changed.
+
+    Attributes:
+        upstreams (`dict[str, Upstream]`): The servers by name.
+        on_direct_change (`Callable`): Awaited when other tools are listed as they are.
+
+    Example:
+
+    ```python
+    >>> servers, clients = read_mcp_config("mcp.json")
+    >>> async with Gateway(servers, ToolRetriever.from_catalog).running() as gateway:
+    ...     found = await gateway.find_tools("What time is it in Tokyo?")
+    ```
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[ServerConfig],
+        make_retriever: Callable[[ToolCatalog], ToolRetriever],
+        redact: Redactor | None = None,
+        allow: Sequence[str] = ("*",),
+        direct: Sequence[str] = (),
+        time_limit: float = 60.0,
+        approvals: Approvals | None = None,
+        on_index: Callable[[Sequence[Tool]], None] | None = None,
+    ):
+        self.redact = redact or redactor_of(servers)
+        starts = anyio.CapacityLimiter(STARTS_AT_ONCE)
+        self.upstreams = {
+            config.name: Upstream(config, self.redact, self._on_change, time_limit, starts) for config in servers
+        }
+        self._make_retriever = make_retriever
+        self._allow, self._direct = tuple(allow), tuple(direct)
+        self._approvals, self._on_index = approvals, on_index
+        self.on_direct_change: Callable[[], Awaitable[None]] | None = None
+        self._changed = anyio.Event()
+        self._indexed = anyio.Event()  # all servers have started or failed to, and what they list can be found
+        self._retriever: ToolRetriever | None = None
+        self._search = anyio.Lock()  # one search or change of the index at a time
+        self._documents: dict[str, Tool] = {}  # what can be found, by id
+        self._names = Names({})
+        self._available: frozenset[str] = frozenset()
+        self._held_back: frozenset[str] = frozenset()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Gateway]:
+        """Run the servers behind the gateway for as long as the context is open."""
+        async with anyio.create_task_group() as tasks:
+            for upstream in self.upstreams.values():
+                tasks.start_soon(upstream.run)
+            tasks.start_soon(self._keep_index)
+            try:
+                yield self
+            finally:
+                tasks.cancel_scope.cancel()
+
+    async def ready(self) -> None:
+        """Wait until each server has started or failed to, and what they list can be found."""
+        await self._indexed.wait()
+
+    # What can be found and called
+
+    def _on_change(self) -> None:
+        self._changed.set()
+
+    async def _keep_index(self) -> None:
+        """Take over what the servers list now, again and again; many changes at once are one."""
+        while True:
+            await self._changed.wait()
+            self._changed = anyio.Event()
+            settled = all(upstream.state != "starting" for upstream in self.upstreams.values())
+            try:
+                await self._index()
+            except Exception as error:  # the search as it was is better than none
+                logger.error("the tools could not be indexed: %s", self.redact(f"{type(error).__name__}: {error}"))
+            if settled:
+                self._indexed.set()
+            await anyio.sleep(0.05)
+
+    async def _index(self) -> None:
+        listed = {
+            f"{upstream.name}.{name}": tool
+            for upstream in self.upstreams.values()
+            for name, tool in upstream.tools.items()
+        }
+        held_back: set[str] = set()
+        if self._approvals is not None:
+            held_back = await to_thread.run_sync(self._approvals.check, listed)
+        documents = {}
+        for tool_id, tool in listed.items():
+            if tool_id not in held_back and (document := self._describe(tool_id, tool)) is not None:
+                documents[tool_id] = document
+        gone = [tool_id for tool_id in self._documents if documents.get(tool_id) != self._documents[tool_id]]
+        new = [tool for tool_id, tool in documents.items() if self._documents.get(tool_id) != tool]
+        if gone or new:
+            async with self._search:
+                await to_thread.run_sync(self._change_search, documents, gone, new)
+            self._documents = documents
+            if self._on_index is not None:
+                await to_thread.run_sync(self._on_index, list(documents.values()))
+        before = self.direct_tools()
+        self._names = Names(documents)
+        self._held_back = frozenset(held_back)
+        self._available = frozenset(
+            tool_id for tool_id in documents if self.upstreams[tool_id.split(".", 1)[0]].state == "up"
+        )
+        if self.on_direct_change is not None and self.direct_tools() != before:
+            await self.on_direct_change()
+
+    def _describe(self, tool_id: str, tool: types.Tool) -> Tool | None:
+        """The tool as the search has it, with the server's name as its category and no secret in it."""
+        server, name = tool_id.split(".", 1)
+        row = self.redact(tool.model_dump(mode="json", by_alias=True, exclude_none=True))
+        annotated = (row.get("annotations") or {}).get("title")
+        row = {"description": row.get("description") or row.get("title") or annotated or name} | row
+        row = {key: value for key, value in row.items() if value != ""} | {"id": tool_id, "category": server}
+        row["inputSchema"] = {"type": "object"} | row.get("inputSchema", {})
+        try:
+            return Tool.from_dict(row)
+        except ValueError as error:
+            logger.warning("a tool of %s is left out: %s", server, self.redact(str(error)))
+            return None
+
+    def _change_search(self, documents: Mapping[str, Tool], gone: Sequence[str], new: Sequence[Tool]) -> None:
+        if not documents:
+            self._retriever = None
+        elif self._retriever is None or len(gone) == len(self._documents):
+            self._retriever = self._make_retriever(ToolCatalog(documents.values()))
+        else:
+            if gone:
+                self._retriever.remove(*gone)
+            if new:
+                self._retriever.add(new)
+
+    def _may(self, tool_id: str, client: ClientConfig | None) -> bool:
+        patterns = [self._allow] if client is None else [self._allow, client.allow]
+        return all(any(fnmatchcase(tool_id, pattern) for pattern in several) for several in patterns)
+
+    def may_use_server(self, server: str, client: ClientConfig | None = None) -> bool:
+        """Whether a client may use any tool of a server, and with it what else the server has."""
+        patterns = [self._allow] if client is None else [self._allow, client.allow]
+        return all(any(fnmatchcase(server, pattern.split(".", 1)[0]) for pattern in several) for several in patterns)
+
+    def id_of(self, name: str) -> str:
+        """Return the id of the tool that a name means, or the name itself."""
+        ids = self._names.resolve(name)
+        return ids[0] if len(ids) == 1 else name
+
+    def direct_tools(self, client: ClientConfig | None = None) -> dict[str, dict[str, Any]]:
+        """Return the tools that a client sees as they are: for each name what its server lists under it."""
+        tools = {}
+        for tool_id in sorted(self._available):
+            if any(fnmatchcase(tool_id, pattern) for pattern in self._direct) and self._may(tool_id, client):
+                name = re.sub(r"[^A-Za-z0-9_.-]", "_", self._names.of(tool_id))[:128]
+                server, tool_name = tool_id.split(".", 1)
+                listed = self.upstreams[server].tools[tool_name]
+                row = listed.model_dump(mode="json", by_alias=True, exclude_none=True)
+                tools.setdefault(name, self.redact(row) | {"name": name, "id": tool_id})
+        return tools
+
+    # The two tools
+
+    async def find_tools(self, query: str, k: int = 5, client: ClientConfig | None = None) -> dict[str, Any]:
+        """Search the tools of all servers that are up.
+
+        Args:
+            query (`str`): What is to be done.
+            k (`int`, *optional*, defaults to 5): How many tools to return at most.
+            client ([`ClientConfig`], *optional*): Who asks.
+
+        Returns:
+            `dict`: the `tools`, best first, each with its `name`, `description`, `inputSchema` and `probability`, and
+            the servers that are `unavailable`, if any.
+        """
+        with anyio.move_on_after(FIRST_ANSWER_SECONDS):
+            await self._indexed.wait()
+        allowed = self._available
+        if client is not None or "*" not in self._allow:
+            allowed = frozenset(tool_id for tool_id in allowed if self._may(tool_id, client))
+        found = []
+        if allowed and query.strip():
+            async with self._search:
+                found = await to_thread.run_sync(self._retrieve, query, k, allowed)
+        tools = []
+        for tool_id, score in found:
+            tool = self._documents.get(tool_id)
+            if tool is not None:
+                tools.append(
+                    {
+                        "name": self._names.of(tool_id),
+                        "description": tool.description,
+                        "inputSchema": tool.parameters,
+                        "probability": round(math.exp(min(score, 0.0)), 4),
+                    }
+                )
+        unavailable = [upstream.name for upstream in self.upstreams.values() if upstream.state != "up"]
+        return {"tools": tools} | ({"unavailable": unavailable} if unavailable else {})
+
+    def _retrieve(self, query: str, k: int, allowed: frozenset[str]) -> list[tuple[str, float]]:
+        retriever = self._retriever
+        if retriever is None:
+            return []
+        limit = None if len(allowed) == len(self._documents) else [i for i in self._documents if i in allowed]
+        return retriever([query], top_k=k, allowed_tools=limit)[0]
+
+    async def call_tool(
+        self,
+        name: str,
+        arguments: dict[str, Any],
+        client: ClientConfig | None = None,
+        meta: dict[str, Any] | None = None,
+        on_progress: Callable[..., Any] | None = None,
+        ask: Ask | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Call a tool and return the result of its server as it is.
+
+        Args:
+            name (`str`): The tool's name or id.
+            arguments (`dict`): Its arguments, checked against its schema before the server gets them.
+            client ([`ClientConfig`], *optional*): Who calls.
+            meta (`dict`, *optional*): The `_meta` of the request.
+            on_progress (`Callable`, *optional*): Gets the server's reports of progress.
+            ask ([`Ask`], *optional*): How the client is asked what the server wants to know.
+            extra (`dict`, *optional*): Further fields of the request, such as the answers to a server's questions.
+
+        Raises:
+            `mcp.MCPError`: The error that the server answered.
+            `UpstreamError`: There is no such tool, the arguments are wrong, or the server gave no answer.
+        """
+        from mcp import types
+
+        tool_id = self._resolve(name, client)
+        server, tool_name = tool_id.split(".", 1)
+        problem = find_error(arguments, self._documents[tool_id].parameters)
+        if problem is not None:
+            raise UpstreamError(f"the arguments of {name!r} break its inputSchema: {problem}")
+        params = types.CallToolRequestParams(name=tool_name, arguments=arguments, _meta=meta or None, **(extra or {}))
+        result = await self.upstreams[server].request(types.CallToolRequest(params=params), on_progress, ask)
+        return self.redact(result) if result.get("isError") else result
+
+    def _resolve(self, name: str, client: ClientConfig | None) -> str:
+        """The id of a tool that a client names."""
+        candidates = self._names.resolve(name)
+        if len(candidates) > 1:
+            raise UpstreamError(f"several servers have a tool {name!r}: call one of {', '.join(candidates)}")
+        tool_id = candidates[0] if candidates else name
+        if tool_id in self._held_back:
+            raise UpstreamError(f"the tool {name!r} is held back: it has changed since it was approved")
+        if tool_id not in self._documents or not self._may(tool_id, client):
+            raise UpstreamError(f"there is no tool {name!r}: find_tools tells which there are")
+        upstream = self.upstreams[tool_id.split(".", 1)[0]]
+        if upstream.state == "down":
+            raise UpstreamError(f"the server {upstream.name!r} is down and being started again: {upstream.reason}")
+        return tool_id
+
+
+class Names:
+    """What tools are called: by their own name where it is theirs alone, else by their id, `server.tool`.
+
+    Args:
+        tool_ids (`Iterable[str]`): The ids of all tools.
+    """
+
+    def __init__(self, tool_ids: Iterable[str]):
+        self._ids = frozenset(tool_ids)
+        self._ids_of: dict[str, list[str]] = {}
+        for tool_id in sorted(self._ids):
+            self._ids_of.setdefault(tool_id.split(".", 1)[1], []).append(tool_id)
+
+    def of(self, tool_id: str) -> str:
+        """Return what a tool is called."""
+        name = tool_id.split(".", 1)[1]
+        unique = len(self._ids_of.get(name, ())) == 1 and name not in self._ids and name not in RESERVED_NAMES
+        return name if unique else tool_id
+
+    def resolve(self, name: str) -> list[str]:
+        """Return the ids of the tools that a name may mean: an id means itself."""
+        return [name] if name in self._ids else self._ids_of.get(name, [])

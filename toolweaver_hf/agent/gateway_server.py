@@ -1,0 +1,440 @@
+"""`GatewayServer`: a gateway as the MCP server that clients talk to."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import uuid
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from .gateway import Gateway, Names
+from .mcp_config import ClientConfig
+from .schema import find_error
+from .upstream import Ask, Upstream, UpstreamError
+
+
+if TYPE_CHECKING:
+    from mcp import types
+    from mcp.server.context import ServerRequestContext
+    from mcp.server.lowlevel import Server
+
+    from ..data.usage_log import UsageLog
+
+
+logger = logging.getLogger(__name__)
+
+MAX_SESSIONS = 1024
+MAX_PAGES = 100
+MAX_RESULTS = 50
+
+INSTRUCTIONS = (
+    "The tools of several servers stand behind this one. Search them with find_tools, then call one by its name with "
+    "call_tool and arguments that obey its inputSchema."
+)
+FIND_TOOLS_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "query": {"type": "string", "minLength": 1, "description": "What is to be done, in plain words."},
+        "k": {"type": "integer", "minimum": 1, "maximum": MAX_RESULTS, "default": 5, "description": "How many tools."},
+    },
+    "required": ["query"],
+}
+CALL_TOOL_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "description": "The tool's name, as find_tools gives it."},
+        "arguments": {"type": "object", "description": "Its arguments, which obey its inputSchema."},
+    },
+    "required": ["name"],
+}
+
+
+@dataclass
+class Session:
+    """What is remembered of one client's session."""
+
+    key: str
+    id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    num_queries: int = 0
+    query: str | None = None
+    notify: Callable[[], Awaitable[None]] | None = None
+
+
+class GatewayServer:
+    """Answers the requests of MCP clients with what a [`Gateway`] finds and calls.
+
+    Resources, resource templates, prompts and completions of the servers are passed through, as are progress,
+    cancellation, and, to clients that can be asked, sampling and elicitation.
+
+    Args:
+        gateway ([`Gateway`]):
+            The gateway.
+        clients (`Mapping[str, ClientConfig]`, *optional*):
+            The clients that may connect by HTTP, by name. Without any, every client may.
+        usage_log ([`UsageLog`], *optional*):
+            Where queries, calls and their outcomes are written.
+
+    Attributes:
+        server (`mcp.server.lowlevel.Server`): The server, to be run while the gateway runs.
+
+    Example:
+
+    ```python
+    >>> async with Gateway(servers, ToolRetriever.from_catalog).running() as gateway:
+    ...     async with Client(GatewayServer(gateway).server) as client:
+    ...         found = await client.call_tool("find_tools", {"query": "What time is it in Tokyo?"})
+    ```
+    """
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        clients: Mapping[str, ClientConfig] | None = None,
+        usage_log: UsageLog | None = None,
+    ):
+        from mcp.server.lowlevel import NotificationOptions, Server
+        from mcp.server.subscriptions import InMemorySubscriptionBus, ListenHandler
+
+        from .. import __version__
+
+        self.gateway = gateway
+        self.usage_log = usage_log
+        self._clients = {_digest(client.token): client for client in (clients or {}).values() if client.token}
+        self._sessions: OrderedDict[str, Session] = OrderedDict()
+        self._resource_owners: dict[str, Upstream] = {}
+        self._prompt_names = Names(())
+        self._bus = InMemorySubscriptionBus()
+        self.server: Server = Server(
+            "toolweaver-gateway",
+            version=__version__,
+            instructions=INSTRUCTIONS,
+            on_list_tools=_answer(self._list_tools),
+            on_call_tool=_answer(self._call_tool),
+            on_list_resources=_answer(self._list_resources),
+            on_list_resource_templates=_answer(self._list_resource_templates),
+            on_read_resource=_answer(self._read_resource),
+            on_list_prompts=_answer(self._list_prompts),
+            on_get_prompt=_answer(self._get_prompt),
+            on_completion=_answer(self._complete),
+            on_subscriptions_listen=ListenHandler(self._bus),
+        )
+        self.options = self.server.create_initialization_options(NotificationOptions(tools_changed=True))
+        gateway.on_direct_change = self._tell_clients
+
+    # Who asks
+
+    def client_of(self, authorization: str | None) -> ClientConfig | None:
+        """Return the client that shows a token, as the header `Authorization` has it."""
+        scheme, _, token = (authorization or "").partition(" ")
+        return self._clients.get(_digest(token.strip())) if scheme.lower() == "bearer" else None
+
+    @property
+    def needs_token(self) -> bool:
+        """`bool`: Whether a client that connects by HTTP must show a token."""
+        return bool(self._clients)
+
+    def _client(self, context: ServerRequestContext) -> ClientConfig | None:
+        return None if context.request is None else self.client_of(context.request.headers.get("authorization"))
+
+    def _session(self, context: ServerRequestContext) -> Session:
+        key = "stdio"
+        if context.request is not None:
+            headers, address = context.request.headers, context.request.client
+            key = headers.get("mcp-session-id") or "/".join(
+                [address.host if address else "", headers.get("user-agent", ""), _digest(headers.get("authorization"))]
+            )
+        session = self._sessions.setdefault(key, Session(key))
+        self._sessions.move_to_end(key)
+        session.notify = context.session.send_tool_list_changed
+        while len(self._sessions) > MAX_SESSIONS:
+            self._sessions.popitem(last=False)
+        return session
+
+    async def _tell_clients(self) -> None:
+        from mcp.server.subscriptions import ToolsListChanged
+
+        await self._bus.publish(ToolsListChanged())
+        for session in list(self._sessions.values()):
+            with anyio.move_on_after(1), contextlib.suppress(Exception):  # a client that is gone or does not listen
+                await session.notify()
+
+    # Tools
+
+    async def _list_tools(self, context: ServerRequestContext, params: Any) -> dict[str, Any]:
+        self._session(context)
+        names = sorted(self.gateway.upstreams)
+        shown = ", ".join(names[:40]) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
+        tools = [
+            {
+                "name": "find_tools",
+                "description": f"Find the tools that fit a task, best first. They come from these servers: {shown}.",
+                "inputSchema": FIND_TOOLS_SCHEMA,
+                "annotations": {"readOnlyHint": True},
+            },
+            {
+                "name": "call_tool",
+                "description": "Call a tool that find_tools has found.",
+                "inputSchema": CALL_TOOL_SCHEMA,
+            },
+        ]
+        direct = self.gateway.direct_tools(self._client(context)).values()
+        return {"tools": tools + [{key: value for key, value in tool.items() if key != "id"} for tool in direct]}
+
+    async def _call_tool(self, context: ServerRequestContext, params: types.CallToolRequestParams) -> Any:
+        from mcp import MCPError
+        from mcp.types import INVALID_PARAMS
+
+        arguments = params.arguments or {}
+        client = self._client(context)
+        if params.name == "find_tools":
+            problem = find_error(arguments, FIND_TOOLS_SCHEMA)
+            return _error(problem) if problem else await self._find_tools(context, arguments, client)
+        if params.name == "call_tool":
+            problem = find_error(arguments, CALL_TOOL_SCHEMA)
+            if problem:
+                return _error(problem)
+            name, arguments = arguments["name"], arguments.get("arguments", {})
+        else:
+            direct = self.gateway.direct_tools(client).get(params.name)
+            if direct is None:
+                raise MCPError(INVALID_PARAMS, f"Unknown tool: {params.name}")
+            name = direct["id"]
+        return await self._pass_call(context, params, name, arguments, client)
+
+    async def _find_tools(
+        self, context: ServerRequestContext, arguments: dict[str, Any], client: ClientConfig | None
+    ) -> dict[str, Any]:
+        session = self._session(context)
+        found = await self.gateway.find_tools(arguments["query"], arguments.get("k", 5), client)
+        session.num_queries += 1
+        session.query = arguments["query"]
+        if self.usage_log is not None:
+            ids = [self.gateway.id_of(tool["name"]) for tool in found["tools"]]
+            self.usage_log.add_query(session.id, session.num_queries, session.query, ids)
+        return {"content": [_text(json.dumps(found, ensure_ascii=False))], "structuredContent": found}
+
+    async def _pass_call(
+        self,
+        context: ServerRequestContext,
+        params: types.CallToolRequestParams,
+        name: str,
+        arguments: dict[str, Any],
+        client: ClientConfig | None,
+    ) -> dict[str, Any]:
+        from mcp import MCPError
+
+        session = self._session(context)
+        outcome = "cancelled"
+        result: dict[str, Any] | None = None
+        try:
+            result = await self.gateway.call_tool(
+                name,
+                arguments,
+                client,
+                meta=_passed_meta(context.meta),
+                on_progress=context.session.report_progress,
+                ask=_ask(context, session),
+                extra={"input_responses": params.input_responses, "request_state": params.request_state},
+            )
+            outcome = "error" if result.get("isError") else "ok"
+        except MCPError as error:
+            outcome, result = "error", _error(error.message)
+            raise
+        except UpstreamError as error:
+            outcome, result = "no answer", _error(str(error))
+        finally:
+            if self.usage_log is not None:
+                self.usage_log.add_call(
+                    session.id,
+                    session.num_queries,
+                    session.query,
+                    self.gateway.id_of(name),
+                    arguments,
+                    result,
+                    outcome,
+                )
+        return result
+
+    # What else servers have
+
+    def _servers(self, context: ServerRequestContext, capability: str) -> list[Upstream]:
+        """The servers that are up, have a capability and are not wholly forbidden to the client."""
+        return [
+            upstream
+            for upstream in self.gateway.upstreams.values()
+            if getattr(upstream.capabilities, capability, None) is not None
+            and self.gateway.may_use_server(upstream.name, self._client(context))
+        ]
+
+    async def _list(
+        self, context: ServerRequestContext, capability: str, make_request: Callable[[Any], Any], key: str
+    ) -> list[tuple[Upstream, dict[str, Any]]]:
+        """All items of a kind with their servers; one that cannot list its own is left out."""
+        from mcp import MCPError
+        from mcp.types import PaginatedRequestParams
+
+        servers = self._servers(context, capability)
+        items: dict[str, list[dict[str, Any]]] = {upstream.name: [] for upstream in servers}
+
+        async def list_one(upstream: Upstream) -> None:
+            cursor = None
+            for _ in range(MAX_PAGES):
+                try:
+                    page = await upstream.request(make_request(PaginatedRequestParams(cursor=cursor)))
+                except (MCPError, UpstreamError) as error:
+                    logger.warning("%s does not list its %s: %s", upstream.name, capability, error)
+                    return
+                items[upstream.name] += page[key]
+                cursor = page.get("nextCursor")
+                if not cursor:
+                    return
+
+        async with anyio.create_task_group() as tasks:
+            for upstream in servers:
+                tasks.start_soon(list_one, upstream)
+        return [(upstream, self.gateway.redact(item)) for upstream in servers for item in items[upstream.name]]
+
+    async def _list_resources(self, context: ServerRequestContext, params: Any) -> dict[str, Any]:
+        from mcp.types import ListResourcesRequest
+
+        found = await self._list(context, "resources", lambda page: ListResourcesRequest(params=page), "resources")
+        resources = {}
+        for upstream, item in found:
+            if resources.setdefault(item["uri"], item) is item:
+                self._resource_owners[item["uri"]] = upstream
+        return {"resources": list(resources.values())}
+
+    async def _list_resource_templates(self, context: ServerRequestContext, params: Any) -> dict[str, Any]:
+        from mcp.types import ListResourceTemplatesRequest
+
+        found = await self._list(
+            context, "resources", lambda page: ListResourceTemplatesRequest(params=page), "resourceTemplates"
+        )
+        return {"resourceTemplates": [item for _, item in found]}
+
+    async def _read_resource(
+        self, context: ServerRequestContext, params: types.ReadResourceRequestParams
+    ) -> dict[str, Any]:
+        from mcp import types
+
+        request = types.ReadResourceRequest(params=_without_envelope(params))
+        servers = self._servers(context, "resources")
+        owner = self._resource_owners.get(str(params.uri))
+        if owner in servers:  # else each is asked in turn, as the resource may be one of a template
+            servers = [owner]
+        return await self._first_answer(context, servers, request, f"no server has the resource {params.uri}")
+
+    async def _first_answer(
+        self, context: ServerRequestContext, servers: Iterable[Upstream], request: Any, message: str
+    ) -> dict[str, Any]:
+        from mcp import MCPError
+        from mcp.types import INVALID_PARAMS
+
+        error: Exception = MCPError(INVALID_PARAMS, message)
+        for upstream in servers:
+            try:
+                return await upstream.request(request, ask=_ask(context, self._session(context)))
+            except MCPError as refused:
+                error = refused
+            except UpstreamError as failed:
+                error = MCPError(INVALID_PARAMS, str(failed))
+        raise error
+
+    async def _prompts(self, context: ServerRequestContext) -> dict[str, tuple[Upstream, dict[str, Any]]]:
+        from mcp.types import ListPromptsRequest
+
+        found = await self._list(context, "prompts", lambda page: ListPromptsRequest(params=page), "prompts")
+        by_id = {f"{upstream.name}.{item['name']}": (upstream, item) for upstream, item in found}
+        names = Names(by_id)
+        return {names.of(prompt_id): entry for prompt_id, entry in by_id.items()}
+
+    async def _list_prompts(self, context: ServerRequestContext, params: Any) -> dict[str, Any]:
+        return {"prompts": [item | {"name": name} for name, (_, item) in (await self._prompts(context)).items()]}
+
+    async def _get_prompt(self, context: ServerRequestContext, params: types.GetPromptRequestParams) -> dict[str, Any]:
+        from mcp import MCPError, types
+
+        found = (await self._prompts(context)).get(params.name)
+        if found is None:
+            raise MCPError(types.INVALID_PARAMS, f"Unknown prompt: {params.name}")
+        upstream, prompt = found
+        request = types.GetPromptRequest(params=_without_envelope(params).model_copy(update={"name": prompt["name"]}))
+        return await self._first_answer(context, [upstream], request, "")
+
+    async def _complete(self, context: ServerRequestContext, params: types.CompleteRequestParams) -> dict[str, Any]:
+        from mcp import MCPError, types
+
+        params = _without_envelope(params)
+        servers = self._servers(context, "completions")
+        if params.ref.type == "ref/prompt":
+            found = (await self._prompts(context)).get(params.ref.name)
+            if found is None:
+                raise MCPError(types.INVALID_PARAMS, f"Unknown prompt: {params.ref.name}")
+            servers = [upstream for upstream in servers if upstream is found[0]]
+            params = params.model_copy(update={"ref": params.ref.model_copy(update={"name": found[1]["name"]})})
+        return await self._first_answer(
+            context, servers, types.CompleteRequest(params=params), "no server completes this"
+        )
+
+
+def _ask(context: ServerRequestContext, session: Session) -> Ask | None:
+    """How the client behind a request is asked; `None` where its protocol or connection cannot."""
+    from mcp import types
+    from mcp.shared.message import ServerMessageMetadata
+
+    if not context.session.can_send_request:
+        return None
+
+    async def ask(params: Any) -> Any:
+        if isinstance(params, types.CreateMessageRequestParams):
+            answer = types.CreateMessageResultWithTools if params.tools else types.CreateMessageResult
+            request, able = types.CreateMessageRequest(params=params), "sampling"
+        else:
+            request, answer, able = types.ElicitRequest(params=params), types.ElicitResult, "elicitation"
+        if getattr(context.session.client_capabilities, able, None) is None:
+            return types.ErrorData(code=types.INVALID_REQUEST, message=f"the client does not support {able}")
+        metadata = ServerMessageMetadata(related_request_id=context.request_id)
+        return await context.session.send_request(request, answer, metadata=metadata)
+
+    return Ask(session.key, ask)
+
+
+def _passed_meta(meta: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What of a request's `_meta` is not between client and gateway alone."""
+    return {
+        key: value
+        for key, value in (meta or {}).items()
+        if key not in ("progress_token", "progressToken") and not key.startswith("io.modelcontextprotocol/")
+    }
+
+
+def _without_envelope(params: Any) -> Any:
+    return params.model_copy(update={"meta": _passed_meta(params.meta) or None})
+
+
+def _answer(handler: Callable[..., Awaitable[dict[str, Any]]]) -> Callable[..., Awaitable[dict[str, Any]]]:
+    """Add to results what the protocol's newer version demands; the SDK leaves it out for an older one."""
+
+    async def answer(context: Any, params: Any) -> dict[str, Any]:
+        return {"resultType": "complete", "ttlMs": 0, "cacheScope": "private"} | await handler(context, params)
+
+    return answer
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _error(text: str) -> dict[str, Any]:
+    return {"content": [_text(text)], "isError": True}
+
+
+def _digest(token: str | None) -> str:
+    return hashlib.sha256((token or "").encode()).hexdigest()

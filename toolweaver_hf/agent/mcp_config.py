@@ -1,0 +1,219 @@
+"""`mcp.json`: the MCP servers that a gateway stands before, and the secrets among their settings."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+from ..files import read_object
+
+
+VARIABLE = re.compile(r"\$\{(?:env:)?([A-Za-z_]\w*)(?::-([^}]*))?\}")
+SECRET_NAME = re.compile(r"key|token|secret|pass|pwd|auth|cred|cookie|session|signature", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """How one MCP server is started or reached.
+
+    Args:
+        name (`str`):
+            What the server is called, and the first part of its tools' ids.
+        command (`str`, *optional*):
+            The program of a server that speaks on its standard input and output.
+        args (`list[str]`, *optional*):
+            Its arguments.
+        env (`dict[str, str]`, *optional*):
+            Its environment, beside `PATH`, `HOME` and the like.
+        cwd (`str`, *optional*):
+            The folder that it starts in.
+        url (`str`, *optional*):
+            The address of a server that is reached by streamable HTTP.
+        headers (`dict[str, str]`, *optional*):
+            What is sent along with each request to it.
+    """
+
+    name: str
+    command: str | None = None
+    args: list[str] = field(default_factory=list, repr=False)
+    env: dict[str, str] = field(default_factory=dict, repr=False)
+    cwd: str | None = None
+    url: str | None = field(default=None, repr=False)
+    headers: dict[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def secrets(self) -> dict[str, str]:
+        """`dict[str, str]`: For each value that must not be shown, what is shown in its place."""
+        found = {}
+        for name, value in self.env.items():
+            if _is_secret(name, value):
+                found[value] = f"[env {name}]"
+        for name, value in self.headers.items():
+            for part in {value, value.split(" ", 1)[-1]}:  # also the token after "Bearer"
+                if _is_secret("auth", part):
+                    found[part] = f"[header {name}]"
+        if self.url:
+            address = urlsplit(self.url)
+            for name, value in [("auth", address.password or ""), *parse_qsl(address.query)]:
+                if _is_secret(name, value):
+                    found[value] = "[url]"
+        return found
+
+
+def _is_secret(name: str, value: str) -> bool:
+    """A value counts as secret unless it is short or plainly a word or a number, such as `debug`, under a plain name."""
+    if SECRET_NAME.search(name):
+        return len(value) >= 3
+    return len(value) >= 6 and not value.isalpha() and not value.isdecimal()
+
+
+class Redactor:
+    """Replaces secrets by their names, in texts and in whatever JSON holds them.
+
+    Args:
+        secrets (`Mapping[str, str]`): For each secret what is shown in its place.
+    """
+
+    def __init__(self, secrets: Mapping[str, str]):
+        self._secrets = dict(secrets)
+        longest_first = sorted(self._secrets, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+    def __call__(self, value: Any) -> Any:
+        """Return a copy of a JSON value, its keys as well, without the secrets."""
+        if self._pattern is None:
+            return value
+        if isinstance(value, str):
+            return self._pattern.sub(lambda match: self._secrets[match[0]], value)
+        if isinstance(value, Mapping):
+            return {self(key): self(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self(item) for item in value]
+        return value
+
+
+def redactor_of(configs: Iterable[ServerConfig], others: Mapping[str, str] | None = None) -> Redactor:
+    """Make one redactor of the secrets of several servers."""
+    secrets = dict(others or {})
+    for config in configs:
+        secrets |= config.secrets
+    return Redactor(secrets)
+
+
+def read_mcp_config(path: str | os.PathLike) -> tuple[list[ServerConfig], dict[str, ClientConfig]]:
+    """Read the `mcp.json` of Claude Desktop, Cursor or VS Code.
+
+    Its `mcpServers` (VS Code: `servers`) are read, as is what only a gateway has, `clients`: for each client's name the
+    `token` that it shows and the ids of the tools that it may `allow`. `${NAME}`, `${env:NAME}` and `${NAME:-default}`
+    stand for variables of the environment. Servers that are `disabled` are left out.
+
+    Args:
+        path (`str`): The file.
+
+    Returns:
+        `tuple`: the servers in their order, and the clients by name.
+
+    Raises:
+        `ValueError`: naming the file and the entry that is wrong. No setting's value is in the message.
+        `OSError`: if the file cannot be read.
+    """
+    document = read_object(path)
+    entries = document.get("mcpServers", document.get("servers"))
+    if not isinstance(entries, dict) or not entries:
+        raise ValueError(f"{path}: it needs 'mcpServers', an object with at least one server")
+    configs: dict[str, ServerConfig] = {}
+    for name, entry in entries.items():
+        place = f"{path}, server {name!r}"
+        config = _read_server(name, entry, place)
+        if config is None:
+            continue
+        if config.name in configs:
+            raise ValueError(f"{place}: another server is called {config.name!r}, too; rename one")
+        configs[config.name] = config
+    if not configs:
+        raise ValueError(f"{path}: all of its servers are disabled")
+    clients = document.get("clients", {})
+    if not isinstance(clients, dict):
+        raise ValueError(f"{path}: its 'clients' must be an object")
+    return list(configs.values()), {
+        name: _read_client(name, entry, f"{path}, client {name!r}") for name, entry in clients.items()
+    }
+
+
+@dataclass(frozen=True)
+class ClientConfig:
+    """A client of the gateway: the token that it shows over HTTP and patterns of the tools that it may use."""
+
+    name: str
+    token: str | None = field(default=None, repr=False)
+    allow: tuple[str, ...] = ("*",)
+
+
+def _read_server(name: str, entry: Any, place: str) -> ServerConfig | None:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{place}: it must be an object, not {type(entry).__name__}")
+    if entry.get("disabled") is True:
+        return None
+    kind = entry.get("type", entry.get("transport"))
+    if kind not in (None, "stdio", "http", "streamable-http", "streamableHttp", "streamable_http"):
+        raise ValueError(f"{place}: its type must be 'stdio' or 'http' (streamable HTTP), not {kind!r}")
+    if ("command" in entry) == ("url" in entry):
+        raise ValueError(f"{place}: it needs either a 'command' or a 'url'")
+    fields = {key: entry[key] for key in ("command", "args", "env", "cwd", "url", "headers") if key in entry}
+    for key, value in fields.items():
+        wanted = {"args": list, "env": dict, "headers": dict}.get(key, str)
+        if not isinstance(value, wanted) or (not value and wanted is str):
+            raise ValueError(
+                f"{place}: its {key!r} must be a {'non-empty string' if wanted is str else wanted.__name__}"
+            )
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if not all(isinstance(item, str | int | float) for item in items):
+            raise ValueError(f"{place}: its {key!r} must hold strings")
+        fields[key] = _expand(value, f"{place}, {key!r}")
+    if "url" in fields and urlsplit(fields["url"]).scheme not in ("http", "https"):
+        raise ValueError(f"{place}: its 'url' must begin with http:// or https://")
+    bad = next((text for text in _texts(fields) if "\0" in text), None)
+    if bad is not None or any("\n" in value or "\r" in value for value in fields.get("headers", {}).values()):
+        raise ValueError(f"{place}: its settings must not hold null characters, nor its headers line breaks")
+    return ServerConfig(re.sub(r"[^A-Za-z0-9_-]+", "_", name) or "_", **fields)
+
+
+def _read_client(name: str, entry: Any, place: str) -> ClientConfig:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{place}: it must be an object, not {type(entry).__name__}")
+    token, allow = entry.get("token"), entry.get("allow", ["*"])
+    if token is not None and (not isinstance(token, str) or not token):
+        raise ValueError(f"{place}: its 'token' must be a non-empty string")
+    if not isinstance(allow, list) or not all(isinstance(pattern, str) for pattern in allow):
+        raise ValueError(f"{place}: its 'allow' must be a list of tools' ids, such as 'github.*'")
+    return ClientConfig(name, None if token is None else _expand(token, f"{place}, 'token'"), tuple(allow))
+
+
+def _expand(value: Any, place: str) -> Any:
+    """Put in what variables of the environment hold, and write numbers as text."""
+    if isinstance(value, dict):
+        return {key: _expand(item, f"{place}, {key!r}") for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, place) for item in value]
+    if not isinstance(value, str):
+        return str(value).lower() if isinstance(value, bool) else str(value)
+
+    def replace(match: re.Match[str]) -> str:
+        found = os.environ.get(match[1], match[2])
+        if found is None:
+            raise ValueError(f"{place}: the environment has no variable {match[1]!r}")
+        return found
+
+    return VARIABLE.sub(replace, value)
+
+
+def _texts(value: Any) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)

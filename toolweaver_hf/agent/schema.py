@@ -1,0 +1,57 @@
+"""Arguments checked against a tool's JSON Schema."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import cache, lru_cache
+from typing import Any
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+from jsonschema.validators import extend, validator_for
+from referencing import Registry
+
+
+logger = logging.getLogger(__name__)
+
+
+def find_error(arguments: dict[str, Any], schema: dict[str, Any]) -> str | None:
+    """Say in what arguments break a tool's JSON Schema, or return `None`.
+
+    References to schemas elsewhere are not fetched. Of a schema that is broken in one place, such as by a type that
+    does not exist, everything else is checked.
+    """
+    try:
+        validator = _forgiving(validator_for(schema, default=Draft202012Validator))(schema, registry=Registry())
+        error = best_match(validator.iter_errors(arguments))
+    except Exception as broken:  # such as a reference that leads to itself
+        _warn_once(f"arguments are not checked against a broken schema: {broken}")
+        return None
+    if error is None:
+        return None
+    place = "".join(f"[{part!r}]" for part in error.absolute_path)
+    return f"{place}: {error.message}" if place else error.message
+
+
+@cache
+def _forgiving(validator_class: Any) -> Any:
+    """A validator for which a keyword that cannot be checked allows everything."""
+
+    def forgive(keyword: str, check: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
+        def checked(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[Any]:
+            try:
+                yield from check(validator, value, instance, schema) or ()
+            except RecursionError:
+                raise
+            except Exception as broken:  # as many kinds as there are ways to break a schema
+                _warn_once(f"{keyword!r} of a schema is not checked: {' '.join(str(broken).split())[:200]}")
+
+        return checked
+
+    return extend(validator_class, {key: forgive(key, check) for key, check in validator_class.VALIDATORS.items()})
+
+
+@lru_cache(1024)
+def _warn_once(message: str) -> None:
+    logger.warning(message)

@@ -1,0 +1,318 @@
+"""`Upstream`: one MCP server behind a gateway, kept running."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from .mcp_config import Redactor, ServerConfig
+from .stdio_transport import stdio_transport
+
+
+if TYPE_CHECKING:
+    from mcp import Client, types
+
+
+logger = logging.getLogger(__name__)
+
+START_SECONDS = 60.0  # to start, shake hands and list the tools
+PROBE_SECONDS = 10.0  # to answer a ping, or to list the tools anew
+PROBE_PAUSE = 30.0  # between two looks at a quiet server
+FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 60.0
+STEADY_SECONDS = 30.0  # after which the back-off begins anew
+MAX_TOOLS = 10_000  # of one server
+
+
+class UpstreamError(Exception):
+    """A server that gave no answer; the message says which one and why."""
+
+
+class Upstream:
+    """One MCP server: it is started, watched, and started again after it has failed, with growing pauses.
+
+    Args:
+        config ([`ServerConfig`]):
+            How it is started or reached.
+        redact ([`Redactor`]):
+            What takes the secrets out of all that the server says of itself.
+        on_change (`Callable`):
+            Called whenever its tools or its state have changed.
+        time_limit (`float`, *optional*, defaults to 60.0):
+            Seconds that it may take to answer a request; each report of progress begins them anew.
+        starts (`anyio.CapacityLimiter`, *optional*):
+            Shared by servers so that not all start at once.
+
+    Attributes:
+        state (`str`): `"starting"`, `"up"` or `"down"`.
+        reason (`str`): Why it is down.
+        tools (`dict[str, mcp.types.Tool]`): Its tools by name, as it listed them last, also while it is down.
+        restarts (`int`): How often it has been started again.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        redact: Redactor,
+        on_change: Callable[[], None],
+        time_limit: float = 60.0,
+        starts: anyio.CapacityLimiter | None = None,
+    ):
+        self.name = config.name
+        self.config = config
+        self.redact = redact
+        self.time_limit = time_limit
+        self.state, self.reason, self.restarts = "starting", "", 0
+        self.tools: dict[str, types.Tool] = {}
+        self._on_change = on_change
+        self._starts = starts or anyio.CapacityLimiter(1)
+        self._client: Client | None = None
+        self._mode = "legacy"  # whose servers can ask back; what knows only the newer protocol gets "auto"
+        self._wake = anyio.Event()
+        self._listing_changed = False
+        self._settled = anyio.Event()  # set while it is up or down, not while it starts for the first time
+        self._calls: list[Ask | None] = []  # for each request in flight, how its client is asked
+
+    async def run(self) -> None:
+        """Keep the server running until cancelled."""
+        from mcp import MCPError
+
+        backoff = FIRST_BACKOFF
+        while True:
+            began = anyio.current_time()
+            try:
+                await self._connect()
+            except Exception as error:  # whatever a server can make the transport raise ends this connection alone
+                self.reason = self.describe(error)
+                if self._client is None and isinstance(_first(error), MCPError):
+                    self._mode = "auto"  # it answers, but not to the older handshake
+            if self._client is not None and anyio.current_time() - began > STEADY_SECONDS:
+                backoff = FIRST_BACKOFF
+            self._client = None
+            self._enter("down")
+            pause = backoff * random.uniform(0.75, 1.25)
+            logger.warning("%s is down: %s; it is started again in %.1f s", self.name, self.reason, pause)
+            await anyio.sleep(pause)
+            backoff = min(2 * backoff, LONGEST_BACKOFF)
+            self.restarts += 1
+
+    async def _connect(self) -> None:
+        """Hold one connection, from its handshake to its end."""
+        from mcp import Client
+
+        async with AsyncExitStack() as turn:
+            await turn.enter_async_context(self._starts)
+            with anyio.CancelScope(deadline=anyio.current_time() + START_SECONDS) as scope:
+                client = Client(
+                    self._transport(),
+                    mode=self._mode,
+                    cache=None,
+                    message_handler=self._on_message,
+                    sampling_callback=self._on_question,
+                    elicitation_callback=self._on_question,
+                    client_info=_client_info(),
+                )
+                async with client:
+                    await self._list_tools(client)
+                    scope.deadline = math.inf
+                    await turn.aclose()
+                    self._client = client
+                    self._enter("up")
+                    await self._watch(client)
+            raise TimeoutError(f"it was not ready within {START_SECONDS:.0f} s")
+
+    def _transport(self) -> Any:
+        if self.config.command is not None:
+            return stdio_transport(self.config)
+        return _http_transport(self.config)
+
+    async def _watch(self, client: Client) -> None:
+        """Look after a server that is up: it answers, and its tools are what it lists. Raises when it does not."""
+        while True:
+            with anyio.move_on_after(PROBE_PAUSE * random.uniform(0.75, 1.25)):
+                await self._wake.wait()
+            self._wake = anyio.Event()
+            with anyio.CancelScope(deadline=anyio.current_time() + PROBE_SECONDS) as scope:
+                if self._listing_changed or self._mode != "legacy":
+                    self._listing_changed = False
+                    await self._list_tools(client)
+                else:
+                    await _ping(client)
+            if scope.cancelled_caught:
+                raise TimeoutError(f"it does not answer: no answer to a ping within {PROBE_SECONDS:.0f} s")
+
+    async def _list_tools(self, client: Client) -> None:
+        from mcp.types import PaginatedRequestParams
+
+        tools: dict[str, types.Tool] = {}
+        cursor: str | None = None
+        if client.server_capabilities.tools is not None:
+            while True:
+                page = await client.session.list_tools(params=PaginatedRequestParams(cursor=cursor))
+                for tool in page.tools:
+                    tools.setdefault(tool.name, tool)
+                if len(tools) > MAX_TOOLS:
+                    raise ValueError(f"it lists more than {MAX_TOOLS} tools")
+                if not page.next_cursor or page.next_cursor == cursor:
+                    break
+                cursor = page.next_cursor
+        if tools != self.tools:
+            self.tools = tools
+            self._on_change()
+
+    def _enter(self, state: str) -> None:
+        self.state = state
+        if state == "up":
+            self.reason = ""
+            logger.info("%s is up: %d tools", self.name, len(self.tools))
+        self._settled.set()
+        self._on_change()
+
+    async def _on_message(self, message: Any) -> None:
+        from mcp.types import ToolListChangedNotification
+
+        if isinstance(message, ToolListChangedNotification):
+            self._listing_changed = True
+            self._wake.set()
+
+    async def _on_question(self, context: Any, params: Any) -> Any:
+        """Hand what the server asks (for sampling or elicitation) to the client whose request it works on."""
+        from mcp.types import INVALID_REQUEST, ErrorData
+
+        asking = {ask.client: ask for ask in self._calls if ask is not None}
+        if len(asking) != 1:
+            who = "no client" if not asking else "more than one client"
+            return ErrorData(code=INVALID_REQUEST, message=f"{who} of the gateway waits for this server now")
+        try:
+            return await next(iter(asking.values())).ask(params)
+        except Exception as error:
+            return ErrorData(code=INVALID_REQUEST, message=self.describe(error))
+
+    async def settled(self) -> None:
+        """Wait until its first start has succeeded or failed."""
+        await self._settled.wait()
+
+    @property
+    def capabilities(self) -> types.ServerCapabilities | None:
+        """`ServerCapabilities`: What it can do; `None` while it is not up."""
+        return None if self._client is None else self._client.server_capabilities
+
+    async def request(
+        self,
+        request: types.ClientRequest,
+        on_progress: Callable[[float, float | None, str | None], Awaitable[None]] | None = None,
+        ask: Ask | None = None,
+    ) -> dict[str, Any]:
+        """Send a request and return the server's answer as it is.
+
+        It is sent once: a request whose server dies over it is not repeated, as it may have had its effect.
+
+        Args:
+            request (`mcp.types.ClientRequest`): The request.
+            on_progress (`Callable`, *optional*): Gets the server's reports of progress.
+            ask ([`Ask`], *optional*): How the client is asked that the request comes from.
+
+        Raises:
+            `mcp.MCPError`: The error that the server answered.
+            `UpstreamError`: The server is down, ended, was too slow, or answered what is no answer.
+        """
+        from mcp import MCPError
+        from mcp.types import CONNECTION_CLOSED
+        from pydantic import TypeAdapter, ValidationError
+
+        with anyio.move_on_after(self.time_limit):
+            await self.settled()
+        client = self._client
+        if client is None:
+            raise UpstreamError(f"the server {self.name!r} is {self.state}" + (f": {self.reason}" * bool(self.reason)))
+        scope = anyio.CancelScope(deadline=anyio.current_time() + self.time_limit)
+
+        async def progress(done: float, total: float | None, message: str | None) -> None:
+            scope.deadline = anyio.current_time() + self.time_limit
+            await on_progress(done, total, message)
+
+        self._calls.append(ask)
+        try:
+            with scope:
+                return await client.session.send_request(
+                    request, TypeAdapter(dict[str, Any]), progress_callback=progress if on_progress else None
+                )
+        except MCPError as error:
+            if error.code != CONNECTION_CLOSED:
+                if self.config.url:
+                    self._wake.set()  # by HTTP, the transport words its own failures so
+                raise MCPError(error.code, self.redact(error.message), self.redact(error.data)) from None
+            reason = "it ended before it answered; the request may have had its effect"
+        except ValidationError:
+            reason = "its answer is not valid MCP"
+        except (anyio.ClosedResourceError, anyio.BrokenResourceError, RuntimeError, OSError) as error:
+            reason = self.describe(error)
+        else:
+            reason = f"it did not answer within {self.time_limit:g} s"
+        finally:
+            self._calls.remove(ask)
+        self._wake.set()  # see at once whether it still lives
+        raise UpstreamError(f"the server {self.name!r} failed: {reason}")
+
+    def describe(self, error: BaseException) -> str:
+        """Say what an error was in one line without secrets."""
+        error = _first(error)
+        if isinstance(error, FileNotFoundError) and error.filename:
+            return self.redact(f"there is no such program or folder: {error.filename}")
+        text = " ".join(str(error).split())[:500]
+        return self.redact(f"{text}" if text else type(error).__name__)
+
+
+class Ask:
+    """How a client of the gateway is asked what a server wants to know.
+
+    Args:
+        client (`Hashable`): Who it is.
+        ask (`Callable`): Takes the parameters of the server's request and returns the client's answer.
+    """
+
+    def __init__(self, client: Any, ask: Callable[[Any], Awaitable[Any]]):
+        self.client = client
+        self.ask = ask
+
+
+async def _ping(client: Client) -> None:
+    """Raise unless the server answers, be it that it knows no ping."""
+    from mcp import MCPError
+    from mcp.types import INVALID_PARAMS, METHOD_NOT_FOUND
+
+    try:
+        await client.session.send_ping()
+    except MCPError as error:
+        if error.code not in (METHOD_NOT_FOUND, INVALID_PARAMS):
+            raise
+
+
+@asynccontextmanager
+async def _http_transport(config: ServerConfig) -> AsyncIterator[tuple[Any, Any]]:
+    from mcp.client.streamable_http import create_mcp_http_client, streamable_http_client
+
+    async with (
+        create_mcp_http_client(headers=config.headers) as http_client,
+        streamable_http_client(config.url, http_client=http_client) as streams,
+    ):
+        yield streams
+
+
+def _first(error: BaseException) -> BaseException:
+    while exceptions := getattr(error, "exceptions", None):  # a group's
+        error = exceptions[0]
+    return error
+
+
+def _client_info() -> types.Implementation:
+    from mcp.types import Implementation
+
+    from .. import __version__
+
+    return Implementation(name="toolweaver-gateway", version=__version__)

@@ -1,0 +1,173 @@
+"""The log of real use: what was searched for, what was called then, and how it went."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .catalog import CATALOG_FILE, Tool, ToolCatalog
+from .trajectories import read_messages
+
+
+logger = logging.getLogger(__name__)
+
+MAX_LOG_BYTES = 256 * 2**20  # of all files of a folder
+MAX_FILE_BYTES = 16 * 2**20
+MAX_TEXT = 2000  # characters of an outcome
+REDACTED = "[redacted]"
+
+
+class UsageLog:
+    """Writes queries and calls to a folder as trajectories in the format of [`~data.load_trajectories`].
+
+    A call is one line of `trajectories-*.jsonl`, whole before the caller gets its answer: the query that it serves,
+    the call, and its outcome. A query is one line of `queries-*.jsonl`, with the tools that were found. `catalog.jsonl`
+    has all tools of late. A process has files of its own, so that several may share a folder; the oldest files go when
+    the folder grows too large. [`load_usage`] puts the calls of a query together again.
+
+    Args:
+        folder (`str`):
+            The folder; made if it does not exist.
+        redact (`bool`, *optional*, defaults to `False`):
+            Whether arguments and outcomes are left out.
+        clean (`Callable`, *optional*):
+            Applied to each row, such as to take secrets out.
+        max_bytes (`int`, *optional*, defaults to 256 MiB):
+            Size of all files together.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        redact: bool = False,
+        clean: Callable[[Any], Any] = lambda row: row,
+        max_bytes: int = MAX_LOG_BYTES,
+    ):
+        self.folder, self.redact, self.clean, self.max_bytes = Path(folder), redact, clean, max_bytes
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._number = 0
+        self._process = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.getpid()}"
+
+    def save_catalog(self, tools: Sequence[Tool]) -> None:
+        """Write the tools of now, beside those that the folder knows from before."""
+        path = self.folder / CATALOG_FILE
+        known = {tool.id: tool for tool in ToolCatalog.from_file(path)} if path.exists() else {}
+        merged = known | {tool.id: tool for tool in tools}
+        if merged and list(merged.values()) != list(known.values()):
+            ToolCatalog(merged.values()).to_jsonl(path)
+
+    def add_query(self, session: str, number: int, query: str, found: Sequence[str]) -> None:
+        """Note a query and the ids of the tools that were found for it."""
+        self._append("queries", {"id": f"{session}/{number}", "time": _now(), "query": query, "found": list(found)})
+
+    def add_call(
+        self,
+        session: str,
+        number: int,
+        query: str | None,
+        tool_id: str,
+        arguments: dict[str, Any],
+        result: dict[str, Any] | None,
+        outcome: str,
+    ) -> None:
+        """Note a call.
+
+        Args:
+            session (`str`): The session's id.
+            number (`int`): The number of the query in it that the call serves.
+            query (`str`, *optional*): The query; `None` where none came before.
+            tool_id (`str`): The tool.
+            arguments (`dict`): The call's arguments.
+            result (`dict`, *optional*): The MCP result; `None` where there is none.
+            outcome (`str`): `"ok"`, `"error"`, `"no answer"` or `"cancelled"`.
+        """
+        texts = [part.get("text", "") for part in (result or {}).get("content", []) if part.get("type") == "text"]
+        if self.redact:
+            arguments = dict.fromkeys(arguments, REDACTED)
+            texts = [REDACTED] if texts else []
+        function = {"name": tool_id, "arguments": arguments}
+        messages: list[dict[str, Any]] = [] if query is None else [{"role": "user", "content": query}]
+        messages.append(
+            {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+        )
+        messages.append({"role": "tool", "content": "\n".join(texts)[:MAX_TEXT]})
+        self._append(
+            "trajectories",
+            {"id": f"{session}/{number}", "time": _now(), "outcome": outcome, "messages": messages},
+        )
+
+    def _append(self, kind: str, row: dict[str, Any]) -> None:
+        line = json.dumps(self.clean(row), ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        try:
+            path = self._path(kind)
+            if path.exists() and path.stat().st_size + len(line) > min(MAX_FILE_BYTES, self.max_bytes // 4):
+                self._number += 1
+                path = self._path(kind)
+            if not path.exists():
+                self._make_room()
+            file = os.open(path, os.O_APPEND | os.O_CREAT | os.O_WRONLY, 0o600)
+            try:
+                os.write(file, line)  # one write: the line is there, or it is not, whenever the process is killed
+            finally:
+                os.close(file)
+        except OSError as error:  # a full disk is no reason not to answer
+            logger.warning("the log cannot be written: %s", error)
+
+    def _path(self, kind: str) -> Path:
+        return self.folder / f"{kind}-{self._process}-{self._number:04d}.jsonl"
+
+    def _make_room(self) -> None:
+        files = sorted(self.folder.glob("*-*.jsonl"), key=lambda path: (path.stat().st_mtime, path.name))
+        size = sum(path.stat().st_size for path in files) + min(MAX_FILE_BYTES, self.max_bytes // 4)
+        for path in files:
+            if size <= self.max_bytes:
+                break
+            size -= path.stat().st_size
+            path.unlink(missing_ok=True)
+
+
+def load_usage(folder: str | os.PathLike) -> list[dict[str, Any]]:
+    """Read the trajectories of a log: for each query one, with all calls that served it.
+
+    A call that failed stays in its trajectory with `loss` false, so that it is not learned; a trajectory without a call
+    that went well is left out, as is a line that a killed process did not finish.
+
+    Args:
+        folder (`str`): The folder that a [`UsageLog`] wrote.
+
+    Returns:
+        `list[dict]`: rows of an `id` and `messages`, in the order of their queries.
+
+    Raises:
+        `ValueError`: naming the file and line that is no trajectory.
+        `OSError`: if there is no log in the folder.
+    """
+    paths = sorted(Path(folder).glob("trajectories-*.jsonl"))
+    if not paths:
+        raise OSError(f"{folder} holds no log: there is no trajectories-*.jsonl in it")
+    rows: dict[str, dict[str, Any]] = {}
+    good: set[str] = set()
+    for path in paths:
+        lines = path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines[:-1], start=1):  # what follows the last line break was not finished
+            try:
+                row = json.loads(line)
+                messages = read_messages(row)
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
+            if row.get("outcome") == "ok":
+                good.add(row["id"])
+            else:
+                messages = [m | ({"loss": False} if m["role"] == "assistant" else {}) for m in messages]
+            whole = rows.setdefault(row["id"], {"id": row["id"], "messages": []})
+            whole["messages"] += [m for m in messages if m["role"] != "user" or not whole["messages"]]
+    return [row for trajectory_id, row in rows.items() if trajectory_id in good]
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
