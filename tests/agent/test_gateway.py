@@ -292,7 +292,7 @@ async def hello(context, params):
     return CreateMessageResult(role="assistant", content=TextContent(type="text", text="hello"), model="m")
 
 
-@pytest.mark.parametrize("mode", ["legacy"])
+@pytest.mark.parametrize("mode", ["legacy", "auto"])
 def test_a_server_asks_the_client(two, mode):
     async def main():
         options = {"elicitation_callback": choose, "sampling_callback": hello}
@@ -309,10 +309,10 @@ def test_a_server_asks_the_client(two, mode):
 def test_a_client_that_cannot_be_asked(two):
     async def main():
         async with Client(two.server.server, mode="legacy", cache=None) as client:
-            return await client.call_tool("call_tool", {"name": "a.ask", "arguments": {}})
+            with pytest.raises(MCPError, match="does not support elicitation"):
+                await client.call_tool("call_tool", {"name": "a.ask", "arguments": {}})
 
-    with pytest.raises(MCPError, match="does not support elicitation"):
-        two.portal.call(main)
+    two.portal.call(main)
 
 
 def test_direct_tools_are_listed_and_told_of(tmp_path):

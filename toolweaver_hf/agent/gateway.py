@@ -61,6 +61,7 @@ class Gateway:
 
     Attributes:
         upstreams (`dict[str, Upstream]`): The servers by name.
+        tasks (`TaskGroup`): What runs while the gateway runs.
         on_direct_change (`Callable`): Awaited when other tools are listed as they are.
 
     Example:
@@ -105,6 +106,7 @@ class Gateway:
     async def running(self) -> AsyncIterator[Gateway]:
         """Run the servers behind the gateway for as long as the context is open."""
         async with anyio.create_task_group() as tasks:
+            self.tasks = tasks
             for upstream in self.upstreams.values():
                 tasks.start_soon(upstream.run)
             tasks.start_soon(self._keep_index)

@@ -10,14 +10,16 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
 
 from .gateway import Gateway, Names
 from .mcp_config import ClientConfig
+from .questions import WaitingCalls
 from .schema import find_error
-from .upstream import Ask, Upstream, UpstreamError
+from .upstream import QUESTION_SECONDS, Ask, Upstream, UpstreamError
 
 
 if TYPE_CHECKING:
@@ -110,6 +112,7 @@ class GatewayServer:
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._resource_owners: dict[str, Upstream] = {}
         self._prompt_names = Names(())
+        self._waiting = WaitingCalls(gateway.tasks, QUESTION_SECONDS)
         self._bus = InMemorySubscriptionBus()
         self.server: Server = Server(
             "toolweaver-gateway",
@@ -233,24 +236,34 @@ class GatewayServer:
         session = self._session(context)
         outcome = "cancelled"
         result: dict[str, Any] | None = None
-        try:
-            result = await self.gateway.call_tool(
+
+        async def call(ask: Callable[[Any], Awaitable[Any]]) -> dict[str, Any]:
+            return await self.gateway.call_tool(
                 name,
                 arguments,
                 client,
                 meta=_passed_meta(context.meta),
                 on_progress=context.session.report_progress,
-                ask=_ask(context, session),
+                ask=Ask(session.key, ask),
                 extra={"input_responses": params.input_responses, "request_state": params.request_state},
             )
+
+        try:
+            if context.session.can_send_request:
+                result = await call(partial(_ask, context))
+            elif params.request_state in self._waiting:
+                result = await self._waiting.go_on(session.key, params.request_state, params.input_responses)
+            else:
+                result = await self._waiting.begin(session.key, lambda ask: call(partial(_ask_later, context, ask)))
             outcome = "error" if result.get("isError") else "ok"
         except MCPError as error:
             outcome, result = "error", _error(error.message)
             raise
-        except UpstreamError as error:
+        except (UpstreamError, TimeoutError, PermissionError) as error:
             outcome, result = "no answer", _error(str(error))
         finally:
-            if self.usage_log is not None:
+            asked = result is not None and result.get("resultType") == "input_required"
+            if self.usage_log is not None and not asked:
                 self.usage_log.add_call(
                     session.id,
                     session.num_queries,
@@ -340,7 +353,7 @@ class GatewayServer:
         error: Exception = MCPError(INVALID_PARAMS, message)
         for upstream in servers:
             try:
-                return await upstream.request(request, ask=_ask(context, self._session(context)))
+                return await upstream.request(request)
             except MCPError as refused:
                 error = refused
             except UpstreamError as failed:
@@ -384,26 +397,45 @@ class GatewayServer:
         )
 
 
-def _ask(context: ServerRequestContext, session: Session) -> Ask | None:
-    """How the client behind a request is asked; `None` where its protocol or connection cannot."""
-    from mcp import types
+async def _ask(context: ServerRequestContext, params: Any) -> Any:
+    """Ask the client behind a request what a server wants to know."""
     from mcp.shared.message import ServerMessageMetadata
+    from mcp.types import ErrorData
 
-    if not context.session.can_send_request:
-        return None
+    request, answer = _question(context, params)
+    if isinstance(request, ErrorData):
+        return request
+    metadata = ServerMessageMetadata(related_request_id=context.request_id)
+    return await context.session.send_request(request, answer, metadata=metadata)
 
-    async def ask(params: Any) -> Any:
-        if isinstance(params, types.CreateMessageRequestParams):
-            answer = types.CreateMessageResultWithTools if params.tools else types.CreateMessageResult
-            request, able = types.CreateMessageRequest(params=params), "sampling"
-        else:
-            request, answer, able = types.ElicitRequest(params=params), types.ElicitResult, "elicitation"
-        if getattr(context.session.client_capabilities, able, None) is None:
-            return types.ErrorData(code=types.INVALID_REQUEST, message=f"the client does not support {able}")
-        metadata = ServerMessageMetadata(related_request_id=context.request_id)
-        return await context.session.send_request(request, answer, metadata=metadata)
 
-    return Ask(session.key, ask)
+async def _ask_later(
+    context: ServerRequestContext, ask: Callable[[dict[str, Any]], Awaitable[Any]], params: Any
+) -> Any:
+    """Ask a client that calls again with its answer."""
+    from mcp.types import INVALID_REQUEST, ErrorData
+
+    request, answer = _question(context, params)
+    if isinstance(request, ErrorData):
+        return request
+    found = await ask(request.model_dump(mode="json", by_alias=True, exclude_none=True))
+    if found is None:
+        return ErrorData(code=INVALID_REQUEST, message="the client called again without an answer")
+    return answer.model_validate(found if isinstance(found, dict) else found.model_dump(by_alias=True))
+
+
+def _question(context: ServerRequestContext, params: Any) -> tuple[Any, Any]:
+    """The request that asks a client, and the type of its answer; an error for a client that cannot be asked."""
+    from mcp import types
+
+    if isinstance(params, types.CreateMessageRequestParams):
+        answer = types.CreateMessageResultWithTools if params.tools else types.CreateMessageResult
+        request, able = types.CreateMessageRequest(params=params), "sampling"
+    else:
+        request, answer, able = types.ElicitRequest(params=params), types.ElicitResult, "elicitation"
+    if getattr(context.session.client_capabilities, able, None) is None:
+        request = types.ErrorData(code=types.INVALID_REQUEST, message=f"the client does not support {able}")
+    return request, answer
 
 
 def _passed_meta(meta: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -26,6 +26,7 @@ PROBE_SECONDS = 10.0  # to answer a ping, or to list the tools anew
 PROBE_PAUSE = 30.0  # between two looks at a quiet server
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 60.0
 STEADY_SECONDS = 30.0  # after which the back-off begins anew
+QUESTION_SECONDS = 600.0  # that a client may take to answer what a server asks
 MAX_TOOLS = 10_000  # of one server
 
 
@@ -76,7 +77,7 @@ class Upstream:
         self._wake = anyio.Event()
         self._listing_changed = False
         self._settled = anyio.Event()  # set while it is up or down, not while it starts for the first time
-        self._calls: list[Ask | None] = []  # for each request in flight, how its client is asked
+        self._calls: list[tuple[Ask | None, anyio.CancelScope]] = []  # requests in flight
 
     async def run(self) -> None:
         """Keep the server running until cancelled."""
@@ -184,14 +185,19 @@ class Upstream:
         """Hand what the server asks (for sampling or elicitation) to the client whose request it works on."""
         from mcp.types import INVALID_REQUEST, ErrorData
 
-        asking = {ask.client: ask for ask in self._calls if ask is not None}
+        asking = {ask.client: (ask, scope) for ask, scope in self._calls if ask is not None}
         if len(asking) != 1:
             who = "no client" if not asking else "more than one client"
             return ErrorData(code=INVALID_REQUEST, message=f"{who} of the gateway waits for this server now")
+        ((ask, scope),) = asking.values()
+        scope.deadline = anyio.current_time() + QUESTION_SECONDS  # people take their time
         try:
-            return await next(iter(asking.values())).ask(params)
+            with anyio.fail_after(QUESTION_SECONDS):
+                return await ask.ask(params)
         except Exception as error:
             return ErrorData(code=INVALID_REQUEST, message=self.describe(error))
+        finally:
+            scope.deadline = anyio.current_time() + self.time_limit
 
     async def settled(self) -> None:
         """Wait until its first start has succeeded or failed."""
@@ -236,7 +242,7 @@ class Upstream:
             scope.deadline = anyio.current_time() + self.time_limit
             await on_progress(done, total, message)
 
-        self._calls.append(ask)
+        self._calls.append(call := (ask, scope))
         try:
             with scope:
                 return await client.session.send_request(
@@ -255,7 +261,7 @@ class Upstream:
         else:
             reason = f"it did not answer within {self.time_limit:g} s"
         finally:
-            self._calls.remove(ask)
+            self._calls.remove(call)
         self._wake.set()  # see at once whether it still lives
         raise UpstreamError(f"the server {self.name!r} failed: {reason}")
 
