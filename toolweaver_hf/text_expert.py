@@ -189,6 +189,8 @@ class TextExpert:
     def embed(self, cache_dir: str | os.PathLike | None = None, show_progress_bar: bool = False) -> TextExpert:
         """Embed the documents, so that the cosine scores beside BM25.
 
+        It may run in a thread while the expert answers, and while tools are added and removed.
+
         Args:
             cache_dir (`str`, *optional*):
                 Folder that keeps the embeddings by the documents' checksums: of a changed catalog only what changed
@@ -202,24 +204,27 @@ class TextExpert:
         Raises:
             `ValueError`: naming the tool whose embedding is not finite.
         """
-        documents, tool_ids = self.documents, self.tool_ids
-        checksums = _checksums(documents)
         path = None if cache_dir is None else Path(cache_dir) / TEXT_EMBEDDINGS_FILE
         cached, rows = _read_cache(path, self.encoder)
-        new = [i for i, checksum in enumerate(checksums) if checksum not in rows]
-        if new:
-            found = self._encode([documents[i] for i in new], show_progress_bar)
-            rows = {checksums[i]: len(cached) + k for k, i in enumerate(new)} | rows
-            cached = torch.cat([cached, found]) if len(cached) else found
-        embeddings = cached[[rows[checksum] for checksum in checksums]]
-        broken = (~torch.isfinite(embeddings).all(1)).nonzero().flatten().tolist()
-        if broken:
-            raise ValueError(f"{self.encoder} gives NaN or infinity for the tool {tool_ids[broken[0]]!r}")
-        if path is not None and new:
+        num_cached = len(cached)
+        documents = None
+        while documents is not self.documents:  # else tools were added or removed meanwhile
+            documents, tool_ids = self.documents, self.tool_ids
+            checksums = _checksums(documents)
+            new = {checksum: i for i, checksum in enumerate(checksums) if checksum not in rows}
+            if new:
+                found = self._encode([documents[i] for i in new.values()], show_progress_bar)
+                rows |= {checksum: len(cached) + k for k, checksum in enumerate(new)}
+                cached = torch.cat([cached, found]) if len(cached) else found
+            embeddings = cached[[rows[checksum] for checksum in checksums]]
+            broken = (~torch.isfinite(embeddings).all(1)).nonzero().flatten().tolist()
+            if broken:
+                raise ValueError(f"{self.encoder} gives NaN or infinity for the tool {tool_ids[broken[0]]!r}")
+        self.embeddings = embeddings
+        if path is not None and len(cached) > num_cached:
             path.parent.mkdir(parents=True, exist_ok=True)
             tensors = {"embeddings": embeddings.half(), "checksums": torch.tensor(checksums)}
             _save(tensors, path, {"encoder": self.encoder})
-        self.embeddings = embeddings
         return self
 
     def remember(self, queries: Sequence[str], tools: Sequence[Iterable[str]], seed: int = 0) -> None:

@@ -18,32 +18,14 @@ from mcp.types import CreateMessageResult, ElicitResult, TextContent
 from toolweaver_hf.agent import upstream as upstream_module
 from toolweaver_hf.agent.approvals import Approvals
 from toolweaver_hf.agent.gateway import Gateway, Names
+from toolweaver_hf.agent.gateway_search import GatewaySearch
 from toolweaver_hf.agent.gateway_server import GatewayServer
 from toolweaver_hf.agent.mcp_config import ClientConfig, ServerConfig
 from toolweaver_hf.data.usage_log import UsageLog, load_usage
-from toolweaver_hf.evaluation.baselines import BM25Retriever
 
 
 SERVERS = Path(__file__).parents[1] / "servers"
 TOKEN = "tok-4711-geheim"
-
-
-class Search:
-    def __init__(self, catalog):
-        self.tools = {tool.id: tool for tool in catalog}
-
-    def __call__(self, queries, top_k=5, allowed_tools=None):
-        from toolweaver_hf import ToolCatalog
-
-        found = BM25Retriever(ToolCatalog(self.tools.values()))(queries, top_k=len(self.tools))
-        return [[t for t in row if allowed_tools is None or t.tool_id in allowed_tools][:top_k] for row in found]
-
-    def add(self, tools):
-        self.tools |= {tool.id: tool for tool in tools}
-
-    def remove(self, *ids):
-        for tool_id in ids:
-            del self.tools[tool_id]
 
 
 def unruly(name, **env):
@@ -92,7 +74,7 @@ class Running:
 @contextmanager
 def running(servers, clients=None, usage_log=None, mode="auto", client_options=(), **options):
     with start_blocking_portal() as portal, ExitStack() as stack:
-        gateway = portal.call(lambda: Gateway(servers, Search, **options))
+        gateway = portal.call(lambda: Gateway(servers, GatewaySearch(embed=False), **options))
         stack.enter_context(portal.wrap_async_context_manager(gateway.running()))
         server = portal.call(lambda: GatewayServer(gateway, clients, usage_log))
         client = Client(server.server, mode=mode, cache=None, **dict(client_options))

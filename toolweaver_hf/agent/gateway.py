@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from anyio import to_thread
 
-from ..data.catalog import Tool, ToolCatalog
+from ..data.catalog import Tool
 from .mcp_config import ClientConfig, Redactor, ServerConfig, redactor_of
 from .schema import find_error
-from .upstream import Ask, Upstream, UpstreamError
+from .upstream import START_SECONDS, Ask, Upstream, UpstreamError
 
 
 if TYPE_CHECKING:
     from mcp import types
 
-    from ..retrieval import ToolRetriever
     from .approvals import Approvals
+    from .gateway_search import GatewaySearch
 
 
 logger = logging.getLogger(__name__)
@@ -44,8 +44,8 @@ class Gateway:
     Args:
         servers (`Sequence[ServerConfig]`):
             The servers, as [`read_mcp_config`] reads them.
-        make_retriever (`Callable`):
-            Makes the search over a [`ToolCatalog`], such as `ToolRetriever.from_catalog`. It is called in a thread.
+        search ([`GatewaySearch`]):
+            The search over their tools.
         redact ([`Redactor`], *optional*):
             What takes the secrets out of all that is shown. Defaults to one of the secrets of `servers`.
         allow (`Sequence[str]`, *optional*, defaults to `("*",)`):
@@ -68,7 +68,7 @@ class Gateway:
 
     ```python
     >>> servers, clients = read_mcp_config("mcp.json")
-    >>> async with Gateway(servers, ToolRetriever.from_catalog).running() as gateway:
+    >>> async with Gateway(servers, GatewaySearch()).running() as gateway:
     ...     found = await gateway.find_tools("What time is it in Tokyo?")
     ```
     """
@@ -76,7 +76,7 @@ class Gateway:
     def __init__(
         self,
         servers: Sequence[ServerConfig],
-        make_retriever: Callable[[ToolCatalog], ToolRetriever],
+        search: GatewaySearch,
         redact: Redactor | None = None,
         allow: Sequence[str] = ("*",),
         direct: Sequence[str] = (),
@@ -89,14 +89,13 @@ class Gateway:
         self.upstreams = {
             config.name: Upstream(config, self.redact, self._on_change, time_limit, starts) for config in servers
         }
-        self._make_retriever = make_retriever
+        self.search = search
         self._allow, self._direct = tuple(allow), tuple(direct)
         self._approvals, self._on_index = approvals, on_index
         self.on_direct_change: Callable[[], Awaitable[None]] | None = None
         self._changed = anyio.Event()
+        self._found_any = anyio.Event()  # the tools of a server can be found, or no server has any
         self._indexed = anyio.Event()  # all servers have started or failed to, and what they list can be found
-        self._retriever: ToolRetriever | None = None
-        self._search = anyio.Lock()  # one search or change of the index at a time
         self._documents: dict[str, Tool] = {}  # what can be found, by id
         self._names = Names({})
         self._available: frozenset[str] = frozenset()
@@ -110,6 +109,7 @@ class Gateway:
             for upstream in self.upstreams.values():
                 tasks.start_soon(upstream.run)
             tasks.start_soon(self._keep_index)
+            tasks.start_soon(self.search.keep_embedded)
             try:
                 yield self
             finally:
@@ -134,6 +134,8 @@ class Gateway:
                 await self._index()
             except Exception as error:  # the search as it was is better than none
                 logger.error("the tools could not be indexed: %s", self.redact(f"{type(error).__name__}: {error}"))
+            if settled or self._documents:
+                self._found_any.set()
             if settled:
                 self._indexed.set()
             await anyio.sleep(0.05)
@@ -151,11 +153,8 @@ class Gateway:
         for tool_id, tool in listed.items():
             if tool_id not in held_back and (document := self._describe(tool_id, tool)) is not None:
                 documents[tool_id] = document
-        gone = [tool_id for tool_id in self._documents if documents.get(tool_id) != self._documents[tool_id]]
-        new = [tool for tool_id, tool in documents.items() if self._documents.get(tool_id) != tool]
-        if gone or new:
-            async with self._search:
-                await to_thread.run_sync(self._change_search, documents, gone, new)
+        if documents != self._documents:
+            await self.search.update(list(documents.values()))
             self._documents = documents
             if self._on_index is not None:
                 await to_thread.run_sync(self._on_index, list(documents.values()))
@@ -181,17 +180,6 @@ class Gateway:
         except ValueError as error:
             logger.warning("a tool of %s is left out: %s", server, self.redact(str(error)))
             return None
-
-    def _change_search(self, documents: Mapping[str, Tool], gone: Sequence[str], new: Sequence[Tool]) -> None:
-        if not documents:
-            self._retriever = None
-        elif self._retriever is None or len(gone) == len(self._documents):
-            self._retriever = self._make_retriever(ToolCatalog(documents.values()))
-        else:
-            if gone:
-                self._retriever.remove(*gone)
-            if new:
-                self._retriever.add(new)
 
     def _may(self, tool_id: str, client: ClientConfig | None) -> bool:
         patterns = [self._allow] if client is None else [self._allow, client.allow]
@@ -235,13 +223,14 @@ class Gateway:
         """
         with anyio.move_on_after(FIRST_ANSWER_SECONDS):
             await self._indexed.wait()
+        with anyio.move_on_after(START_SECONDS):
+            await self._found_any.wait()
         allowed = self._available
         if client is not None or "*" not in self._allow:
             allowed = frozenset(tool_id for tool_id in allowed if self._may(tool_id, client))
         found = []
         if allowed and query.strip():
-            async with self._search:
-                found = await to_thread.run_sync(self._retrieve, query, k, allowed)
+            found = await self.search(query, k, allowed)
         tools = []
         for tool_id, score in found:
             tool = self._documents.get(tool_id)
@@ -256,13 +245,6 @@ class Gateway:
                 )
         unavailable = [upstream.name for upstream in self.upstreams.values() if upstream.state != "up"]
         return {"tools": tools} | ({"unavailable": unavailable} if unavailable else {})
-
-    def _retrieve(self, query: str, k: int, allowed: frozenset[str]) -> list[tuple[str, float]]:
-        retriever = self._retriever
-        if retriever is None:
-            return []
-        limit = None if len(allowed) == len(self._documents) else [i for i in self._documents if i in allowed]
-        return retriever([query], top_k=k, allowed_tools=limit)[0]
 
     async def call_tool(
         self,

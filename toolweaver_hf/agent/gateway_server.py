@@ -89,7 +89,7 @@ class GatewayServer:
     Example:
 
     ```python
-    >>> async with Gateway(servers, ToolRetriever.from_catalog).running() as gateway:
+    >>> async with Gateway(servers, GatewaySearch()).running() as gateway:
     ...     async with Client(GatewayServer(gateway).server) as client:
     ...         found = await client.call_tool("find_tools", {"query": "What time is it in Tokyo?"})
     ```

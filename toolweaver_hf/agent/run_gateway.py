@@ -12,22 +12,23 @@ import os
 import signal
 import socket
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import anyio
 
-from ..data.catalog import ToolCatalog
 from ..data.usage_log import UsageLog
 from .approvals import Approvals
 from .gateway import Gateway
+from .gateway_search import GatewaySearch
 from .gateway_server import GatewayServer
-from .mcp_config import Redactor, read_mcp_config, redactor_of
+from .mcp_config import ClientConfig, Redactor, read_mcp_config, redactor_of
 
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ def run_gateway(
     usage_log = UsageLog(log, redact, hide) if log else None
     gateway = Gateway(
         servers,
-        partial(_make_retriever, model, encoder, cache),
+        GatewaySearch(model, encoder, cache / f"embeddings-{name}"),
         hide,
         allow=allow,
         direct=direct,
@@ -104,20 +105,20 @@ def run_gateway(
         approvals=Approvals(cache / f"approved-{name}.json", pin, approve),
         on_index=usage_log.save_catalog if usage_log else None,
     )
-    server = GatewayServer(gateway, clients, usage_log)
+    threading.Thread(target=import_module, args=("toolweaver_hf.retrieval",), daemon=True).start()  # takes seconds
     if approve:
         anyio.run(_approve, gateway)
     elif port is None:
-        anyio.run(serve_stdio, server)
+        anyio.run(serve_stdio, gateway, clients, usage_log)
     else:
-        if host not in LOOPBACK and not server.needs_token:
+        if host not in LOOPBACK and not any(client.token for client in clients.values()):
             logger.warning("whoever reaches %s may call every tool: give 'clients' with tokens in the file", host)
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         print(f"{len(servers)} servers at http://{host}:{listener.getsockname()[1]}/mcp", flush=True)
-        anyio.run(serve_http, server, host, listener)
+        anyio.run(serve_http, gateway, clients, usage_log, host, listener)
 
 
-async def serve_stdio(server: GatewayServer) -> None:
+async def serve_stdio(gateway: Gateway, clients: Mapping[str, ClientConfig], usage_log: UsageLog | None) -> None:
     """Serve one client on standard input and output until it closes them, or a signal comes."""
     from mcp.server.stdio import stdio_server
 
@@ -125,6 +126,7 @@ async def serve_stdio(server: GatewayServer) -> None:
     stopped = False
 
     async def speak() -> None:
+        server = GatewayServer(gateway, clients, usage_log)
         async with stdio_server() as streams:
             await server.server.run(*streams, server.options)
         done.set()
@@ -138,7 +140,7 @@ async def serve_stdio(server: GatewayServer) -> None:
                 return
 
     async with anyio.create_task_group() as tasks:
-        async with server.gateway.running():
+        async with gateway.running():
             tasks.start_soon(speak)
             tasks.start_soon(wait_for_signal)
             await done.wait()
@@ -148,15 +150,22 @@ async def serve_stdio(server: GatewayServer) -> None:
         tasks.cancel_scope.cancel()
 
 
-async def serve_http(server: GatewayServer, host: str, listener: socket.socket) -> None:
+async def serve_http(
+    gateway: Gateway,
+    clients: Mapping[str, ClientConfig],
+    usage_log: UsageLog | None,
+    host: str,
+    listener: socket.socket,
+) -> None:
     """Serve clients by streamable HTTP until a signal comes."""
     import uvicorn  # comes with mcp
 
-    app = server.server.streamable_http_app(host=host)
-    if server.needs_token:
-        app = _RequireToken(app, server)
-    config = uvicorn.Config(app, log_config=None, log_level="warning", timeout_graceful_shutdown=2)
-    async with server.gateway.running():
+    async with gateway.running():
+        server = GatewayServer(gateway, clients, usage_log)
+        app = server.server.streamable_http_app(host=host)
+        if server.needs_token:
+            app = _RequireToken(app, server)
+        config = uvicorn.Config(app, log_config=None, log_level="warning", timeout_graceful_shutdown=2)
         await uvicorn.Server(config).serve(sockets=[listener])
 
 
@@ -181,15 +190,6 @@ async def _approve(gateway: Gateway) -> None:
         await gateway.ready()
     for upstream in gateway.upstreams.values():
         print(f"{upstream.name}: {len(upstream.tools)} tools approved" if upstream.tools else f"{upstream.name}: none")
-
-
-def _make_retriever(model: str | None, encoder: str | None, cache: Path, catalog: ToolCatalog) -> Any:
-    from ..retrieval import ToolRetriever
-
-    if model is not None:
-        return ToolRetriever.from_pretrained(model)
-    options = {"encoder": encoder} if encoder else {}
-    return ToolRetriever.from_catalog(catalog, cache_dir=cache, **options)
 
 
 def _log_to_stderr(redact: Redactor) -> None:
