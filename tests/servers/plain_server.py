@@ -6,6 +6,7 @@ Arguments: its name, the folder, and optionally a JSON list of descriptions for 
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 
 
@@ -14,10 +15,21 @@ TEXT = {"type": "object", "properties": {"text": {"type": "string"}}, "required"
 TOOLS = [
     {"name": f"say_{NAME}", "description": f"Say a text in the voice of {NAME}.", "inputSchema": TEXT},
     {"name": "refuse", "description": "Refuse to do anything.", "inputSchema": {"type": "object"}},
+    {"name": "nap", "description": "Sleep for a while.", "inputSchema": {"type": "object"}},
+    {
+        "name": "learn",
+        "description": "Get another tool, or another description of one.",
+        "inputSchema": {"type": "object"},
+    },
     {"name": "break", "description": "Break the protocol.", "inputSchema": {"type": "object"}},
 ]
 for i, description in enumerate(json.loads(sys.argv[3]) if len(sys.argv) > 3 else []):
     TOOLS.append({"name": f"extra_{i}", "description": description, "inputSchema": {"type": "object"}})
+
+
+def send(message):
+    sys.stdout.write(json.dumps({"jsonrpc": "2.0", **message}) + "\n")
+    sys.stdout.flush()
 
 
 def answer(method, params):
@@ -35,6 +47,10 @@ def answer(method, params):
             file.write(json.dumps([name, arguments]) + "\n")
         if name == "refuse":
             return {"content": [{"type": "text", "text": "I refuse"}], "isError": True}
+        if name == "learn":
+            TOOLS[:] = [tool for tool in TOOLS if tool["name"] != arguments["name"]]
+            TOOLS.append({**arguments, "inputSchema": {"type": "object"}})
+            send({"method": "notifications/tools/list_changed"})
         if name == "break":
             return {"content": "not a list"}
         return {"content": [{"type": "text", "text": f"{NAME}: {arguments.get('text')}"}], "_meta": {"by": NAME}}
@@ -50,4 +66,8 @@ for line in sys.stdin:
         reply = {"result": answer(message["method"], message.get("params", {}))}
     except LookupError:
         reply = {"error": {"code": -32601, "message": "Method not found"}}
-    print(json.dumps({"jsonrpc": "2.0", "id": message["id"], **reply}), flush=True)
+    reply["id"] = message["id"]
+    if message.get("params", {}).get("name") == "nap":
+        threading.Timer(message["params"]["arguments"]["seconds"], send, [reply]).start()
+    else:
+        send(reply)

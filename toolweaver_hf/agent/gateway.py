@@ -140,12 +140,16 @@ class Gateway:
                 self._indexed.set()
             await anyio.sleep(0.05)
 
-    async def _index(self) -> None:
-        listed = {
+    def listed_tools(self) -> dict[str, types.Tool]:
+        """Return the tools that the servers list, by id."""
+        return {
             f"{upstream.name}.{name}": tool
             for upstream in self.upstreams.values()
             for name, tool in upstream.tools.items()
         }
+
+    async def _index(self) -> None:
+        listed = self.listed_tools()
         held_back: set[str] = set()
         if self._approvals is not None:
             held_back = await to_thread.run_sync(self._approvals.check, listed)

@@ -94,6 +94,7 @@ def run_gateway(
     _log_to_stderr(hide)
     cache = Path(cache_dir or "~/.cache/toolweaver").expanduser()
     name = sha256(os.path.realpath(config).encode()).hexdigest()[:16]
+    approvals = Approvals(cache / f"approved-{name}.json", pin, approve)
     usage_log = UsageLog(log, redact, hide) if log else None
     gateway = Gateway(
         servers,
@@ -102,13 +103,14 @@ def run_gateway(
         allow=allow,
         direct=direct,
         time_limit=time_limit,
-        approvals=Approvals(cache / f"approved-{name}.json", pin, approve),
+        approvals=approvals,
         on_index=usage_log.save_catalog if usage_log else None,
     )
-    threading.Thread(target=import_module, args=("toolweaver_hf.retrieval",), daemon=True).start()  # takes seconds
     if approve:
-        anyio.run(_approve, gateway)
-    elif port is None:
+        anyio.run(_approve, gateway, approvals)
+        return
+    threading.Thread(target=import_module, args=("toolweaver_hf.retrieval",), daemon=True).start()  # takes seconds
+    if port is None:
         anyio.run(serve_stdio, gateway, clients, usage_log)
     else:
         if host not in LOOPBACK and not any(client.token for client in clients.values()):
@@ -185,9 +187,14 @@ class _RequireToken:
         await self.app(scope, receive, send)
 
 
-async def _approve(gateway: Gateway) -> None:
-    async with gateway.running():
-        await gateway.ready()
+async def _approve(gateway: Gateway, approvals: Approvals) -> None:
+    async with anyio.create_task_group() as tasks:
+        for upstream in gateway.upstreams.values():
+            tasks.start_soon(upstream.run)
+        for upstream in gateway.upstreams.values():
+            await upstream.settled()
+        tasks.cancel_scope.cancel()
+    approvals.check(gateway.listed_tools())
     for upstream in gateway.upstreams.values():
         print(f"{upstream.name}: {len(upstream.tools)} tools approved" if upstream.tools else f"{upstream.name}: none")
 
