@@ -100,10 +100,21 @@ def _recipe(name: str) -> Callable[[list[str]], None]:
 
 
 def _inspect(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Draw a report of learned codes: report.png and report.json.")
-    parser.add_argument("folder", help="output folder of `toolweaver tokenize`")
-    parser.add_argument("--catalog", help="a catalog of today: tell which of its tools are new, changed or gone")
+    parser = argparse.ArgumentParser(
+        description="Draw a report of learned codes: report.png and report.json. Without their folder, tell what is read "
+        "of a catalog: tools, arguments, and what was left out or changed, and why."
+    )
+    parser.add_argument("folder", nargs="?", help="output folder of `toolweaver tokenize`")
+    parser.add_argument("--catalog", help="a catalog; with a folder, tell which of its tools are new, changed or gone")
+    parser.add_argument("--encoder", help="folder of an encoder, to count the documents that are too long for it")
     args = parser.parse_args(argv)
+    if args.folder is None and args.catalog is None:
+        parser.error("give the folder of learned codes, a --catalog, or both")
+    if args.folder is None:
+        from .data.report import print_catalog_report
+
+        print_catalog_report(args.catalog, args.encoder)
+        return
     from .codes.report import print_report
 
     print_report(args.folder, args.catalog)
@@ -184,7 +195,7 @@ def _push(argv: list[str]) -> None:
 COMMANDS = {
     "quickstart": (_recipe("quickstart"), "run the whole method on the demo catalog, or on your own data"),
     "tokenize": (_recipe("tokenize_tools"), "learn the codes of a catalog's tools"),
-    "inspect": (_inspect, "draw a report of learned codes"),
+    "inspect": (_inspect, "tell what is read of a catalog, or draw a report of learned codes"),
     "sft": (_recipe("sft"), "align a language model with the codes"),
     "fit-guidance": ("toolweaver_hf.recipes.fit_guidance", "fit the weights of guided decoding on held-out queries"),
     "evaluate": (_recipe("evaluate"), "measure retrieval next to BM25 and a dense encoder"),

@@ -6,8 +6,12 @@ import logging
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
-from toolweaver_hf.data.catalog import Tool, ToolCatalog
+from toolweaver_hf.cli import main
+from toolweaver_hf.data.catalog import Tool, ToolCatalog, encoder_texts
 from toolweaver_hf.data.schemas import arguments_schema, to_json_schema
 
 
@@ -391,3 +395,41 @@ def test_yaml_with_anchors_and_merges(tmp_path):
     for text in (laughs, merges, "tools: &t [*t]", "tools: &t {<<: *t}"):
         with pytest.raises(ValueError, match=r"bad\.yaml is not JSON-compatible YAML: .*alias"):
             read(tmp_path, text, "bad.yaml")
+
+
+def test_the_report_of_a_catalog(tmp_path, capsys):
+    pattern = {"type": "object", "properties": {"q": {"type": "string", "pattern": "^(?!a)"}, "n": {"format": "odd"}}}
+    rows = [
+        {"name": "a", "description": "A. " * 40, "inputSchema": SCHEMA},
+        {"name": "b", "inputSchema": {"type": "object"}},
+        {"name": "c", "description": "C.", "inputSchema": pattern, "owner": "me"},
+    ]
+    (tmp_path / "tools.json").write_text(json.dumps(rows))
+    main(["inspect", "--catalog", str(tmp_path / "tools.json")])
+    assert capsys.readouterr().out.splitlines() == [
+        "3 tools, 4 arguments",
+        "without a description: 1 (b)",
+        "without arguments: 1 (b)",
+        f"longest documents, in characters: a ({len(ToolCatalog.from_functions(rows)['a'].document)}), c (23), b (4)",
+        "it has no description: the words of its name stand for one: 1 (b)",
+        "the key 'owner' is not known: it is kept in the metadata: 1 (c)",
+        "pattern, which no grammar can say, is checked only after generation: 1 (c)",
+        "format: odd, which no grammar can say, is not checked at all: 1 (c)",
+    ]
+
+
+def test_long_documents_keep_the_names_of_their_arguments():
+    """Of a document that is longer than the encoder reads, the description is cut, not the arguments."""
+    tokenizer = Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.enable_truncation(12)
+    long = Tool("long", "one two three four five six seven eight nine ten", parameters=SCHEMA, category="Sky")
+    endless = Tool("endless", "a b c d e f g h i j k l m n o p")
+    texts, cut = encoder_texts([WEATHER, long, endless, Tool("s", "Short.")], tokenizer, 16)
+    assert texts == [
+        WEATHER.document,
+        "Sky. long: one two three four five six seven eight Parameters: city, days.",
+        "endless: a b c d e f g h i j k l m n",
+        "s: Short.",
+    ]
+    assert cut == ["long", "endless"]

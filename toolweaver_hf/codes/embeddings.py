@@ -9,11 +9,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from sentence_transformers import SentenceTransformer
+from transformers.utils import logging
 
-from ..data.catalog import ToolCatalog
+from ..data.catalog import ToolCatalog, encoder_texts
 from ..files import atomic_write
 from ..text_expert import default_encoder
 
+
+logger = logging.get_logger(__name__)
 
 EMBEDDINGS_FILE = "embeddings.safetensors"
 
@@ -52,9 +55,16 @@ def embed_catalog(
                     return file.get_tensor("embeddings")
         except SafetensorError:
             pass  # a broken cache is computed again
-    embeddings = SentenceTransformer(encoder).encode(
-        catalog.documents, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=True
-    )
+    model = SentenceTransformer(encoder)
+    texts, tokenizer = catalog.documents, getattr(model.tokenizer, "backend_tokenizer", None)
+    if tokenizer is not None and model.max_seq_length:
+        texts, cut = encoder_texts(catalog, tokenizer, model.max_seq_length)
+        if cut:
+            logger.warning(
+                f"{len(cut):,} of {len(catalog):,} documents are longer than the {model.max_seq_length} tokens that "
+                f"{encoder} reads, such as {cut[0]!r}: their descriptions are cut, and arguments stand by name alone"
+            )
+    embeddings = model.encode(texts, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=True)
     broken = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
     if len(broken):
         raise ValueError(f"{encoder} gives NaN or infinity for the tool {catalog[int(broken[0])].id!r}")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub import RepoCard, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -20,6 +20,10 @@ from ..push_mixin import PushToHubMixin
 from .card import dataset_card
 from .documents import read_documents
 from .formats import Row, document_rows, find_rows, tool_fields
+
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 logger = logging.getLogger(__name__)
@@ -334,6 +338,39 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
         """Write the catalog, one tool a line, as [`ToolCatalog.from_file`] reads it back."""
         with atomic_write(path) as partial, open(partial, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(tool.to_dict(), ensure_ascii=False) + "\n" for tool in self)
+
+
+def encoder_texts(tools: Iterable[Tool], tokenizer: Tokenizer, max_tokens: int) -> tuple[list[str], list[str]]:
+    """Return the texts by which an encoder embeds tools: their documents, or what tells tools apart in long ones.
+
+    Where an encoder would cut a document, the description is cut instead, and the names of the arguments follow it
+    without their descriptions, so that they are read as well.
+
+    Args:
+        tools (`Iterable[Tool]`): The tools.
+        tokenizer (`tokenizers.Tokenizer`): The encoder's tokenizer.
+        max_tokens (`int`): Number of tokens that the encoder reads, special ones included.
+
+    Returns:
+        `tuple[list[str], list[str]]`: the text of each tool, and the ids of those whose document is too long.
+    """
+    tools = list(tools)
+    tokenizer = type(tokenizer).from_str(tokenizer.to_str())  # a copy, which does not cut
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    texts, cut = [], []
+    for tool, encoding in zip(tools, tokenizer.encode_batch([tool.document for tool in tools]), strict=True):
+        texts.append(tool.document)
+        if len(encoding.ids) > max_tokens:
+            cut.append(tool.id)
+            head = f"{tool.category}. {tool.name}: " if tool.category else f"{tool.name}: "
+            names = ", ".join(tool.parameters.get("properties", {}))
+            tail = f" Parameters: {names}." if names else ""
+            room = max(max_tokens - len(tokenizer.encode(head + tail).ids), max_tokens // 2)
+            offsets = tokenizer.encode(tool.description, add_special_tokens=False).offsets
+            end = offsets[room - 1][1] if len(offsets) > room else len(tool.description)
+            texts[-1] = head + tool.description[:end] + tail
+    return texts, cut
 
 
 def _read_tools(rows: Iterable[Row], changes: dict[str, list[str]]) -> Iterator[Tool]:

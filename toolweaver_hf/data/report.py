@@ -1,0 +1,99 @@
+"""What was read of a catalog's file, for its user to see before training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from .catalog import ToolCatalog, encoder_texts
+from .grammar import expressible_grammar
+
+
+def describe_catalog(catalog: ToolCatalog, encoder: str | None = None) -> dict[str, Any]:
+    """Count what a catalog holds.
+
+    Args:
+        catalog ([`ToolCatalog`]): The catalog.
+        encoder (`str`, *optional*): Folder of a sentence-transformers model, whose length cuts long documents.
+
+    Returns:
+        `dict`: `tools`, `arguments`, the tools `without_description` of their own (which the words of their names
+        stand for) and `without_arguments`, the `longest` documents in characters, the `changes` that reading made, with
+        the tools of each, the keywords that no grammar of the arguments can say (`relaxed`; without llguidance
+        `None`), each with its tools, and the tools whose document is `cut` by the encoder (`None` without one).
+    """
+    arguments = {tool.id: len(tool.parameters.get("properties") or {}) for tool in catalog}
+    lengths = sorted(((len(tool.document), tool.id) for tool in catalog), reverse=True)
+    return {
+        "tools": len(catalog),
+        "arguments": sum(arguments.values()),
+        "without_description": next((ids for text, ids in catalog.changes.items() if "no description" in text), []),
+        "without_arguments": [tool_id for tool_id, number in arguments.items() if not number],
+        "longest": {tool_id: length for length, tool_id in lengths[:3]},
+        "changes": catalog.changes,
+        "relaxed": _relaxed(catalog),
+        "cut": None if encoder is None else _cut(catalog, encoder),
+    }
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """Write what [`describe_catalog`] returns as lines to read."""
+    longest = ", ".join(f"{tool_id} ({length:,})" for tool_id, length in report["longest"].items())
+    lines = [
+        f"{report['tools']:,} tools, {report['arguments']:,} arguments",
+        f"without a description: {_some(report['without_description'])}",
+        f"without arguments: {_some(report['without_arguments'])}",
+        f"longest documents, in characters: {longest}",
+    ]
+    lines += [f"{change}: {_some(tools)}" for change, tools in report["changes"].items()]
+    if report["relaxed"] is None:
+        lines.append(
+            'what a grammar of the arguments cannot say: needs llguidance, pip install "toolweaver-hf[grammar]"'
+        )
+    else:
+        for keyword, tools in sorted(report["relaxed"].items(), key=lambda pair: -len(pair[1])):
+            when = "not checked at all" if keyword.startswith("format: ") else "checked only after generation"
+            lines.append(f"{keyword}, which no grammar can say, is {when}: {_some(tools)}")
+    if report["cut"] is not None:
+        lines.append(f"longer than the encoder reads, and cut: {_some(report['cut'])}")
+    return "\n".join(lines)
+
+
+def _some(tools: list[str]) -> str:
+    return f"{len(tools):,}" + (f" ({', '.join(tools[:3])}{', …' if len(tools) > 3 else ''})" if tools else "")
+
+
+def _relaxed(catalog: ToolCatalog) -> dict[str, list[str]] | None:
+    try:
+        from llguidance import LLMatcher
+    except ImportError:
+        return None
+    relaxed: dict[str, list[str]] = {}
+    for tool in catalog:
+        for keyword in Counter(expressible_grammar(tool.parameters, LLMatcher.validate_grammar)[1]):
+            relaxed.setdefault(keyword, []).append(tool.id)
+    return relaxed
+
+
+def _cut(catalog: ToolCatalog, encoder: str) -> list[str]:
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(Path(encoder) / "tokenizer.json"))
+        settings = json.loads((Path(encoder) / "sentence_bert_config.json").read_text(encoding="utf-8"))
+        max_tokens = int(settings["max_seq_length"])
+    except Exception as error:  # tokenizers raises no narrower kind
+        raise ValueError(
+            f"{encoder} is no folder of a sentence-transformers model that says its length: {error}"
+        ) from None
+    return encoder_texts(catalog, tokenizer, max_tokens)[1]
+
+
+def print_catalog_report(path: str | os.PathLike, encoder: str | None = None) -> None:
+    """Print the report of a catalog's file."""
+    logging.getLogger("toolweaver_hf.data.catalog").setLevel(logging.ERROR)  # the report tells what the warning does
+    print(format_report(describe_catalog(ToolCatalog.from_file(path), encoder)))
