@@ -52,6 +52,30 @@ def test_allowed_tools(tokenizer):
         retriever(QUERIES[0], allowed_tools=["snow"])
 
 
+@pytest.mark.parametrize("exhaustive", [False, True])
+def test_nothing_allowed_is_an_empty_ranking(tokenizer, exhaustive):
+    retriever = ToolRetriever(small_llama(len(tokenizer)), tokenizer)
+    assert retriever(QUERIES[:2], allowed_tools=[], exhaustive=exhaustive) == [[], []]
+    none, one = retriever(QUERIES[:2], allowed_tools=[[], ["wind"]], exhaustive=exhaustive)
+    assert not none and [tool.tool_id for tool in one] == ["wind"]
+
+
+@pytest.mark.parametrize("query", [None, 5, [None], ["rain?", {}]])
+def test_a_query_that_is_no_text_is_refused(tokenizer, query):
+    with pytest.raises(ValueError, match="a query must be a text"):
+        ToolRetriever(small_llama(len(tokenizer)), tokenizer)(query)
+
+
+def test_a_query_longer_than_the_model_reads_keeps_its_end(tokenizer):
+    retriever = ToolRetriever(small_llama(len(tokenizer), max_position_embeddings=64), tokenizer)
+    short, query = retriever.encode_query("rain?"), "the weather of the city " * 50 + "rain?"
+    whole, ids = tokenizer.encode_query(query), retriever.encode_query(query)
+    assert len(short) < len(ids) == 64 - len(tokenizer.codebook_sizes) < len(whole)
+    head = next(i for i, (one, other) in enumerate(zip(short, whole, strict=False)) if one != other)
+    assert ids[:head] == short[:head] and ids[head:] == whole[head - len(ids) :]
+    assert len(retriever(query)[0]) == len(tokenizer.tool_ids)
+
+
 def many_tools(base_tokenizer, num_tools=60, sizes=(4, 5, 6)):
     generator = np.random.default_rng(0)
     flat = generator.choice(math.prod(sizes), num_tools, replace=False)

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import linear
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from .cache import DecodingState
 from .loading import load_aligned_model, split_hub_kwargs
@@ -20,6 +20,8 @@ from .tokenization_toolweaver import ToolWeaverTokenizer
 from .tool_codes_file import TOOL_CODES_FILE
 from .trie import CodeTrie
 
+
+logger = logging.get_logger(__name__)
 
 OUT_OF_REACH = 1e6
 """What a prefix without an allowed tool ranks below the others."""
@@ -261,7 +263,7 @@ class ToolRetriever:
             `ValueError`: if a query is not a text, an allowed tool is unknown, or the sets of allowed tools are not one
                 for each query.
         """
-        queries = [queries] if isinstance(queries, str) else list(queries)
+        queries = list(queries) if isinstance(queries, Iterable) and not isinstance(queries, str) else [queries]
         for query in queries:
             if not isinstance(query, str):
                 raise ValueError(f"a query must be a text, not {query!r}")
@@ -313,8 +315,13 @@ class ToolRetriever:
         return log_probs
 
     def encode_query(self, query: str) -> list[int]:
-        """Return the token ids of the prompt that asks for a query's tools."""
-        return self.tokenizer.encode_query(query)
+        """Return the token ids of the prompt that asks for a query's tools.
+
+        Of a query that is longer than the model reads, the beginning is cut, with a warning.
+        """
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        room = None if positions is None else positions - len(self.tokenizer.codebook_sizes)
+        return cut_prompt(self.tokenizer.encode_query(query), self.tokenizer.encode_query(""), room)
 
     def rank(
         self,
@@ -522,3 +529,22 @@ class ToolRetriever:
         logits = self.model(input_ids=ids).logits[:, -1]
         hidden = self.model.base_model(input_ids=ids).last_hidden_state[:, -1]
         return torch.allclose(head(hidden), logits, rtol=1e-3, atol=1e-3)
+
+
+def cut_prompt(input_ids: list[int], frame: list[int], max_length: int | None) -> list[int]:
+    """Cut a prompt that is longer than the model reads: the beginning of what the user says is left out, never its end.
+
+    Args:
+        input_ids (`list[int]`): The prompt.
+        frame (`list[int]`): The prompt of an empty text. What both begin with, such as a system message, is kept.
+        max_length (`int`, *optional*): Most tokens of a prompt.
+    """
+    if max_length is None or len(input_ids) <= max_length:
+        return input_ids
+    logger.warning_once(
+        f"A prompt has {len(input_ids)} tokens, and the model reads {max_length} before what it writes: the beginning of "
+        "the user's text is cut."
+    )
+    same = (i for i, (one, other) in enumerate(zip(input_ids, frame, strict=False)) if one != other)
+    head = min(next(same, len(frame)), max_length // 2)
+    return [*input_ids[:head], *input_ids[head - max_length :]]

@@ -320,6 +320,23 @@ def test_a_conversation_goes_on(tokenizer):
     assert run.token_ids == tokenizer.encode_conversation(run.messages)["input_ids"][: len(run.token_ids)]
 
 
+def test_a_conversation_longer_than_the_model_reads_keeps_its_system_message_and_its_end(tokenizer):
+    agent = make_agent(tokenizer, [end(tokenizer)], {"wind": lambda: 1}, max_new_tokens=20)
+    agent.model.config.max_position_embeddings = 120
+    system = {"role": "system", "content": "Be brief."}
+    earlier = [{"role": "user", "content": "Hi " * 60}, {"role": "assistant", "content": "Hello"}]
+    last = {"role": "user", "content": QUERY}
+    run = agent([system, *earlier, *earlier, last])
+    kept = tokenizer.encode_conversation([system, last], add_generation_prompt=True)["input_ids"]
+    assert run.answer == "It will." and run.token_ids[: len(kept)] == kept
+    agent = make_agent(tokenizer, [end(tokenizer)], {"wind": lambda: 1}, max_new_tokens=20)
+    agent.model.config.max_position_embeddings = 120
+    run = agent([system, {"role": "user", "content": "Hi " * 200 + QUERY}])
+    assert run.answer == "It will." and len(run.token_ids) <= 120
+    text = tokenizer.decode(run.token_ids)
+    assert "Be brief." in text and QUERY in text
+
+
 def test_the_cache_changes_nothing(tokenizer):
     """What is generated with the cache of earlier turns is what one forward pass over all tokens finds."""
     agent = make_agent(

@@ -102,3 +102,14 @@ def test_a_session_of_an_event_loop(tokenizer, kind):
 def test_a_server_that_does_not_start():
     with pytest.raises(FileNotFoundError), MCPTools(StdioServerParameters(command="no-such-server")):
         pass
+
+
+def test_two_servers_with_tools_of_the_same_names():
+    with MCPTools({"north": SERVER, "south": SERVER}, time_limit=20) as tools:
+        assert list(tools)[:2] == ["north.rain", "north.wind"] and len(tools) == 8
+        assert tools.catalog["south.rain"].name == "rain"
+        assert tools.catalog["south.rain"].metadata["server"] == "south"
+        assert tools["north.rain"](place="Oslo") == {"mm": 4.0}
+        assert tools["south.wind"](place="Oslo").startswith("Oslo")
+        with pytest.raises(KeyError):
+            tools["rain"]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class MCPTools(Mapping[str, Callable[..., Any]]):
-    """The tools of an MCP server: for each tool's name a function that calls it there, as [`ToolAgent`] takes them.
+    """The tools of MCP servers: for each tool's id a function that calls it there, as [`ToolAgent`] takes them.
 
     Used as a context manager, it starts or reaches the server and lists its tools. From within an event loop, a session
     that is already open is wrapped by [`MCPTools.from_session`].
@@ -25,12 +25,13 @@ class MCPTools(Mapping[str, Callable[..., Any]]):
     Args:
         server (`StdioServerParameters` or `str`):
             How to start a server that speaks on its standard input and output, or the URL of one that is reached by
-            HTTP. Whatever else `mcp.Client` connects to will do.
+            HTTP. Whatever else `mcp.Client` connects to will do. A mapping of names to servers puts the tools of all
+            into one catalog, with ids such as `github.search` (see [`ToolCatalog.from_servers`]).
         time_limit (`float`, *optional*):
             Seconds that the server may take to answer.
 
     Attributes:
-        catalog ([`ToolCatalog`]): The tools as the server describes them.
+        catalog ([`ToolCatalog`]): The tools as the servers describe them.
 
     Raises:
         `ImportError`: without the `mcp` package.
@@ -61,10 +62,12 @@ class MCPTools(Mapping[str, Callable[..., Any]]):
             raise ImportError('tools of MCP servers need the mcp package: pip install "toolweaver-hf[mcp]"') from None
         with ExitStack() as stack:
             portal = stack.enter_context(start_blocking_portal())
-            client = Client(self._server, read_timeout_seconds=self._time_limit)
-            self._client = stack.enter_context(portal.wrap_async_context_manager(client))
             self._call = portal.call
-            self.catalog = self._call(_list_tools, self._client)
+            clients = {}
+            for name, server in _by_name(self._server).items():
+                client = Client(server, read_timeout_seconds=self._time_limit)
+                clients[name] = stack.enter_context(portal.wrap_async_context_manager(client))
+            self._set_catalog(clients, {name: self._call(_list_tools, client) for name, client in clients.items()})
             self._stack = stack.pop_all()
         return self
 
@@ -72,23 +75,30 @@ class MCPTools(Mapping[str, Callable[..., Any]]):
         self._stack.__exit__(*exception)
 
     @classmethod
-    async def from_session(cls, session: Client | ClientSession) -> MCPTools:
-        """Wrap a session that is open in the running event loop.
+    async def from_session(cls, session: Client | ClientSession | Mapping[str, Client | ClientSession]) -> MCPTools:
+        """Wrap a session that is open in the running event loop, or a mapping of servers' names to their sessions.
 
         The agent then runs in another thread, so that the loop can answer it:
         `await asyncio.to_thread(agent, query)`.
         """
         loop = asyncio.get_running_loop()
         tools = cls(None)
-        tools._client = session
         tools._call = lambda function, *args: asyncio.run_coroutine_threadsafe(function(*args), loop).result()
-        tools.catalog = await _list_tools(session)
+        sessions = _by_name(session)
+        tools._set_catalog(sessions, {name: await _list_tools(one) for name, one in sessions.items()})
         return tools
+
+    def _set_catalog(self, clients: dict[str | None, Client | ClientSession], listed: dict[str | None, Any]) -> None:
+        catalogs = {name: ToolCatalog.from_functions(tools) for name, tools in listed.items() if tools or name is None}
+        self.catalog = catalogs[None] if None in catalogs else ToolCatalog.from_servers(catalogs)
+        tools = [(client, tool.id) for name, client in clients.items() for tool in catalogs.get(name, ())]
+        self._routes = dict(zip(self.catalog.ids, tools, strict=True))
 
     def __getitem__(self, tool_id: str) -> Callable[..., Any]:
         if self.catalog is None or tool_id not in self.catalog:
             raise KeyError(tool_id)
-        return lambda **arguments: self._call(_call_tool, self._client, tool_id, arguments)
+        client, name = self._routes[tool_id]
+        return lambda **arguments: self._call(_call_tool, client, name, arguments)
 
     def __iter__(self) -> Iterator[str]:
         return iter(() if self.catalog is None else self.catalog.ids)
@@ -97,7 +107,12 @@ class MCPTools(Mapping[str, Callable[..., Any]]):
         return 0 if self.catalog is None else len(self.catalog)
 
 
-async def _list_tools(client: Client | ClientSession) -> ToolCatalog:
+def _by_name(servers: Any) -> dict[str | None, Any]:
+    """Return servers by their names; a single one has none."""
+    return dict(servers) if isinstance(servers, Mapping) else {None: servers}
+
+
+async def _list_tools(client: Client | ClientSession) -> list[dict[str, Any]]:
     from mcp import ClientSession
     from mcp.types import PaginatedRequestParams
 
@@ -110,7 +125,7 @@ async def _list_tools(client: Client | ClientSession) -> ToolCatalog:
         tools += [tool.model_dump(mode="json", by_alias=True, exclude_none=True) for tool in page.tools]
         cursor = page.next_cursor
         if not cursor:
-            return ToolCatalog.from_functions(tools)
+            return tools
 
 
 async def _call_tool(client: Client | ClientSession, name: str, arguments: dict[str, Any]) -> Any:

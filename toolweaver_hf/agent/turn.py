@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers.decoders import DecodeStream
+from transformers.utils import logging
 
 from ..cache import DecodingState
 from ..data.trajectories import render_calls
 from ..logits_process import ToolCodeLogitsProcessor
+from ..retrieval import cut_prompt
 from .run import AgentRun, as_json
 from .schema import find_error
 
@@ -20,15 +22,16 @@ if TYPE_CHECKING:
     from .loop import ToolAgent
 
 
+logger = logging.get_logger(__name__)
+
+
 class Turn:
     """The turns of one run: the conversation as tokens, the model's cache of it, and the last turn that was read."""
 
     def __init__(self, agent: ToolAgent, run: AgentRun, allowed: list[str]):
         self.agent, self.run, self.allowed = agent, run, allowed
         tokenizer = agent.tokenizer
-        self.ids: list[int] = tokenizer.encode_conversation(
-            render_calls(run.messages, tokenizer), add_generation_prompt=True
-        )["input_ids"]
+        self.ids = self._encode(render_calls(run.messages, tokenizer))
         self.state = DecodingState(agent.model)
         self.codes = {
             start: ToolCodeLogitsProcessor(
@@ -44,6 +47,22 @@ class Turn:
         self.first_level = range(first, first + tokenizer.codebook_sizes[0])
         self.num_levels = len(tokenizer.codebook_sizes)
         self.new_ids: list[int] = []
+
+    def _encode(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Tokenize a conversation; of one that is longer than the model reads, what was said first is left out."""
+        agent = self.agent
+        positions = getattr(agent.model.config, "max_position_embeddings", None)
+        room = None if positions is None else positions - min(agent.max_new_tokens, positions // 2)
+
+        def encode(messages: list[dict[str, Any]]) -> list[int]:
+            return agent.tokenizer.encode_conversation(messages, add_generation_prompt=True)["input_ids"]
+
+        ids = encode(messages)
+        system, later = messages[:1], [i for i, message in enumerate(messages) if i > 1 and message["role"] == "user"]
+        while room is not None and len(ids) > room and later:
+            logger.warning_once("A conversation is longer than the model reads: what was said first is left out.")
+            ids = encode([*system, *messages[later.pop(0) :]])
+        return cut_prompt(ids, encode([*system, {"role": "user", "content": ""}]), room)
 
     def generate(self, stream_tokens: bool, begun: Sequence[int] = ()) -> Iterator[str]:
         """Generate one turn, from the tokens with which it has begun, and read it."""
