@@ -193,12 +193,19 @@ def test_several_chat_templates(tmp_path):
     assert "default: " in tokenizer.decode(tokenizer.encode_query("?"))
 
 
-def test_a_template_that_no_turn_follows_from_is_named():
+def test_a_prompt_that_no_rendered_turn_begins_with_is_learned_all_the_same():
+    """Such as one that closes an empty thought which a turn that is rendered does not show."""
     base = build("smollm2")
     base.chat_template = base.chat_template.replace("assistant\n' }}{% endif", "assistant (calm)\n' }}{% endif")
     tokenizer = ToolWeaverTokenizer.from_base(base, CODES)
-    with pytest.raises(ValueError, match=r"generation prompt ends with .*assistant \(calm\)"):
-        tokenizer.encode_query("?")
+    rendered = render_calls(read_messages({"messages": CONVERSATION}), tokenizer)
+    rows = rows_of(CONVERSATION, tokenizer, None)
+    learned = learned_turns(rows)
+    assert len(learned) == 4
+    for (row, start, _), turn in zip((learned[0], learned[3]), (2, 8), strict=True):
+        prompt = tokenizer.encode_conversation(rendered[:turn], add_generation_prompt=True)["input_ids"]
+        assert row["input_ids"][:start] == prompt
+        assert tokenizer.decode(prompt).endswith("assistant (calm)\n")
 
 
 def test_a_tokenizer_that_has_written_conversations_is_copied_and_pickled():

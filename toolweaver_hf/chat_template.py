@@ -126,26 +126,22 @@ class ConversationWriter:
 
         prompt, plain = rest(prompt=True), rest(_assistant(CONTENT))
         opening, closing = None, ""
-        if self.thinks:
-            thought = rest(_assistant(CONTENT, REASONING)).partition(CONTENT)[0]
-            if thought.startswith(prompt) and REASONING in thought:
-                opening, _, closing = thought[len(prompt) :].partition(REASONING)
+        thought = rest(_assistant(CONTENT, REASONING)).partition(CONTENT)[0]
+        if thought.startswith(prompt) and REASONING in thought:
+            opening, _, closing = thought[len(prompt) :].partition(REASONING)
         before, _, end = plain.partition(CONTENT)
         if before.startswith(prompt):
             bare = before[len(prompt) :]
+        else:
+            # The prompt says more than a turn that is rendered begins with: it opens a thought, or a text follows it.
+            opened = OPENED.search(prompt)
+            if opening is None and opened is not None:
+                opening, closing = "", f"\n</{opened[1]}>\n\n" if opened[1] else f"\n[/{opened[2]}]\n\n"
+            bare = (opening or "") + closing
+        if self.thinks and (opening is not None or bare.isspace()):
             # A space before a text is one token with the word after it, so that the model has to write it.
-            in_prompt = opening is None and not (self.thinks and bare.isspace())
-            return Frame(bare, "", None, "", end) if in_prompt else Frame("", bare, opening, closing, end)
-        opened = OPENED.search(prompt)
-        if opened is None:
-            raise ValueError(
-                f"the chat template's generation prompt ends with {prompt[-40:]!r}, which a turn of the assistant that "
-                "it renders does not begin with: set a template in which one begins with the other"
-            )
-        if opening is None:
-            opening, closing = "", f"\n</{opened[1]}>\n\n" if opened[1] else f"\n[/{opened[2]}]\n\n"
-        empty = opening + closing
-        return Frame("", empty, opening, closing, end) if self.thinks else Frame(empty, "", None, "", end)
+            return Frame("", bare, opening, closing, end)
+        return Frame(bare, "", None, "", end)
 
     def _shown(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Bring earlier messages to the form in which the template reads a thought."""

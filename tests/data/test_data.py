@@ -343,7 +343,7 @@ def test_a_result_without_a_call_is_refused(tmp_path, messages, says):
 
 
 def test_old_forms_of_a_call_are_calls(tmp_path, tokenizer):
-    """ShareGPT's turns `function_call` and `observation`, and the field `function_call` of OpenAI's first API."""
+    """ShareGPT's turns `function_call` and `observation`, OpenAI's first field `function_call`, Hermes' texts."""
     value = json.dumps({"name": "rain", "arguments": {"city": "Oslo"}})
     sharegpt = [
         {"from": "human", "value": "Rain?"},
@@ -358,13 +358,15 @@ def test_old_forms_of_a_call_are_calls(tmp_path, tokenizer):
         {"role": "function", "name": "rain", "content": "yes"},
         {"role": "assistant", "content": "It rains."},
     ]
-    path = write(tmp_path / "t.jsonl", [{"conversations": sharegpt}, {"messages": openai}])
+    hermes = [*sharegpt]
+    hermes[1] = {"from": "gpt", "value": f"<tool_call>\n{value}\n</tool_call>"}
+    path = write(tmp_path / "t.jsonl", [{"conversations": sharegpt}, {"messages": openai}, {"conversations": hermes}])
     rows = trajectory_rows(load_trajectories(path), tokenizer)
     for row in rows:
         written = [message["content"] for message in row["messages"][1:]]
         assert written == ["Rain?", '<a_0><b_0>{"city": "Oslo"}', "yes", "It rains."]
     sharegpt[1]["value"] = "rain(Oslo)"
-    with pytest.raises(ValueError, match="line 1: a turn 'function_call' must be JSON"):
+    with pytest.raises(ValueError, match="line 1: a call in a message's text must be JSON"):
         load_trajectories(write(tmp_path / "t.jsonl", [{"conversations": sharegpt}]))
 
 

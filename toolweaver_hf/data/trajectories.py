@@ -37,6 +37,8 @@ ROLES = {
 
 MESSAGE_FIELDS = {"role", "from", "content", "value", "loss", "weight", "name", *REASONING_FIELDS}
 MESSAGE_FIELDS |= {"tool_calls", "function_call", "tool_call_id"}
+TOOL_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+
 TRAJECTORY_PROMPT = "Think, call tools by their code with JSON arguments, then answer."
 
 
@@ -49,7 +51,7 @@ def load_trajectories(path: str | os.PathLike, bad_rows: list[str] | None = None
 
     A tool call stands in an assistant message's `tool_calls` as `{"type": "function", "function": {"name": TOOL_ID,
     "arguments": {...}}}`, with the thought as its `content`; or, in older forms, in its `function_call`, in ShareGPT's
-    turn `function_call`, or in its text as ToolGen's token `<<tool&&api>>`. The results follow as messages of the role
+    turn `function_call`, or in its text as ToolGen's token `<<tool&&api>>` or Hermes' `<tool_call>`. The results follow as messages of the role
     `tool`. A result belongs to the call whose `id` is its `tool_call_id`; where there are no ids, the first to the
     first. A row of Seal-Tools becomes the query, a turn for each call of its `calling`, observed by the call's
     `responses`, and an empty answer, which ends the run.
@@ -118,6 +120,9 @@ def _read_message(message: Any, names: set[str] | None) -> dict[str, Any]:
     calls = list(message.get("tool_calls") or [])
     if message.get("function_call"):  # as OpenAI's API had it
         calls.append({"function": message["function_call"]})
+    if role == "assistant" and "<tool_call>" in content:  # as Hermes writes them in its text
+        calls += [{"function": call} for text in TOOL_CALL.findall(content) for call in _read_json_calls(text)]
+        content = TOOL_CALL.sub("", content).strip()
     if said == "function_call":  # ShareGPT's
         calls, content = [{"function": call} for call in _read_json_calls(content)], ""
     thought = next((content_text(message[name]) for name in REASONING_FIELDS if message.get(name)), "")
@@ -148,7 +153,7 @@ def _read_json_calls(text: str) -> list[Any]:
         calls = json.loads(text)
     except ValueError:
         raise ValueError(
-            f"a turn 'function_call' must be JSON of a 'name' and 'arguments', not {text[:80]!r}"
+            f"a call in a message's text must be JSON of a 'name' and 'arguments', not {text[:80]!r}"
         ) from None
     return calls if isinstance(calls, list) else [calls]
 
