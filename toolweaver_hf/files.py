@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ def truncate_partial_line(path: str | os.PathLike) -> None:
 def read_rows(path: str | os.PathLike, bad_rows: list[str] | None = None) -> list[tuple[str, dict[str, Any]]]:
     """Read the rows of a JSONL file, or of a JSON list, each with its position for error messages.
 
-    The file may be on the Hub: `hf://datasets/user/name/file.jsonl`. Where `bad_rows` is given, a row that is not
+    A `.json` file of several lines, of which the first is a whole JSON object, is JSONL as well. The file may be on the Hub: `hf://datasets/user/name/file.jsonl`. Where `bad_rows` is given, a row that is not
     a JSON object is left out, and what is wrong with it is added to this list.
 
     Raises:
@@ -98,6 +98,7 @@ def read_rows(path: str | os.PathLike, bad_rows: list[str] | None = None) -> lis
             row = load()
             if not isinstance(row, dict):
                 raise ValueError(f"{place}: expected a JSON object, not {type(row).__name__}")
+            _check_characters(row, place)
             rows.append((place, row))
         except ValueError as error:
             if bad_rows is None:
@@ -105,18 +106,38 @@ def read_rows(path: str | os.PathLike, bad_rows: list[str] | None = None) -> lis
             bad_rows.append(str(error))
 
     with open(local_file(path), encoding="utf-8-sig") as file:
+        lines: Iterable[str] = file
         if os.fspath(path).endswith(".json"):
-            items = _parse(file.read(), str(path))
+            lines = file.readlines()
+        if isinstance(lines, list) and not (len(lines) > 1 and _is_object(lines[0])):
+            items = _parse("".join(lines), str(path))
             if not isinstance(items, list):
                 raise ValueError(f"{path} holds no list of rows")
             for number, item in enumerate(items, start=1):
                 add(f"{path}, item {number}", lambda item=item: item)
         else:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(lines, start=1):
                 if line.strip():
                     place = f"{path}, line {number}"
                     add(place, lambda line=line, place=place: _parse(line, place))
     return rows
+
+
+def _check_characters(row: dict[str, Any], place: str) -> None:
+    """Refuse half of a surrogate pair, which JSON can spell and no text can hold."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.end]
+        raise ValueError(f"{place} holds {half!r}, half of a character, which is no text") from None
+
+
+def _is_object(line: str) -> bool:
+    """Return whether a line is a whole JSON object, as in files of JSON lines that are named `.json`."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _parse(text: str, source: str) -> Any:

@@ -467,3 +467,19 @@ def test_parts_of_text_and_the_developers_role(tmp_path, tokenizer):
     write(path, [{"messages": messages}])
     with pytest.raises(ValueError, match=r"t\.jsonl, line 1: .*'image_url'.*only parts of text"):
         load_trajectories(path)
+
+
+def test_numeric_ids_and_lines_in_a_json_file(tmp_path):
+    rows = [{"id": 1, "text": "rain?", "tools": [7]}, {"_id": 2, "text": "wind?", "tools": ["w"]}]
+    path = write(tmp_path / "queries.json", rows)
+    assert [(query.id, query.tools) for query in load_queries(path)] == [("1", ("7",)), ("2", ("w",))]
+
+
+def test_half_a_character_is_named_by_line(tmp_path):
+    for read, row in (
+        (load_queries, {"id": "1", "text": "\ud83d", "tools": ["a"]}),
+        (load_trajectories, {"messages": [{"role": "assistant", "content": "\ud83d"}]}),
+    ):
+        path = write(tmp_path / "rows.jsonl", [row])
+        with pytest.raises(ValueError, match=r"rows\.jsonl, line 1 holds .*half of a character"):
+            read(path)

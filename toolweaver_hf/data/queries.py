@@ -73,16 +73,22 @@ def load_queries(
 def _read_query(place: str, row: dict[str, Any], relevant: dict[str, list[str]] | None) -> Query | None:
     """Read one row; `None` for a query without a relevant tool in a format that has those."""
     row = _query_row(place, row)
-    query_id, text = row.get("id", row.get("_id")), row.get("text")
+    query_id, text = _as_id(row.get("id", row.get("_id"))), row.get("text")
     if not isinstance(query_id, str) or not isinstance(text, str) or not text.strip():
         raise ValueError(f"{place}: a query needs a string 'id' (or '_id') and a non-empty 'text'")
     tools = row.get("tools") if relevant is None else relevant.get(query_id, [])
+    tools = [_as_id(tool) for tool in tools] if isinstance(tools, list) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, str) for tool in tools):
         raise ValueError(f"{place}: query {query_id!r} needs 'tools', a list of tool ids (or give a qrels file)")
     if not tools and relevant is None and "query" not in row:
         raise ValueError(f"{place}: query {query_id!r} has no ground-truth tool")
     group = row.get("group", row.get("split"))
     return Query(query_id, text, tuple(dict.fromkeys(tools)), group and str(group), place) if tools else None
+
+
+def _as_id(value: Any) -> Any:
+    """Return a number that stands for an id as its text."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _query_row(place: str, row: dict[str, Any]) -> dict[str, Any]:
