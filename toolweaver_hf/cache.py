@@ -6,19 +6,29 @@ import copy
 import inspect
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 class DecodingState:
     r"""
     The tokens that a causal language model has read of a batch of sequences, and its cache of them.
 
-    It calls the model as its architecture takes it: with the cache and the positions that its forward pass knows of.
-    A model that takes no cache reads all tokens again at every step, with the padding on the right, where it changes
-    nothing for a causal model.
+    The model prepares its inputs and its cache itself, as in `generate`. Where that would change what it predicts, as
+    with a cache that cannot be reordered or padding that is read, all tokens are read again at every step, with the
+    padding behind them. A short example decides it, once for each model.
 
     Args:
-        model ([`PreTrainedModel`]): The model, which may be wrapped by PEFT.
+        model ([`PreTrainedModel`]):
+            The model, in evaluation mode. PEFT may have wrapped it.
+        use_cache (`bool`, *optional*):
+            Whether to read on from a cache. By default as the example shows.
+
+    Raises:
+        `ValueError`: for a model whose predictions depend on the tokens that follow, such as an encoder.
 
     Example:
 
@@ -30,9 +40,10 @@ class DecodingState:
     ```
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, use_cache: bool | None = None):
         self.model = model
-        self.cache = DynamicCache(config=model.config) if "cache" in _parameters(model) else None
+        self.use_cache = can_use_cache(model) if use_cache is None else use_cache
+        self.cache: Cache | None = None
         self.input_ids: torch.LongTensor | None = None
         self.attention_mask: torch.LongTensor | None = None
 
@@ -60,27 +71,29 @@ class DecodingState:
         """
         module = self.model if module is None else module
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if self.input_ids is None:
-            self.input_ids, self.attention_mask = input_ids, mask
-        else:
-            self.input_ids = torch.cat([self.input_ids, input_ids], dim=1)
-            self.attention_mask = torch.cat([self.attention_mask, mask], dim=1)
-        known = _parameters(module)
-        if self.cache is None:
+        first = self.input_ids is None
+        self.input_ids = input_ids if first else torch.cat([self.input_ids, input_ids], dim=1)
+        self.attention_mask = mask if first else torch.cat([self.attention_mask, mask], dim=1)
+        if not self.use_cache:
             order = self.attention_mask.argsort(dim=1, descending=True, stable=True)  # padding goes to the right
-            mask = self.attention_mask.gather(1, order)
-            inputs = {"input_ids": self.input_ids.gather(1, order), "attention_mask": mask}
-            last = mask.sum(1) - 1
-            return _values(module(**_only(inputs, known)))[torch.arange(len(mask), device=mask.device), last]
-        positions = (self.attention_mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": self.attention_mask,
-            "position_ids": positions,
-            "cache": self.cache,
-            "logits_to_keep": 1,
-        }
-        return _values(module(**_only(inputs, known), use_cache=True))[:, -1]
+            values = _values(module(input_ids=self.input_ids.gather(1, order), use_cache=False))
+            return values[torch.arange(len(order), device=values.device), self.attention_mask.sum(1) - 1]
+        parameters = inspect.signature(type(_unwrap(module)).forward).parameters
+        inputs = {"cache": self.cache, "use_cache": True, "logits_to_keep": 1}
+        if "position_ids" in parameters:
+            inputs["position_ids"] = (self.attention_mask.cumsum(1) - 1).clamp(min=0)
+        inputs = _unwrap(self.model).prepare_inputs_for_generation(
+            self.input_ids,
+            attention_mask=self.attention_mask,
+            is_first_iteration=first,
+            next_sequence_length=None if first else input_ids.shape[1],
+            **inputs,
+        )
+        if "logits_to_keep" not in parameters:
+            inputs.pop("logits_to_keep", None)
+        output = module(**inputs)
+        self.cache = output.cache
+        return _values(output)[:, -1]
 
     def fork(self) -> DecodingState:
         """Return a copy to go on with apart from this one."""
@@ -99,14 +112,63 @@ class DecodingState:
             self.cache.reorder_cache(rows)
 
 
-def _parameters(module: torch.nn.Module) -> set[str]:
-    """The arguments of a model's forward pass."""
-    inner = module.get_base_model() if hasattr(module, "get_base_model") else module  # PEFT's wrapper names none
-    return set(inspect.signature(type(inner).forward).parameters)
+@torch.no_grad()
+def can_use_cache(model: PreTrainedModel) -> bool:
+    """Whether a model that reads on from its cache, with padding, predicts as in plain forward passes.
+
+    It is measured on 32 tokens, and remembered with the model.
+
+    Raises:
+        `ValueError`: if what it predicts depends on the tokens that follow.
+    """
+    base = _unwrap(model)
+    if not hasattr(base, "_can_use_cache"):
+        pad = getattr(base.config.get_text_config(), "pad_token_id", None)
+        ids = [i for i in range(3, 13) if i != pad][:8]
+        ids = torch.tensor([[ids[i * i % 8] for i in range(32)]], device=model.device)
+        long, short, further = ids[:, :21], ids[:, 21:31], ids[:, 31:]
+        logits = _values(model(input_ids=torch.cat([long, further], dim=1), use_cache=False))
+        if _differs(_values(model(input_ids=long[:, :8], use_cache=False))[:, -1], logits[:, 7], base):
+            raise ValueError(
+                f"{type(base).__name__} is no causal language model: the tokens that follow change what it predicts "
+                "(an encoder reads from left to right with is_decoder=True in its configuration)"
+            )
+        expected = torch.cat(
+            [_values(model(input_ids=torch.cat([short, further], dim=1), use_cache=False))[:, -1], logits[:, -1]]
+        )
+        base._can_use_cache = False
+        try:
+            state = DecodingState(model, use_cache=True)
+            mask = torch.tensor([[1] * 21, [0] * 11 + [1] * 10], device=model.device)
+            padded = torch.nn.functional.pad(short, (11, 0), value=0 if pad is None else pad)
+            state.read(torch.cat([long, padded]), mask)
+            state.select(torch.tensor([1, 0, 1], device=model.device))
+            found = state.read(further.expand(3, 1))
+            base._can_use_cache = not _differs(found[:2], expected, base) and not _differs(found[2], found[0], base)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # as many kinds as there are caches
+            logger.info(f"the cache of {type(base).__name__} fails: {error}")
+        if not base._can_use_cache:
+            logger.warning(
+                f"{type(base).__name__} predicts something else with its cache or with padding: it reads all tokens "
+                "again for each new one, which is slower"
+            )
+    return base._can_use_cache
 
 
-def _only(inputs: dict, known: set[str]) -> dict:
-    return {name: value for name, value in inputs.items() if name in known}
+def _differs(values: torch.Tensor, expected: torch.Tensor, model: PreTrainedModel) -> bool:
+    """Whether logits differ by more than rounding does."""
+    tolerance = 1e-1  # of half precision, or a mixture whose router turns at a near tie
+    if model.dtype in (torch.float32, torch.float64) and not getattr(model, "is_quantized", False):
+        tolerance = 1e-4 if model.device.type == "cpu" else 1e-2  # accelerators may multiply in TF32
+    values, expected = values.float(), expected.float()
+    spread = (expected - expected.mean(-1, keepdim=True)).norm()
+    return not (values - expected).norm() <= tolerance * spread
+
+
+def _unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _values(output) -> torch.Tensor:

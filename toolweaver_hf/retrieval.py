@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import cached_file, logging
 
-from .cache import DecodingState
+from .cache import DecodingState, can_use_cache
 from .loading import load_aligned_model, split_hub_kwargs
 from .text_expert import TEXT_EXPERT_FILE, TextExpert
 from .tokenization_toolweaver import ToolWeaverTokenizer
@@ -68,8 +68,9 @@ class ToolRetriever:
             to the last hidden state. Defaults to `False` where that is so.
 
     Raises:
-        `ValueError`: without model and text expert, for a tokenizer of another model, for codes of tools that the text
-            expert lacks, or with `full_head=False` for a model whose logits are something else.
+        `ValueError`: without model and text expert, for a model that is not causal or a tokenizer of another one, for
+            codes of tools that the text expert lacks, or with `full_head=False` for a model whose logits are something
+            else.
 
     Example:
 
@@ -100,8 +101,8 @@ class ToolRetriever:
                     f"the model has embeddings of {rows} tokens, too few for the tokenizer's codes: the two do not "
                     "belong together"
                 )
-            model.eval()
-            exact = self._head_is_exact()
+            can_use_cache(model.eval())  # refuses what is no causal language model
+            exact = full_head is not True and self._head_is_exact()
             if full_head is False and not exact:
                 raise ValueError(
                     f"the logits of {type(model).__name__} are more than its output embeddings applied to the last "
@@ -527,8 +528,8 @@ class ToolRetriever:
         if not isinstance(head, torch.nn.Linear):
             return False
         logits = self.model(input_ids=ids).logits[:, -1]
-        hidden = self.model.base_model(input_ids=ids).last_hidden_state[:, -1]
-        return torch.allclose(head(hidden), logits, rtol=1e-3, atol=1e-3)
+        hidden = self.model.base_model(input_ids=ids)[0][:, -1]
+        return hidden.shape[1] == head.in_features and torch.allclose(head(hidden), logits, rtol=1e-3, atol=1e-3)
 
 
 def cut_prompt(input_ids: list[int], frame: list[int], max_length: int | None) -> list[int]:

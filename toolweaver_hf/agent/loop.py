@@ -15,6 +15,7 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.utils import cached_file, logging
 
+from ..cache import can_use_cache
 from ..data.catalog import ToolCatalog
 from ..loading import load_aligned_model, split_hub_kwargs
 from ..retrieval import ToolRetriever
@@ -97,6 +98,7 @@ class ToolAgent:
                 "a catalog that holds them, or give functions without them"
             )
         self.model = model.eval()
+        can_use_cache(self.model)  # refuses what is no causal language model
         self.tokenizer = tokenizer
         self.catalog = catalog
         self.functions = functions

@@ -240,7 +240,8 @@ class AlignmentTrainer(SFTTrainer):
         return output
 
     def _measure_retrieval(self) -> dict[str, float]:
-        retriever = ToolRetriever(self.model, self.processing_class)
+        # The whole head: where the model is sharded or PEFT wraps it, no part of it can be called alone
+        retriever = ToolRetriever(self.model, self.processing_class, full_head=True)
         numbers = list(range(len(self.eval_queries)))
         # Padding gives every process as many queries, so that a sharded model is called by all alike.
         with self.accelerator.split_between_processes(numbers, apply_padding=True) as mine:
