@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from architectures import tiny_model
 from conftest import small_llama
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
-from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
 from toolweaver_hf.alignment.rows import retrieval_rows, share_prompts, tokenize_rows
 from toolweaver_hf.alignment.trainer import (
@@ -90,11 +90,18 @@ def test_the_trainer_learns_them_and_counts_their_tokens(tokenizer, tmp_path):
     ("model", "can"),
     [
         (small_llama(60), True),
+        (tiny_model("qwen3", 60), True),
         (small_llama(60, attn_implementation="eager"), False),
-        (GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=8, n_layer=1, n_head=1)), False),
-        (MambaForCausalLM(MambaConfig(vocab_size=60, hidden_size=8, num_hidden_layers=1, state_size=2)), False),
+        (tiny_model("gpt2", 60), False),
+        (tiny_model("mamba", 60), False),
+        (tiny_model("mistral", 60), False),
+        (tiny_model("phi3", 60), False),
+        (tiny_model("gemma3_text", 60), False),
+        (tiny_model("mixtral", 60), False),
+        (tiny_model("qwen3_moe", 60), False),
     ],
-    ids=["llama", "eager", "gpt2", "mamba"],
+    ids=["llama", "qwen3", "eager", "gpt2", "mamba", "mistral", "phi3", "gemma3", "mixtral", "qwen3_moe"],
 )
 def test_only_models_that_a_mask_rules_share_prompts(model, can):
+    """Neither positions of their own, states, sliding windows nor mixtures of experts."""
     assert can_share_prompts(model) is can

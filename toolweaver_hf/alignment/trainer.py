@@ -64,6 +64,8 @@ def can_share_prompts(model: PreTrainedModel | PeftModel) -> bool:
         config._attn_implementation == "sdpa"
         and not model._is_stateful
         and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+        and getattr(config, "sliding_window", None) is None  # some have a window and name no types of layers
+        and not hasattr(config, "output_router_logits")  # the load of experts is balanced by a mask of two dimensions
         and getattr(config, "rope_parameters", None) is not None
     )
 
