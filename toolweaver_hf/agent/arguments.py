@@ -74,15 +74,9 @@ class ToolArgumentsLogitsProcessor(LogitsProcessor):
         self.eos_token_ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
         self.prompt_length = prompt_length
         self._matcher_class = LLMatcher
-        # Code tokens and markers of roles are marked as special, so that no string can hold them.
-        document = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
-        for token in document["added_tokens"]:
-            token["special"] = token["special"] or bool(token["content"].strip())
-        if (document["pre_tokenizer"] or {}).get("add_prefix_space"):
-            document["pre_tokenizer"]["add_prefix_space"] = False  # else each piece that must come gets a space
         try:
             self._vocabulary = LLTokenizer(
-                json.dumps(document), n_vocab=len(tokenizer), eos_token=tokenizer.eos_token_id
+                json.dumps(_text_tokenizer(tokenizer)), n_vocab=len(tokenizer), eos_token=tokenizer.eos_token_id
             )
         except Exception as error:
             raise ValueError(f"llguidance cannot read this tokenizer: {error}") from None
@@ -166,3 +160,30 @@ class ToolArgumentsLogitsProcessor(LogitsProcessor):
                 logger.info(f"of the schema of {tool_id!r} a grammar cannot say: {', '.join(left_out)}")
             self._grammars[tool_id] = grammar, all(keyword.startswith("format: ") for keyword in left_out)
         return self._grammars[tool_id]
+
+
+def _text_tokenizer(tokenizer: ToolWeaverTokenizer) -> dict[str, Any]:
+    """Return the content of a `tokenizer.json` that tokenizes every text as text.
+
+    Code tokens, markers of roles and the like keep their ids, as special tokens that no string can hold, and lose
+    their spelling: what a schema says is never taken for them. A control character, which JSON escapes, stands in it.
+    """
+    document = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    names = {}
+    for token in document["added_tokens"]:
+        if token["content"].replace("\u2581", " ").strip():
+            names[token["content"]] = f"\x00{token['id']}"
+            token |= {"content": names[token["content"]], "special": True, "normalized": False}
+    model = document["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(token, token): token_id for token, token_id in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    if "merges" in model:
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        model["merges"] = [pair for pair in pairs if not {*pair, "".join(pair)} & names.keys()]
+    if (document["pre_tokenizer"] or {}).get("add_prefix_space"):
+        document["pre_tokenizer"]["add_prefix_space"] = False  # else each piece that must come gets a space
+    return document | {"post_processor": None}
