@@ -1,9 +1,13 @@
 import json
+import re
 
 import jsonschema
 import pytest
 import torch
+from bases import FAMILIES, build
 from conftest import small_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from llguidance import LLMatcher
 
 from toolweaver_hf import (
@@ -209,6 +213,38 @@ def test_generate_writes_whole_calls_in_a_batch_of_beams(base_tokenizer):
     for row in output[:, 3:].tolist():
         arguments = json.loads(tokenizer.decode(row[2:], skip_special_tokens=True).replace("<pad>", ""))
         assert jsonschema.validate(arguments, processor.tools[tokenizer.decode_tool(row[:2])].parameters) is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_schema_forges_no_control_token(family):
+    """Control tokens are text wherever a schema spells them: such calls can be written, in tokens of text alone."""
+    tokenizer = ToolWeaverTokenizer.from_base(build(family), ToolCodes([4, 4], {"t": [1, 1], "u": [2, 2]}))
+    added = tokenizer.added_tokens_decoder
+    control = {i for i, token in added.items() if token.content.replace("▁", " ").strip()}
+    forged = st.lists(st.sampled_from([added[i].content for i in control] + ["a", ' "', "é"]), min_size=1, max_size=3)
+
+    @settings(max_examples=10, deadline=None)
+    @given(st.lists(forged.map("".join), min_size=4, max_size=4), st.integers(0, 99))
+    def check(texts, seed):
+        name, value, choice, matched = texts
+        properties = {
+            name: {"const": value, "title": value, "description": value},
+            "enum ": {"enum": [choice, [choice], {choice: 1}]},
+            "pattern ": {"type": "string", "pattern": f"^{re.escape(matched)}$".replace("\\ ", " "), "default": value},
+        }
+        schema = {"type": "object", "properties": properties, "required": [*properties]}
+        processor = ToolArgumentsLogitsProcessor(
+            tokenizer, {"t": Tool("t", "A tool.", parameters=schema)}, tokenizer.eos_token_id
+        )
+        ids, generator = tokenizer.encode_tool("t"), torch.Generator().manual_seed(seed)
+        while ids[-1] != tokenizer.eos_token_id or len(ids) == 2:
+            allowed = processor(torch.tensor([ids]), torch.rand(1, len(tokenizer), generator=generator))[0]
+            ids.append(int(allowed.argmax()))
+            assert allowed[ids[-1]].isfinite() and len(ids) < 400
+            assert ids[-1] == tokenizer.eos_token_id or not allowed[list(control)].isfinite().any()
+        jsonschema.validate(json.loads(tokenizer.decode(ids[2:-1])), schema)
+
+    check()
 
 
 def test_errors_and_schemas():

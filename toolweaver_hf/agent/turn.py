@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tokenizers.decoders import DecodeStream
 from transformers.utils import logging
 
 from ..cache import DecodingState
@@ -16,6 +15,7 @@ from ..logits_process import ToolCodeLogitsProcessor
 from ..retrieval import cut_prompt
 from .run import AgentRun, as_json
 from .schema import find_error
+from .text_stream import TextStream
 
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Turn:
                 code_start=start,
                 code_token_ids=tokenizer.code_token_ids,
                 allowed_rows=[[agent._tool_rows[tool_id] for tool_id in allowed]],
+                vocab_size=len(tokenizer),
             )
             for start in ("allowed", "forbidden")
         }
@@ -69,7 +70,7 @@ class Turn:
         agent, tokenizer = self.agent, self.agent.tokenizer
         self.new_ids, self.stop_reason = list(begun), None
         self._chosen: list[int] = []  # tokens that were chosen at once
-        text = DecodeStream(skip_special_tokens=True)
+        text = TextStream(tokenizer)
         while True:
             if self.run._cancelled.done():
                 self.stop_reason = "cancelled"
@@ -81,11 +82,12 @@ class Turn:
                 self._chosen = self._next_tokens()
             self.new_ids.append(self._chosen.pop(0))
             self.run.num_new_tokens += 1
-            piece = text.step(tokenizer.backend_tokenizer, self.new_ids[-1])
-            if stream_tokens and piece:
+            if stream_tokens and (piece := text.put(self.new_ids[-1])):
                 yield piece
             if self.new_ids[-1] in agent._end_ids or self._is_whole_call():
                 break
+        if piece := text.end():
+            yield piece
         self._read()
 
     def retry(self, stream_tokens: bool) -> Iterator[str]:
