@@ -291,3 +291,21 @@ def test_large_catalogs_keep_to_their_sets(seed, levels):
             expected = np.unique(own[(own[:, :depth] == row).all(1), depth])
             assert masked[i].isfinite().nonzero().flatten().tolist() == expected.tolist()
         rows = torch.cat([rows, masked.argmax(1, keepdim=True)], dim=1)
+
+
+@pytest.mark.parametrize("ends", [[EOS, 5], torch.tensor([EOS, 5])], ids=["list", "tensor"])
+def test_several_tokens_may_end_a_code(ends):
+    trie = CodeTrie(torch.tensor([[10, 14], [11, 15]]))
+    processor = ToolCodeLogitsProcessor(
+        trie, prompt_length=1, eos_token_id=ends, allowed_rows=[[0, 1], []], code_token_ids=range(10, 18)
+    )
+    for new_ids, expected in (((), [{10, 11}, {EOS, 5}]), ((11,), [{15}, {EOS}]), ((11, 15), [{EOS, 5}, {EOS, 5}])):
+        scores = processor(torch.tensor([[3, *new_ids]] * 2), torch.zeros(2, 18))
+        assert [set(row.isfinite().nonzero().flatten().tolist()) for row in scores] == expected
+
+
+def test_padding_of_the_matrix_is_never_chosen():
+    processor = ToolCodeLogitsProcessor(CodeTrie(torch.tensor([[10, 14], [11, 15]])), mode="trajectory", vocab_size=18)
+    for new_ids in ([3], [3, 10]):
+        scores = processor(torch.tensor([new_ids]), torch.zeros(1, 24))[0]
+        assert scores[18:].isneginf().all() and scores[:18].isfinite().any()

@@ -40,7 +40,7 @@ def generate(
         tokenizer = ToolWeaverTokenizer.from_pretrained(model.name_or_path, revision=commit)
         model._tool_trie = tokenizer.trie.to(model.device)
         model._tool_rows = {tool_id: row for row, tool_id in enumerate(tokenizer.tool_ids)}
-        model._code_token_ids = tokenizer.code_token_ids
+        model._code_token_ids, model._num_tokens = tokenizer.code_token_ids, len(tokenizer)
     prompts = kwargs.get("input_ids") if inputs is None else inputs
     processor = ToolCodeLogitsProcessor(
         model._tool_trie,
@@ -50,6 +50,7 @@ def generate(
         code_token_ids=model._code_token_ids,
         **({} if query is None else _guidance(model, [query] if isinstance(query, str) else query)),
         allowed_rows=None if allowed_tools is None else [[model._tool_rows[tool_id] for tool_id in allowed_tools]],
+        vocab_size=model._num_tokens,
     )
     kwargs.pop("custom_generate", None)
     processors = LogitsProcessorList([*(logits_processor or []), processor])

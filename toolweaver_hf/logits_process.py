@@ -28,8 +28,8 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
         prompt_length (`int`, *optional*):
             Number of tokens in the (padded) prompt. Needed in the mode `"retrieval"`; in `"trajectory"` it keeps code
             tokens at the end of a prompt from being gone on with.
-        eos_token_id (`int`, *optional*):
-            The token that follows a whole code in the mode `"retrieval"`, where it is needed.
+        eos_token_id (`int`, `Sequence[int]` or `torch.Tensor`, *optional*):
+            The tokens of which one follows a whole code in the mode `"retrieval"`, where it is needed.
         code_start (`str`, *optional*, defaults to `"allowed"`):
             Whether a code may start in free text: `"allowed"`, `"forbidden"` or `"forced"` (it must, at once).
         code_token_ids (`Sequence[int]`, *optional*):
@@ -44,6 +44,9 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
         allowed_rows (`Sequence[Sequence[int]]`, *optional*):
             For each sequence of the batch the tools that it may name, as rows of the trie's `tool_code_ids`. One set
             alone holds for all sequences. Defaults to every tool.
+        vocab_size (`int`, *optional*):
+            Number of tokens of the tokenizer. What scores a model has beyond them, where its embeddings are padded, are
+            masked. Defaults to all scores.
 
     Raises:
         `ValueError`: for an unknown mode, a missing argument of the mode, or no tool where one is forced; in a step,
@@ -66,12 +69,13 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
         trie: CodeTrie,
         mode: str = "retrieval",
         prompt_length: int | None = None,
-        eos_token_id: int | None = None,
+        eos_token_id: int | Sequence[int] | torch.Tensor | None = None,
         code_start: str = "allowed",
         code_token_ids: Sequence[int] | None = None,
         allowed_rows: Sequence[Sequence[int]] | None = None,
         expert_logits: torch.Tensor | None = None,
         model_weight: float = 0.5,
+        vocab_size: int | None = None,
     ):
         if mode not in ("retrieval", "trajectory"):
             raise ValueError(f"mode must be 'retrieval' or 'trajectory', not {mode!r}")
@@ -79,9 +83,9 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
             raise ValueError(f"code_start must be 'allowed', 'forbidden' or 'forced', not {code_start!r}")
         if mode == "retrieval" and (prompt_length is None or eos_token_id is None):
             raise ValueError("the mode 'retrieval' needs prompt_length and eos_token_id")
-        self.mode = mode
+        self.mode, self.vocab_size = mode, vocab_size
         self.prompt_length = prompt_length or 0
-        self.eos_token_id = eos_token_id
+        self.eos_token_ids = [] if eos_token_id is None else torch.as_tensor(eos_token_id).flatten().tolist()
         self.code_start = code_start
         self.trie = trie if allowed_rows is None else trie.restrict(allowed_rows)
         if code_start == "forced" and (self.trie.roots < 0).any():
@@ -162,17 +166,18 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
         trie, depth, nodes = self.trie, new_ids.shape[1], torch.full_like(roots, -1)
         masked = torch.full_like(scores, float("-inf"))
         if depth >= trie.num_levels:
-            masked[:, self.eos_token_id] = scores[:, self.eos_token_id]
+            masked[:, self.eos_token_ids] = scores[:, self.eos_token_ids]
         elif depth == 0:
             masked[:, self._slice] = scores[:, self._slice] + bias
             nodes = roots
-            masked[:, self.eos_token_id] = torch.where(roots < 0, scores[:, self.eos_token_id], float("-inf"))
+            ends = scores[:, self.eos_token_ids].masked_fill((roots >= 0)[:, None], float("-inf"))
+            masked[:, self.eos_token_ids] = ends
         else:
             nodes = trie.walk(new_ids, roots)
             tokens, present = trie.children(nodes, trie.max_children[depth])
             # A place without a child repeats the first one. A row that left the trie, such as a spare beam of
             # probability zero, can only end.
-            first = torch.where(present[:, :1], tokens[:, :1], self.eos_token_id)
+            first = torch.where(present[:, :1], tokens[:, :1], self.eos_token_ids[0])
             tokens = torch.where(present, tokens, first)
             masked.scatter_(1, tokens, scores.gather(1, tokens))
         return masked, nodes
@@ -189,6 +194,8 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
         if self._keeps_text:
             masked = scores + closed
             masked[:, self._slice] += bias
+            if self.vocab_size is not None:
+                masked[:, self.vocab_size :] = float("-inf")
         else:
             masked = torch.full_like(scores, float("-inf"))
             masked[:, self._slice] = scores[:, self._slice] + (bias + closed)

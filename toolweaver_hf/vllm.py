@@ -36,7 +36,9 @@ class VLLMToolCodeLogitsProcessor(LogitsProcessor):
         tokenizer = ToolWeaverTokenizer.from_pretrained(vllm_config.model_config.tokenizer)
         trie = tokenizer.trie.to(req_states.device)
         self.req_states = req_states
-        self.processor = ToolCodeLogitsProcessor(trie, mode="trajectory", code_token_ids=tokenizer.code_token_ids)
+        self.processor = ToolCodeLogitsProcessor(
+            trie, mode="trajectory", code_token_ids=tokenizer.code_token_ids, vocab_size=len(tokenizer)
+        )
         self._back = torch.arange(trie.num_levels - 2, -1, -1, device=req_states.device)
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
