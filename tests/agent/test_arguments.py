@@ -260,3 +260,5 @@ def test_errors_and_schemas():
     }
     assert close_schema(open_schema) == open_schema
     assert close_schema({"properties": {}}) == {"properties": {}, "additionalProperties": False}
+    undeclared = {"properties": {"a": {}}, "required": ["b"]}  # closed, it would allow nothing
+    assert close_schema(undeclared) == undeclared

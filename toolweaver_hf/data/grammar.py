@@ -122,7 +122,7 @@ def close_schema(schema: dict[str, Any]) -> dict[str, Any]:
     """Copy a JSON Schema of an object so that no property is allowed that it does not declare.
 
     Objects inside that declare properties are closed as well. A schema that says itself what other properties may be,
-    or is composed of others, stays as it is.
+    is composed of others, or requires properties that it does not declare, stays as it is.
     """
     closed = dict(schema)
     if isinstance(closed.get("properties"), dict):
@@ -131,7 +131,9 @@ def close_schema(schema: dict[str, Any]) -> dict[str, Any]:
             for name, inner in closed["properties"].items()
         }
         composed = ("additionalProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf")
-        if not any(keyword in closed for keyword in composed):
+        required = closed.get("required") if isinstance(closed.get("required"), list) else []
+        undeclared = [name for name in required if name not in closed["properties"]]
+        if not undeclared and not any(keyword in closed for keyword in composed):
             closed["additionalProperties"] = False
     if isinstance(closed.get("items"), dict):
         closed["items"] = close_schema(closed["items"])

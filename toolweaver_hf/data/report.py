@@ -95,5 +95,11 @@ def _cut(catalog: ToolCatalog, encoder: str) -> list[str]:
 
 def print_catalog_report(path: str | os.PathLike, encoder: str | None = None) -> None:
     """Print the report of a catalog's file."""
-    logging.getLogger("toolweaver_hf.data.catalog").setLevel(logging.ERROR)  # the report tells what the warning does
-    print(format_report(describe_catalog(ToolCatalog.from_file(path), encoder)))
+    catalog_logger = logging.getLogger(ToolCatalog.__module__)
+    level = catalog_logger.level
+    catalog_logger.setLevel(logging.ERROR)  # the report tells what the warning does
+    try:
+        catalog = ToolCatalog.from_file(path)
+    finally:
+        catalog_logger.setLevel(level)
+    print(format_report(describe_catalog(catalog, encoder)))
