@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import small_llama
 
-from toolweaver_hf import RQVAEConfig, RQVAEModel, Tool, ToolCatalog, ToolCodes, ToolWeaverTokenizer
+from toolweaver_hf import RQVAEConfig, RQVAEModel, TextExpert, Tool, ToolCatalog, ToolCodes, ToolWeaverTokenizer
 from toolweaver_hf.cli import main as toolweaver
 from toolweaver_hf.serving import save_inference_code
 
@@ -56,6 +56,8 @@ def workspace(tmp_path, base_tokenizer, monkeypatch, hub):
         tokenizer.save_pretrained(tmp_path / "out" / name)
         catalog.save_pretrained(tmp_path / "out" / name)
         save_inference_code(tmp_path / "out" / name)
+        TextExpert(catalog.ids, catalog.documents).embed().save_pretrained(tmp_path / "out" / name)
+    catalog.to_jsonl(tmp_path / "tools.jsonl")
     shutil.copytree(tmp_path / "out", tmp_path / "toolweaver-quickstart")
     codes.save_pretrained(tmp_path / "out" / "codes")
     RQVAEModel(RQVAEConfig(input_dim=4, codebook_sizes=[2, 2])).save_pretrained(tmp_path / "out" / "codes")
@@ -91,7 +93,8 @@ def test_push_and_load(workspace):
 
 def test_ranked_tools(workspace):
     names = {"tools_of_ann": ["weather"], "tools_of_bob": ["air_quality"], "queries": ["Is it warm?", "Is it?"]}
-    run("### Ranked tools", names)
+    names = run("### Ranked tools", names | {"new_tools": [Tool("chess", "Suggests a chess opening.")]})
+    assert names["retriever"]("Which chess opening?", top_k=1)[0][0].tool_id == "chess"
 
 
 def test_the_agent(workspace):
