@@ -37,7 +37,8 @@ REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 THOUGHT = re.compile(r"\s*(?:<think>)?((?:(?!<think>).)*?)</think>\s*", re.DOTALL)
 """A thought at the start of a text, as reasoning models write it; its opening may have stood in the prompt."""
 
-OPENED = re.compile(r"(?:<(\w+)>|\[(\w+)\])\s*$")
+OPENED = re.compile(r"(?:<(\w*(?:think|thought|reason)\w*)>|\[(\w*(?:think|thought|reason)\w*)\])\s*$", re.IGNORECASE)
+"""The marker of a thought that a prompt opens."""
 CODE = re.compile(r"<a_\d+>")
 # Private characters that stand for what a message holds, to find it in what a template renders
 CONTEXT, CONTENT, REASONING = "\ue002", "\ue003", "\ue004"
@@ -133,7 +134,7 @@ class ConversationWriter:
         if before.startswith(prompt):
             bare = before[len(prompt) :]
         else:
-            # The prompt says more than a turn that is rendered begins with: it opens a thought, or a text follows it.
+            # The prompt holds what no rendered turn begins with: it opens a thought, or has closed an empty one.
             opened = OPENED.search(prompt)
             if opening is None and opened is not None:
                 opening, closing = "", f"\n</{opened[1]}>\n\n" if opened[1] else f"\n[/{opened[2]}]\n\n"
