@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -104,8 +105,6 @@ class GatewayServer:
         from mcp.server.lowlevel import NotificationOptions, Server
         from mcp.server.subscriptions import InMemorySubscriptionBus, ListenHandler
 
-        from .. import __version__
-
         self.gateway = gateway
         self.usage_log = usage_log
         self._clients = {_digest(client.token): client for client in (clients or {}).values() if client.token}
@@ -116,7 +115,7 @@ class GatewayServer:
         self._bus = InMemorySubscriptionBus()
         self.server: Server = Server(
             "toolweaver-gateway",
-            version=__version__,
+            version=version("toolweaver-hf"),
             instructions=INSTRUCTIONS,
             on_list_tools=_answer(self._list_tools),
             on_call_tool=_answer(self._call_tool),

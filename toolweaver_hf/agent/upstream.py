@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -319,6 +320,4 @@ def _first(error: BaseException) -> BaseException:
 def _client_info() -> types.Implementation:
     from mcp.types import Implementation
 
-    from .. import __version__
-
-    return Implementation(name="toolweaver-gateway", version=__version__)
+    return Implementation(name="toolweaver-gateway", version=version("toolweaver-hf"))
