@@ -288,7 +288,8 @@ class TextExpert:
 
     def logits(self, queries: Sequence[str]) -> torch.Tensor:
         """Return the weighted sum of the scores, of shape `(num_queries, num_tools)`."""
-        weights = torch.tensor([getattr(self, name) for name in SCORE_WEIGHTS])
+        # The default dtype is another one while a thread loads the encoder.
+        weights = torch.tensor([getattr(self, name) for name in SCORE_WEIGHTS], dtype=torch.float32)
         return torch.tensordot(weights, self.scores(queries), dims=1)
 
     def log_probs(self, queries: Sequence[str]) -> torch.Tensor:

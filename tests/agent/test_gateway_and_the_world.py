@@ -1,9 +1,9 @@
 """The gateway before servers, and behind clients, that people use. Those that are not installed are skipped.
 
-The servers are looked for on the `PATH`: `pip install mcp-server-time mcp-server-git mcp-server-sqlite` and
-`npm install @modelcontextprotocol/server-everything @modelcontextprotocol/server-memory
-@modelcontextprotocol/server-filesystem`. Each client is a package of this Python or, as they need other versions of
-`mcp`, of the one that `FASTMCP_PYTHON`, `LANGCHAIN_PYTHON` or `SMOLAGENTS_PYTHON` names.
+The servers are looked for on the `PATH`: `pip install mcp-server-time mcp-server-git`, `pip install mcp-server-sqlite
+"mcp<2"` and `npm install @modelcontextprotocol/server-everything @modelcontextprotocol/server-memory
+@modelcontextprotocol/server-filesystem`. Each client is a package of this Python or, as some need `mcp<2`, of the one
+that `FASTMCP_PYTHON`, `LANGCHAIN_PYTHON` or `SMOLAGENTS_PYTHON` names.
 """
 
 import importlib.util
@@ -31,7 +31,7 @@ def installed(program, *args, **env):
 
 def test_time():
     with running([installed("mcp-server-time")]) as gateway:
-        assert gateway.names("What time is it in Tokyo now?", k=1) == ["get_current_time"]
+        assert "get_current_time" in gateway.names("What time is it in Tokyo now?", k=2)
         text, is_error = gateway.call("get_current_time", timezone="Asia/Tokyo")
         assert not is_error
         assert json.loads(text)["timezone"] == "Asia/Tokyo"

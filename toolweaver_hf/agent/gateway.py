@@ -224,11 +224,16 @@ class Gateway:
         Returns:
             `dict`: the `tools`, best first, each with its `name`, `description`, `inputSchema` and `probability`, and
             the servers that are `unavailable`, if any.
+
+        Raises:
+            `UpstreamError`: No server is ready yet.
         """
         with anyio.move_on_after(FIRST_ANSWER_SECONDS):
             await self._indexed.wait()
         with anyio.move_on_after(START_SECONDS):
             await self._found_any.wait()
+        if not self._found_any.is_set():
+            raise UpstreamError("the servers are still starting: try again in a few seconds")
         allowed = self._available
         if client is not None or "*" not in self._allow:
             allowed = frozenset(tool_id for tool_id in allowed if self._may(tool_id, client))

@@ -214,7 +214,13 @@ class GatewayServer:
         self, context: ServerRequestContext, arguments: dict[str, Any], client: ClientConfig | None
     ) -> dict[str, Any]:
         session = self._session(context)
-        found = await self.gateway.find_tools(arguments["query"], arguments.get("k", 5), client)
+        try:
+            found = await self.gateway.find_tools(arguments["query"], arguments.get("k", 5), client)
+        except UpstreamError as error:
+            return _error(str(error))
+        except Exception as error:  # the next query may go well
+            logger.exception("a search failed")
+            return _error(self.gateway.redact(f"the search failed: {error}"))
         session.num_queries += 1
         session.query = arguments["query"]
         if self.usage_log is not None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import random
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -302,13 +304,21 @@ async def _ping(client: Client) -> None:
 
 @asynccontextmanager
 async def _http_transport(config: ServerConfig) -> AsyncIterator[tuple[Any, Any]]:
-    from mcp.client.streamable_http import create_mcp_http_client, streamable_http_client
+    import httpx2  # comes with mcp
+    from mcp.client.streamable_http import streamable_http_client
 
+    timeout = httpx2.Timeout(START_SECONDS, read=None)  # each request has a limit of its own
     async with (
-        create_mcp_http_client(headers=config.headers) as http_client,
+        httpx2.AsyncClient(headers=config.headers, timeout=timeout, verify=_ssl_context()) as http_client,
         streamable_http_client(config.url, http_client=http_client) as streams,
     ):
         yield streams
+
+
+@cache
+def _ssl_context() -> ssl.SSLContext:
+    """One for all servers: to read the certificates takes longer than to shake hands."""
+    return ssl.create_default_context()
 
 
 def _first(error: BaseException) -> BaseException:

@@ -1,0 +1,270 @@
+"""What the gateway costs before hundreds of servers, next to a plain BM25 proxy.
+
+```bash
+python recipes/benchmarks/gateway.py --catalog catalog.jsonl --output_dir out/benchmark
+```
+
+The tools of the catalog, whose ids are `server.tool`, stand behind simulated servers: one process that answers MCP by
+HTTP under an address for each. Before it runs `toolweaver gateway` as a user starts it, first with an empty cache of
+embeddings, then with the one that it has made. Clients of the official SDK search and call. The proxy beside it ranks
+the same documents by bm25s in an MCP server of its own.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from toolweaver_hf.cli import parse_arguments, run_command
+from toolweaver_hf.data.catalog import Tool, ToolCatalog
+
+
+WAIT_SECONDS = 900
+
+
+@dataclass
+class BenchmarkArguments:
+    """What to time."""
+
+    catalog: str = field(metadata={"help": "Catalog whose ids are 'server.tool'."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for benchmark_gateway.json."})
+    clients: list[int] = field(default_factory=lambda: [1, 8, 32], metadata={"help": "Clients at the same time."})
+    queries: int = field(default=200, metadata={"help": "Queries for each number of clients, and calls."})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Tokenizer that counts what a model reads. Defaults to the encoder's."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the queries."})
+
+
+def serve_upstreams(catalog: str, port: int) -> None:
+    """Answer MCP for each server of a catalog under `/SERVER/mcp`."""
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Route
+
+    tools: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for tool in ToolCatalog.from_file(catalog):
+        server, name = tool.id.split(".", 1)
+        schema = {"type": "object"} | tool.parameters
+        tools[server].append({"name": name, "description": tool.description, "inputSchema": schema})
+
+    async def answer(request: Any) -> Response:
+        message = await request.json()
+        if "id" not in message:
+            return Response(status_code=202)
+        server = request.path_params["server"]
+        results = {
+            "initialize": {
+                "protocolVersion": "2025-06-18",
+                "capabilities": {"tools": {}},
+                "serverInfo": {"name": server, "version": "1"},
+            },
+            "tools/list": {"tools": tools[server]},
+            "tools/call": {"content": [{"type": "text", "text": "done"}]},
+            "ping": {},
+        }
+        return JSONResponse({"jsonrpc": "2.0", "id": message["id"], "result": results[message["method"]]})
+
+    app = Starlette(routes=[Route("/{server}/mcp", answer, methods=["POST"])])
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="error")
+
+
+def serve_proxy(catalog: str, port: int) -> None:
+    """Serve the rival: BM25 over the catalog's documents as an MCP server with one tool."""
+    import bm25s
+    import uvicorn
+    from mcp.server.mcpserver import MCPServer
+
+    tools = ToolCatalog.from_file(catalog)
+    index = bm25s.BM25()
+    index.index(bm25s.tokenize(tools.documents, stopwords="en", show_progress=False), show_progress=False)
+    server = MCPServer("proxy")
+
+    @server.tool()
+    def find_tools(query: str, k: int = 5) -> dict[str, Any]:
+        """Find tools."""
+        words = bm25s.tokenize([query], stopwords="en", show_progress=False)
+        rows, scores = index.retrieve(words, k=k, show_progress=False)
+        found = [(tools[int(row)], float(score)) for row, score in zip(rows[0], scores[0], strict=True)]
+        return {"tools": [listed(tool) | {"score": score} for tool, score in found]}
+
+    uvicorn.run(server.streamable_http_app(), host="127.0.0.1", port=port, log_level="error")
+
+
+def listed(tool: Tool) -> dict[str, Any]:
+    return {"name": tool.id, "description": tool.description, "inputSchema": tool.parameters}
+
+
+@asynccontextmanager
+async def process(*command: str, stderr: Path | None = None) -> AsyncIterator[subprocess.Popen]:
+    """Run a command; it ends with the context."""
+    with open(stderr or os.devnull, "wb") as errors, subprocess.Popen(command, stderr=errors) as running:
+        try:
+            yield running
+        finally:
+            running.terminate()
+            try:
+                running.wait(20)
+            except subprocess.TimeoutExpired:
+                running.kill()
+
+
+async def connect(url: str) -> Any:
+    """Return a client that is not yet connected, once something listens at the address."""
+    import anyio
+    from mcp import Client
+
+    host, port = url.split("/")[2].split(":")
+    for _ in range(100 * WAIT_SECONDS):
+        try:
+            stream = await anyio.connect_tcp(host, int(port))
+        except OSError:
+            await anyio.sleep(0.01)
+        else:
+            await stream.aclose()
+            return Client(url, mode="legacy", cache=None)
+    raise TimeoutError(f"nothing listens at {url}")
+
+
+async def search_times(url: str, queries: list[str], num_clients: int) -> dict[str, float]:
+    """Return p50 and p99 of `find_tools` in milliseconds, with so many clients at the same time."""
+    import anyio
+
+    times: list[float] = []
+
+    async def work(mine: list[str]) -> None:
+        async with await connect(url) as client:
+            await client.call_tool("find_tools", {"query": mine[0]})
+            for query in mine:
+                start = time.perf_counter()
+                await client.call_tool("find_tools", {"query": query})
+                times.append(1000 * (time.perf_counter() - start))
+
+    async with anyio.create_task_group() as tasks:
+        for i in range(num_clients):
+            tasks.start_soon(work, queries[i::num_clients])
+    return {"p50_ms": median(times), "p99_ms": quantiles(times, n=100)[98]}
+
+
+async def call_times(url: str, name: str, arguments: dict[str, Any], repeats: int) -> float:
+    """Return the median milliseconds of a call."""
+    times = []
+    async with await connect(url) as client:
+        for _ in range(repeats):
+            start = time.perf_counter()
+            result = await client.call_tool(name, arguments)
+            times.append(1000 * (time.perf_counter() - start))
+            if result.is_error:
+                raise ValueError(f"a call failed: {result.content[0].text}")
+    return median(times)
+
+
+def megabytes(running: subprocess.Popen) -> float:
+    import psutil
+
+    return psutil.Process(running.pid).memory_info().rss / 2**20
+
+
+async def time_start(command: list[str], url: str, log: Path, started: float, query: str) -> dict[str, float]:
+    """Return the seconds until the first answer, until all servers are there, and until all tools are embedded."""
+    import anyio
+
+    results = {}
+    async with await connect(url) as client:
+        while len(results) < 3:
+            answer = (await client.call_tool("find_tools", {"query": query})).structured_content
+            now = time.perf_counter() - started
+            if answer["tools"]:
+                results.setdefault("first_answer_s", now)
+            if answer["tools"] and "unavailable" not in answer:
+                results.setdefault("all_servers_s", now)
+                if "are embedded" in log.read_text().rpartition(" is up")[2]:
+                    results.setdefault("embedded_s", now)
+            await anyio.sleep(0.1)
+            if now > WAIT_SECONDS:
+                raise TimeoutError(
+                    f"the gateway is not ready after {WAIT_SECONDS} s; its messages: {log.read_text()[-500:]}"
+                )
+    return results
+
+
+async def benchmark(args: BenchmarkArguments) -> dict[str, Any]:
+    """Time the gateway and the proxy."""
+    from transformers import AutoTokenizer
+
+    from toolweaver_hf.text_expert import default_encoder
+
+    catalog = ToolCatalog.from_file(args.catalog)
+    chance = random.Random(args.seed)
+    drawn = [catalog[chance.randrange(len(catalog))] for _ in range(args.queries)]
+    queries = [" ".join(tool.description.split()[:12]) for tool in drawn]
+    servers = sorted({tool.id.split(".", 1)[0] for tool in catalog})
+    base = chance.randrange(20_000, 30_000)
+    python, this = sys.executable, os.path.abspath(__file__)
+    results: dict[str, Any] = {"tools": len(catalog), "servers": len(servers)}
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder, "mcp.json")
+        urls = {name: {"url": f"http://127.0.0.1:{base}/{name}/mcp"} for name in servers}
+        config.write_text(json.dumps({"mcpServers": urls}))
+        url = f"http://127.0.0.1:{base + 1}/mcp"
+        gateway = [python, "-m", "toolweaver_hf.cli", "gateway", str(config), "--port", str(base + 1)]
+        gateway += ["--cache-dir", str(Path(folder, "cache"))]
+        async with process(python, this, "upstreams", args.catalog, str(base)):
+            await connect(f"http://127.0.0.1:{base}/")
+            for start in ("cold", "warm"):
+                log, started = Path(folder, f"{start}.log"), time.perf_counter()
+                async with process(*gateway, stderr=log) as running:
+                    results[start] = await time_start(gateway, url, log, started, queries[0])
+                    if start == "warm":
+                        results["memory_mb"] = megabytes(running)
+                        results["find_tools"] = {
+                            str(number): await search_times(url, queries, number) for number in args.clients
+                        }
+                        tool = next(tool for tool in catalog if not tool.parameters.get("required"))
+                        server, name = tool.id.split(".", 1)
+                        through = {"name": tool.id, "arguments": {}}
+                        direct = f"http://127.0.0.1:{base}/{server}/mcp"
+                        results["call_ms"] = {
+                            "direct": await call_times(direct, name, {}, args.queries),
+                            "gateway": await call_times(url, "call_tool", through, args.queries),
+                        }
+        proxy = f"http://127.0.0.1:{base + 2}/mcp"
+        async with process(python, this, "proxy", args.catalog, str(base + 2)) as running:
+            results["proxy"] = {
+                "find_tools": {str(number): await search_times(proxy, queries, number) for number in args.clients},
+                "memory_mb": megabytes(running),
+            }
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or default_encoder())
+    texts = [json.dumps(listed(tool)) for tool in catalog]
+    lengths = [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
+    results["tokens"] = {"all_tools": sum(lengths), "five_tools": 5 * sum(lengths) / len(lengths)}
+    return results
+
+
+def main(args: BenchmarkArguments) -> None:
+    import anyio
+
+    results = anyio.run(benchmark, args)
+    print(json.dumps(results, indent=2))
+    if args.output_dir:
+        os.makedirs(args.output_dir, exist_ok=True)
+        Path(args.output_dir, "benchmark_gateway.json").write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] in (["upstreams"], ["proxy"]):
+        serve = serve_upstreams if sys.argv[1] == "upstreams" else serve_proxy
+        serve(sys.argv[2], int(sys.argv[3]))
+    else:
+        run_command(lambda: main(*parse_arguments(None, BenchmarkArguments)))
