@@ -74,7 +74,7 @@ class ChatEndpoint:
 
     def _complete(self, messages: list[dict[str, str]], seed: int) -> tuple[str, dict[str, int]]:
         """Return the text of a completion and its `usage`."""
-        attempt, problem = 0, None
+        attempt, problem, wait = 0, None, 0.0
         while attempt < NUM_ATTEMPTS:
             body = {"model": self.model, "messages": messages, "seed": seed % 2**31, **self._options}
             try:
@@ -83,6 +83,7 @@ class ChatEndpoint:
                     output = response.json()
                     return output["choices"][0]["message"]["content"] or "", output.get("usage") or {}
                 problem = f"{response.status_code} {response.text[:300]}"
+                wait = _retry_after(response)
                 refused = [name for name in OPTIONS if name in body and name in response.text]
                 if response.status_code == 400 and refused:
                     self._options = {name: value for name, value in self._options.items() if name not in refused}
@@ -93,8 +94,16 @@ class ChatEndpoint:
                 problem = f"{type(error).__name__} {error}"
             attempt += 1
             if attempt < NUM_ATTEMPTS:
-                time.sleep(2**attempt / 2)
+                time.sleep(max(2**attempt / 2, wait))
         raise OSError(f"{self.base_url} does not answer for the model {self.model!r}: {problem}")
+
+
+def _retry_after(response: httpx.Response) -> float:
+    """Return for how many seconds an endpoint that limits its rate asks to wait, two minutes at most."""
+    try:
+        return min(float(response.headers.get("retry-after", 0)), 120.0)
+    except ValueError:
+        return 0.0  # a date
 
 
 def _find_object(text: str) -> dict[str, Any] | None:
