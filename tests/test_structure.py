@@ -21,7 +21,20 @@ ENTRIES = {
     "vllm.py",
 }
 # The order of the rooms; no module imports from a later one. What lies flat is below all of them, but for the doors.
-ROOMS = ("", "data", "codes", "alignment", "agent", "evaluation", "hub", "demo", "cli", "recipes", "doors")
+ROOMS = (
+    "",
+    "data",
+    "codes",
+    "alignment",
+    "agent",
+    "evaluation",
+    "synthesis",
+    "hub",
+    "demo",
+    "cli",
+    "recipes",
+    "doors",
+)
 DOORS = ("toolweaver_hf", "toolweaver_hf.embeddings")
 
 

@@ -280,11 +280,15 @@ class TextExpert:
         bm25 = torch.from_numpy(self._bm25(queries))
         cosines = memory = torch.zeros_like(bm25)
         if self.embeddings is not None:
-            encoded = self._encode(queries, as_queries=True)
+            encoded = self.encode_queries(queries)
             cosines = encoded @ self.embeddings.T
             if self.memory is not None:
                 memory = self._recall(encoded)
         return torch.stack([cosines, bm25, memory])
+
+    def encode_queries(self, queries: Sequence[str]) -> torch.Tensor:
+        """Return the embeddings of queries, unit vectors of shape `(num_queries, embedding_dim)`, float32."""
+        return self._encode(queries, as_queries=True)
 
     def logits(self, queries: Sequence[str]) -> torch.Tensor:
         """Return the weighted sum of the scores, of shape `(num_queries, num_tools)`."""

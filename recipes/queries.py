@@ -1,0 +1,159 @@
+"""Write training queries for a catalog that has none: a language model writes them, a text expert checks them.
+
+```bash
+toolweaver queries --catalog tools.jsonl --generator HuggingFaceTB/SmolLM2-135M-Instruct --output queries.train.jsonl
+toolweaver queries --catalog tools.jsonl --generator http://localhost:8000/v1 --generator_model Qwen/Qwen3-8B
+```
+
+Each query tells in `source` which prompt and seed it comes from, and in `group` how vague it is. The same command goes
+on with a run that was cut off.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from toolweaver_hf.cli import parse_arguments, run_command
+
+
+if TYPE_CHECKING:
+    from toolweaver_hf.synthesis.candidates import Generator
+
+
+@dataclass
+class QueryArguments:
+    """What to write queries for, and who writes them.
+
+    Args:
+        catalog (`str`):
+            The catalog, in any of the formats that [`ToolCatalog.from_file`] reads.
+        generator (`str`):
+            Id or path of an instruction-tuned causal language model, or the URL of an OpenAI-compatible endpoint, up to
+            where `/chat/completions` follows; its key is the environment's `OPENAI_API_KEY`.
+        generator_model (`str`, *optional*):
+            Name of the model at an endpoint.
+        output (`str`, *optional*, defaults to `"queries.train.jsonl"`):
+            File for the training queries. Beside it come the validation queries (`queries.validation.jsonl`), all that
+            was written (`queries.candidates.jsonl`), and the embeddings of the catalog's documents.
+        per_tool (`int`, *optional*, defaults to 8):
+            How many queries are written for each tool alone.
+        groups (`int`, *optional*):
+            How many pairs and triples of tools that belong together get two queries each. Defaults to half as many as
+            there are tools.
+        round_trip (`int`, *optional*, defaults to 5):
+            A query is kept if search finds its tool among so many. 0 keeps all.
+        validation_share (`float`, *optional*, defaults to 0.1):
+            Share of the queries for validation; every tool keeps some for training.
+        batch_size (`int`, *optional*, defaults to 32):
+            How many queries a local model writes at once.
+        encoder (`str`, *optional*):
+            sentence-transformers model that searches. Defaults to all-MiniLM-L6-v2.
+        prices (`list[float]`, *optional*):
+            What a million prompt tokens and a million completion tokens of the generator cost.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of everything random.
+    """
+
+    catalog: str = field(metadata={"help": "The catalog of tools (JSONL or JSON)."})
+    generator: str = field(metadata={"help": "Causal language model, or URL of an OpenAI-compatible endpoint."})
+    generator_model: str | None = field(default=None, metadata={"help": "Name of the model at an endpoint."})
+    output: str = field(default="queries.train.jsonl", metadata={"help": "File for the training queries."})
+    per_tool: int = field(default=8, metadata={"help": "Queries to write for each tool alone."})
+    groups: int | None = field(
+        default=None, metadata={"help": "Pairs and triples of tools to write two queries for each."}
+    )
+    round_trip: int = field(default=5, metadata={"help": "Keep a query if search finds its tool among so many."})
+    validation_share: float = field(default=0.1, metadata={"help": "Share of the queries for validation."})
+    batch_size: int = field(default=32, metadata={"help": "Queries that a local model writes at once."})
+    encoder: str | None = field(default=None, metadata={"help": "sentence-transformers model that searches."})
+    prices: list[float] | None = field(
+        default=None, metadata={"help": "Cost of a million prompt and a million completion tokens."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of everything random."})
+
+    def __post_init__(self):
+        if is_url(self.generator) and not self.generator_model:
+            raise ValueError(f"--generator {self.generator} is an endpoint: name its model with --generator_model")
+        if self.per_tool < 1:
+            raise ValueError(f"--per_tool must be at least 1, not {self.per_tool}")
+        if not 0 <= self.validation_share < 1:
+            raise ValueError(f"--validation_share must be from 0 to below 1, not {self.validation_share}")
+        if self.prices is not None and len(self.prices) != 2:
+            raise ValueError("--prices needs two numbers: for prompt tokens and for completion tokens")
+
+
+def is_url(generator: str) -> bool:
+    return generator.startswith(("http://", "https://"))
+
+
+def load_generator(args: QueryArguments) -> Generator:
+    """Load the local model, or open the endpoint."""
+    from toolweaver_hf.evaluation.chat_endpoint import ChatEndpoint
+    from toolweaver_hf.synthesis.generators import EndpointGenerator, LocalGenerator
+
+    if is_url(args.generator):
+        return EndpointGenerator(ChatEndpoint(args.generator_model, args.generator, temperature=1.0))
+    return LocalGenerator(args.generator, args.batch_size)
+
+
+def output_files(output: str) -> dict[str, Path]:
+    """Return where training queries, validation queries and candidates are written."""
+    path = Path(output)
+    stem = path.stem.removesuffix(".train")
+    names = {"train": path.name, **{kind: f"{stem}.{kind}.jsonl" for kind in ("validation", "candidates")}}
+    return {kind: path.with_name(name) for kind, name in names.items()}
+
+
+def main(args: QueryArguments) -> dict[str, int]:
+    """Write the queries; print and return how many were written, kept and dropped."""
+    from toolweaver_hf.data.catalog import ToolCatalog
+    from toolweaver_hf.files import write_text
+    from toolweaver_hf.synthesis.candidates import query_requests, read_candidates, write_candidates
+    from toolweaver_hf.synthesis.filters import filter_queries, json_lines, split_by_tool
+    from toolweaver_hf.synthesis.groups import tool_groups
+    from toolweaver_hf.text_expert import TextExpert
+
+    catalog = ToolCatalog.from_file(args.catalog)
+    files = output_files(args.output)
+    generator = load_generator(args)
+    files["train"].parent.mkdir(parents=True, exist_ok=True)
+    expert = TextExpert(catalog.ids, catalog.documents, args.encoder)
+    expert.embed(files["train"].parent, show_progress_bar=True)
+    num_groups = len(catalog) // 2 if args.groups is None else args.groups
+    requests = query_requests(catalog, [(tool_id,) for tool_id in catalog.ids], args.per_tool, args.seed)
+    groups = tool_groups(catalog, expert.embeddings, num_groups, args.seed)
+    # Two queries for each: tools that one query alone has together are not taken for related
+    requests += query_requests(catalog, groups, 2, args.seed)
+
+    write_candidates(files["candidates"], requests, generator, show_progress_bar=True)
+    written = read_candidates(files["candidates"], requests, generator.name)
+    kept, dropped = filter_queries(written, catalog, expert, args.round_trip)
+    if not kept:
+        raise ValueError(f"none of the {len(written)} queries in {files['candidates']} can be used: {dict(dropped)}")
+    train, validation = split_by_tool(kept, args.validation_share, args.seed)
+    write_text(files["validation"], json_lines(validation))
+    write_text(files["train"], json_lines(train))
+
+    counts = {"written": len(written), "kept": len(kept), **dropped}
+    print(f"{len(kept)} of {len(written)} queries kept" + "".join(f", {n} {why}" for why, n in dropped.items()))
+    print(f"{len(train)} in {files['train']}, {len(validation)} in {files['validation']}")
+    without = set(catalog.ids).difference(tool_id for row in train for tool_id in row["tools"])
+    if without:
+        print(f"{len(without)} of {len(catalog)} tools have no query: {', '.join(sorted(without)[:5])} ...")
+    tokens = {"prompt tokens": generator.prompt_tokens, "completion tokens": generator.completion_tokens}
+    print(", ".join(f"{count:,} {name}" for name, count in tokens.items()), end="")
+    if args.prices is not None:
+        cost = sum(price * count / 1e6 for price, count in zip(args.prices, tokens.values(), strict=True))
+        print(f", cost {cost:.4f}", end="")
+    print(" in this run")
+    return counts
+
+
+def cli(argv: list[str] | None = None) -> None:
+    main(*parse_arguments(argv, QueryArguments))
+
+
+if __name__ == "__main__":
+    run_command(cli)
