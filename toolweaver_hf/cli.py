@@ -194,6 +194,7 @@ def _push(argv: list[str]) -> None:
 
 COMMANDS = {
     "quickstart": (_recipe("quickstart"), "run the whole method on the demo catalog, or on your own data"),
+    "align": (_recipe("align"), "go from a catalog to an aligned model in one command"),
     "queries": (_recipe("queries"), "write training queries for a catalog that has none"),
     "tokenize": (_recipe("tokenize_tools"), "learn the codes of a catalog's tools"),
     "inspect": (_inspect, "tell what is read of a catalog, or draw a report of learned codes"),
