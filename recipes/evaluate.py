@@ -44,6 +44,9 @@ class EvaluationArguments:
             Catalog of the tools to rank, a subset of the model's catalog. Defaults to the model's whole catalog.
         in_domain (`bool`, *optional*, defaults to `False`):
             Whether to rank only the tools that the queries need.
+        by_wording (`bool`, *optional*, defaults to `False`):
+            Whether to report the queries by how vague they are: in the tools' own words, in others, or without any of
+            them (see [`~evaluation.group_by_wording`]), in place of the queries' own groups.
         encoder (`str`, *optional*):
             sentence-transformers model of the dense baseline. Defaults to the default encoder of catalogs.
         output_dir (`str`, *optional*):
@@ -58,6 +61,7 @@ class EvaluationArguments:
     model: str | None = field(default=None, metadata={"help": "Folder of an aligned model."})
     corpus: str | None = field(default=None, metadata={"help": "Catalog of the tools to rank."})
     in_domain: bool = field(default=False, metadata={"help": "Rank only the tools that the queries need."})
+    by_wording: bool = field(default=False, metadata={"help": "Report the queries by how vague they are."})
     encoder: str | None = field(default=None, metadata={"help": "sentence-transformers model of the dense baseline."})
     output_dir: str | None = field(default=None, metadata={"help": "Folder for the run."})
     seed: int = field(default=0, metadata={"help": "Seed of the bootstrap."})
@@ -104,12 +108,15 @@ def main(args: EvaluationArguments) -> dict[str, Any]:
     from toolweaver_hf.evaluation.baselines import BM25Retriever, DenseRetriever
     from toolweaver_hf.evaluation.rankings import compare_rankings
     from toolweaver_hf.evaluation.runs import save_run, tables
+    from toolweaver_hf.evaluation.wording import group_by_wording
     from toolweaver_hf.hub.cards import EVALUATION_FOLDER
     from toolweaver_hf.retrieval import ToolRetriever
-    from toolweaver_hf.text_expert import default_encoder
+    from toolweaver_hf.text_expert import TextExpert, default_encoder
 
     queries = load_test_queries(args.queries, args.qrels)
     candidates = load_candidates(args, queries)
+    if args.by_wording:
+        queries = group_by_wording(queries, candidates)
     texts = [query.text for query in queries]
     rankings = {}
     if args.model is not None:
