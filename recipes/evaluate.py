@@ -111,7 +111,7 @@ def main(args: EvaluationArguments) -> dict[str, Any]:
     from toolweaver_hf.evaluation.wording import group_by_wording
     from toolweaver_hf.hub.cards import EVALUATION_FOLDER
     from toolweaver_hf.retrieval import ToolRetriever
-    from toolweaver_hf.text_expert import TextExpert, default_encoder
+    from toolweaver_hf.text_expert import default_encoder
 
     queries = load_test_queries(args.queries, args.qrels)
     candidates = load_candidates(args, queries)
