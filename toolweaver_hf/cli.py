@@ -199,7 +199,7 @@ COMMANDS = {
     "tokenize": (_recipe("tokenize_tools"), "learn the codes of a catalog's tools"),
     "inspect": (_inspect, "tell what is read of a catalog, or draw a report of learned codes"),
     "sft": (_recipe("sft"), "align a language model with the codes"),
-    "fit-guidance": ("toolweaver_hf.recipes.fit_guidance", "fit the weights of guided decoding on held-out queries"),
+    "fit-guidance": (_recipe("fit_guidance"), "fit the weights of guided decoding on held-out queries"),
     "evaluate": (_recipe("evaluate"), "measure retrieval next to BM25 and a dense encoder"),
     "evaluate-agent": (_recipe("evaluate_agent"), "measure what an agent does, with a judge or without"),
     "gateway": (_gateway, "serve the tools of many MCP servers as two that find and call them"),
