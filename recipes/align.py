@@ -185,6 +185,7 @@ def _align(args: AlignArguments, output: Path, train: str, validation: str | Non
             stages=["memorization", "retrieval"],
             queries=train,
             eval_queries=validation,
+            text_encoder=args.encoder,
         ),
         AlignmentTrainingArguments(
             output_dir=str(output / "model"),

@@ -186,6 +186,8 @@ def main(args: QuickstartArguments) -> None:
             stages=["memorization", "retrieval"],
             queries=str(data / "queries.train.jsonl"),
             augmentations=recipe.augmentations,
+            eval_queries=str(data / "queries.validation.jsonl"),
+            text_encoder=args.encoder,
         ),
         AlignmentTrainingArguments(output_dir=str(output / "retrieval"), **recipe.retrieval, **shared),
         ModelConfig(model_name_or_path=base),
@@ -194,7 +196,10 @@ def main(args: QuickstartArguments) -> None:
     step("Alignment: whole trajectories")
     sft.main(
         sft.AlignmentArguments(
-            codes_dir=str(codes_dir), stages=["trajectory"], trajectories=str(data / "trajectories.train.jsonl")
+            codes_dir=str(codes_dir),
+            stages=["trajectory"],
+            trajectories=str(data / "trajectories.train.jsonl"),
+            text_encoder=args.encoder,
         ),
         AlignmentTrainingArguments(output_dir=str(output / "agent"), **recipe.trajectories, **shared),
         ModelConfig(model_name_or_path=str(output / "retrieval")),

@@ -53,7 +53,7 @@ def test_the_quick_start_from_end_to_end(tmp_path, weather, capsys):
     tests = read("queries.test.jsonl")
     shown = [row for row in tests if row["text"] in search]
     assert len(shown) == 3 and all(row["tools"][0].startswith("weather.") for row in shown)
-    for system in ("ToolWeaver", "BM25", "dense", "dense + BM25"):
+    for system in ("ToolWeaver", "BM25", "dense", "search"):
         assert re.search(rf"^\| \W*{re.escape(system)}\W* \|", rest, re.MULTILINE), system
     right, wrong = re.search(r"wrong\nfor (\d+), and the other way round for (\d+)", rest).groups()
     assert 0 <= int(right) + int(wrong) <= 12
