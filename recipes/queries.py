@@ -19,6 +19,7 @@ from toolweaver_hf.cli import parse_arguments, run_command
 
 
 if TYPE_CHECKING:
+    from toolweaver_hf.data.catalog import ToolCatalog
     from toolweaver_hf.synthesis.candidates import Generator
 
 
@@ -37,6 +38,12 @@ class QueryArguments:
         output (`str`, *optional*, defaults to `"queries.train.jsonl"`):
             File for the training queries. Beside it come the validation queries (`queries.validation.jsonl`), all that
             was written (`queries.candidates.jsonl`), and the embeddings of the catalog's documents.
+        trajectories (`str`, *optional*):
+            File for trajectories of the training queries as well: calls whose arguments obey the tools' schemas and
+            stand in the query's words, what the tools answer, and an answer.
+        recordings (`str`, *optional*):
+            Recorded answers of tools for these (see [`SimulatedTools`]). What is not recorded is made up by the tool's
+            output schema.
         per_tool (`int`, *optional*, defaults to 8):
             How many queries are written for each tool alone.
         groups (`int`, *optional*):
@@ -60,6 +67,8 @@ class QueryArguments:
     generator: str = field(metadata={"help": "Causal language model, or URL of an OpenAI-compatible endpoint."})
     generator_model: str | None = field(default=None, metadata={"help": "Name of the model at an endpoint."})
     output: str = field(default="queries.train.jsonl", metadata={"help": "File for the training queries."})
+    trajectories: str | None = field(default=None, metadata={"help": "File for trajectories of the queries as well."})
+    recordings: str | None = field(default=None, metadata={"help": "Recorded answers of tools (JSONL) for these."})
     per_tool: int = field(default=8, metadata={"help": "Queries to write for each tool alone."})
     groups: int | None = field(
         default=None, metadata={"help": "Pairs and triples of tools to write two queries for each."}
@@ -74,6 +83,8 @@ class QueryArguments:
     seed: int = field(default=0, metadata={"help": "Seed of everything random."})
 
     def __post_init__(self):
+        if self.recordings and not self.trajectories:
+            raise ValueError("--recordings are for --trajectories: name a file for them")
         if is_url(self.generator) and not self.generator_model:
             raise ValueError(f"--generator {self.generator} is an endpoint: name its model with --generator_model")
         if self.per_tool < 1:
@@ -142,6 +153,8 @@ def main(args: QueryArguments) -> dict[str, int]:
     without = set(catalog.ids).difference(tool_id for row in train for tool_id in row["tools"])
     if without:
         print(f"{len(without)} of {len(catalog)} tools have no query: {', '.join(sorted(without)[:5])} ...")
+    if args.trajectories:
+        counts["trajectories"] = add_trajectories(args, catalog, files["train"], generator)
     tokens = {"prompt tokens": generator.prompt_tokens, "completion tokens": generator.completion_tokens}
     print(", ".join(f"{count:,} {name}" for name, count in tokens.items()), end="")
     if args.prices is not None:
@@ -149,6 +162,24 @@ def main(args: QueryArguments) -> dict[str, int]:
         print(f", cost {cost:.4f}", end="")
     print(" in this run")
     return counts
+
+
+def add_trajectories(args: QueryArguments, catalog: ToolCatalog, queries: Path, generator: Generator) -> int:
+    """Write trajectories of the training queries, print and return how many are whole."""
+    from toolweaver_hf.data.queries import load_queries
+    from toolweaver_hf.evaluation.simulated_tools import SimulatedTools
+    from toolweaver_hf.files import write_text
+    from toolweaver_hf.synthesis.filters import json_lines
+    from toolweaver_hf.synthesis.trajectories import write_trajectories
+
+    train = load_queries(queries)
+    tools = SimulatedTools(catalog, args.recordings, seed=args.seed)
+    candidates = output_files(args.trajectories)["candidates"]
+    candidates.parent.mkdir(parents=True, exist_ok=True)
+    rows = write_trajectories(candidates, train, catalog, tools, generator, args.seed, show_progress_bar=True)
+    write_text(args.trajectories, json_lines(rows))
+    print(f"{len(rows)} of {len(train)} trajectories are whole: {args.trajectories}")
+    return len(rows)
 
 
 def cli(argv: list[str] | None = None) -> None:

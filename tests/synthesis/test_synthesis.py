@@ -16,7 +16,7 @@ from toolweaver_hf.data.queries import load_queries
 from toolweaver_hf.recipes import queries as recipe
 from toolweaver_hf.synthesis.candidates import query_requests, read_candidates, write_candidates
 from toolweaver_hf.synthesis.filters import clean, filter_queries, split_by_tool
-from toolweaver_hf.synthesis.generators import LocalGenerator
+from toolweaver_hf.synthesis.generators import MAX_NEW_TOKENS, LocalGenerator
 from toolweaver_hf.synthesis.groups import related_tools, tool_groups
 from toolweaver_hf.synthesis.prompts import STYLES, query_messages
 from toolweaver_hf.text_expert import TextExpert
@@ -51,7 +51,7 @@ def expert():
 class Echo:
     """Writes what the tool's document says, and remembers what it was asked for."""
 
-    name, batch_size, prompt_tokens, completion_tokens = "echo", 2, 0, 0
+    name, prompt_tokens, completion_tokens = "echo", 0, 0
 
     def __init__(self, fail_after=None):
         self.asked, self.fail_after = [], fail_after
@@ -214,15 +214,15 @@ def test_what_a_batch_shares_is_read_once_and_changes_nothing(chat_model):
     generator.model.float()
     generator.sampling = {"do_sample": False}
     prompts = [query_messages([CATALOG[i]], "request") for i in range(3)]
-    batch = generator._sample(prompts, seed=0)
+    batch = generator._sample(prompts, 0, MAX_NEW_TOKENS, stop="\n")
     for messages, text in zip(prompts, batch, strict=True):
         inputs = generator.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         output = generator.model.generate(**inputs, max_new_tokens=48, do_sample=False)
         alone = generator.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        assert text == alone.split("\n")[0].strip()
-    assert generator._sample(prompts[:1], seed=0) == batch[:1]
+        assert text.split("\n")[0] == alone.split("\n")[0]
+    assert generator._sample(prompts[:1], 0, MAX_NEW_TOKENS, stop="\n") == batch[:1]
 
 
 def test_a_local_model_answers_every_style(chat_model):

@@ -67,7 +67,7 @@ class ChatEndpoint:
             text, usage = self._complete(messages, seed + 1_000_003 * attempt)
             prompt_tokens += usage.get("prompt_tokens", 0)
             completion_tokens += usage.get("completion_tokens", 0)
-            content = _find_object(text)
+            content = find_object(text)
             if content is not None:
                 break
         return Reply(content, prompt_tokens, completion_tokens)
@@ -106,7 +106,7 @@ def _retry_after(response: httpx.Response) -> float:
         return 0.0  # a date
 
 
-def _find_object(text: str) -> dict[str, Any] | None:
+def find_object(text: str) -> dict[str, Any] | None:
     """Extract the JSON object from a reply; text or a code fence around it is ignored."""
     try:
         content = json.loads(text[text.index("{") : text.rindex("}") + 1])

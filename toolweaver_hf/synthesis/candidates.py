@@ -25,7 +25,6 @@ class Generator(Protocol):
     """What writes queries: [`LocalGenerator`], [`EndpointGenerator`], or any callable like them."""
 
     name: str
-    batch_size: int
 
     def __call__(self, requests: Sequence[Request]) -> Iterable[list[str]]: ...
 

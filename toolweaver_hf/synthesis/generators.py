@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from ..data.catalog import Tool
-from ..evaluation.chat_endpoint import ChatEndpoint, Reply
+from ..evaluation.chat_endpoint import ChatEndpoint, Reply, find_object
 from ..text_expert import encoder_dtype
 from .prompts import INSTRUCTIONS, SET_INSTRUCTIONS, STYLES, query_messages
 
 
 MAX_NEW_TOKENS = 48
+MAX_OBJECT_TOKENS = 256
 ENDPOINT_INSTRUCTIONS = """
 Write one such message for each of the styles that are listed; the examples show three of the first style. No two \
 messages are about the same details. Reply with a JSON object {"messages": [...]}, in the order of the styles."""
@@ -46,8 +48,7 @@ class LocalGenerator:
     """
 
     def __init__(self, model: str | os.PathLike, batch_size: int = 32, temperature: float = 0.7, top_p: float = 0.9):
-        self.name = str(model)
-        self.batch_size = batch_size
+        self.name, self.batch_size, self.num_workers = str(model), batch_size, 1
         self.tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
         if self.tokenizer.chat_template is None:
             raise ValueError(f"{model} has no chat template: choose a model that is trained to follow instructions")
@@ -74,13 +75,21 @@ class LocalGenerator:
                     batch = found[first : first + self.batch_size]
                     prompts = [query_messages(requests[start + i].tools, style) for i, _ in batch]
                     i, number = batch[0]
-                    written = self._sample(prompts, seed=requests[start + i].seed + 1_000_003 * number)
+                    seed = requests[start + i].seed + 1_000_003 * number
+                    written = self._sample(prompts, seed, MAX_NEW_TOKENS, stop="\n")
                     for (i, number), text in zip(batch, written, strict=True):
-                        texts[i][number] = text
+                        texts[i][number] = text.split("\n")[0].strip()
             yield from texts
 
-    def _sample(self, prompts: list[list[dict[str, str]]], seed: int) -> list[str]:
-        """Sample an answer of one line to each conversation."""
+    def ask(self, instructions: str, question: str, seed: int = 0) -> dict[str, Any] | None:
+        """Ask for a JSON object; `None` where the answer holds none."""
+        messages = [{"role": "system", "content": instructions}, {"role": "user", "content": question}]
+        return find_object(self._sample([messages], seed, MAX_OBJECT_TOKENS)[0])
+
+    def _sample(
+        self, prompts: list[list[dict[str, str]]], seed: int, max_new_tokens: int, stop: str | None = None
+    ) -> list[str]:
+        """Sample an answer to each conversation, which ends with `stop`."""
         chats = self.tokenizer.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
         ids = self.tokenizer(chats, add_special_tokens=False).input_ids
         shared = next((i for i, column in enumerate(zip(*ids, strict=False)) if len({*column}) > 1), len(ids[0]))
@@ -99,8 +108,8 @@ class LocalGenerator:
                 input_ids=torch.cat([prefixes, padded.input_ids], dim=1),
                 attention_mask=torch.cat([torch.ones_like(prefixes), padded.attention_mask], dim=1),
                 cache=cache,
-                max_new_tokens=MAX_NEW_TOKENS,
-                stop_strings=["\n"],
+                max_new_tokens=max_new_tokens,
+                stop_strings=stop,
                 tokenizer=self.tokenizer,
                 pad_token_id=self.tokenizer.pad_token_id,
                 **self.sampling,
@@ -108,8 +117,7 @@ class LocalGenerator:
         new = output[:, shared + padded.input_ids.shape[1] :]
         self.prompt_tokens += sum(map(len, ids))
         self.completion_tokens += int((new != self.tokenizer.pad_token_id).sum())
-        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [text.split("\n")[0].strip() for text in texts]
+        return self.tokenizer.batch_decode(new, skip_special_tokens=True)
 
 
 class EndpointGenerator:
@@ -122,8 +130,8 @@ class EndpointGenerator:
 
     def __init__(self, endpoint: ChatEndpoint, num_workers: int = 8):
         self.name, self.endpoint, self.num_workers = endpoint.model, endpoint, num_workers
-        self.batch_size = num_workers
         self.prompt_tokens = self.completion_tokens = 0
+        self._lock = threading.Lock()
 
     def __call__(self, requests: Sequence[Request]) -> Iterator[list[str]]:
         """Yield the texts of each request, in order: one for each style, or none where the model refused.
@@ -134,13 +142,23 @@ class EndpointGenerator:
         with ThreadPoolExecutor(self.num_workers) as pool:
             try:
                 for reply, request in zip(pool.map(self._ask, requests), requests, strict=True):
-                    self.prompt_tokens += reply.prompt_tokens
-                    self.completion_tokens += reply.completion_tokens
+                    self._count(reply)
                     messages = (reply.content or {}).get("messages")
                     messages = messages if isinstance(messages, list) else []
                     yield [str(text) for text in messages[: len(request.styles)]]
             finally:
                 pool.shutdown(cancel_futures=True)  # after an error nothing more is asked for
+
+    def ask(self, instructions: str, question: str, seed: int = 0) -> dict[str, Any] | None:
+        """Ask for a JSON object; `None` where the replies hold none."""
+        reply = self.endpoint.ask(instructions, question, seed)
+        self._count(reply)
+        return reply.content
+
+    def _count(self, reply: Reply) -> None:
+        with self._lock:
+            self.prompt_tokens += reply.prompt_tokens
+            self.completion_tokens += reply.completion_tokens
 
     def _ask(self, request: Request) -> Reply:
         _, *examples, question = query_messages(request.tools, request.styles[0])
