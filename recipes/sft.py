@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from trl import ModelConfig
 
     from toolweaver_hf.alignment.trainer import AlignmentTrainer, AlignmentTrainingArguments
+    from toolweaver_hf.codes.tool_codes import ToolCodes
     from toolweaver_hf.data.catalog import ToolCatalog
     from toolweaver_hf.data.queries import Query
     from toolweaver_hf.text_expert import TextExpert
@@ -89,6 +90,8 @@ class AlignmentArguments:
             With `eval_queries` its weights are fitted on them at the end.
         text_encoder (`str`, *optional*):
             The text expert's sentence-transformers model. Defaults to all-MiniLM-L6-v2.
+        embedding_multiple (`int`, *optional*, defaults to 64):
+            The embeddings of a base model are padded to a multiple of so many rows.
         augmentations (`int`, *optional*, defaults to 0):
             Noisy copies of each memorization and retrieval row, with words left out and tokens split at random.
             They keep a small model from learning few queries by heart.
@@ -131,6 +134,9 @@ class AlignmentArguments:
     text_encoder: str | None = field(
         default=None, metadata={"help": "The text expert's sentence-transformers model (default: all-MiniLM-L6-v2)."}
     )
+    embedding_multiple: int = field(
+        default=64, metadata={"help": "Pad the embeddings of a base model to a multiple of so many rows."}
+    )
     augmentations: int = field(default=0, metadata={"help": "Noisy copies of each memorization and retrieval row."})
     max_bad_rows: float = field(
         default=0.01, metadata={"help": "Fraction of rows that may be left out because they cannot be learned."}
@@ -152,11 +158,13 @@ def load_model_and_tokenizer(
     catalog: ToolCatalog,
 ) -> tuple[PreTrainedModel | PeftModel, ToolWeaverTokenizer]:
     """Load an aligned model as it is; give a base model the code tokens and their embeddings."""
-    from peft import AutoPeftModelForCausalLM
+    from peft import prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import cached_file
     from transformers.utils.peft_utils import find_adapter_config_file
+    from trl import get_quantization_config
 
+    from toolweaver_hf.adapter import describe_base, load_adapter
     from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings
     from toolweaver_hf.codes.tool_codes import ToolCodes
     from toolweaver_hf.modeling_rqvae import RQVAEModel
@@ -172,39 +180,85 @@ def load_model_and_tokenizer(
         )
     name, revision = model_args.model_name_or_path, model_args.model_revision
     kwargs = {
-        "revision": revision,
         "dtype": model_args.dtype,
         "attn_implementation": model_args.attn_implementation,
         "trust_remote_code": training_args.trust_remote_code,
         "use_safetensors": True,  # no pickle is opened
+        **(training_args.model_init_kwargs or {}),
     }
+    quantization = get_quantization_config(model_args)
+    if quantization is not None:
+        if not model_args.use_peft:
+            raise ValueError("--load_in_4bit and --load_in_8bit train LoRA on a quantized base: add --use_peft")
+        kwargs["quantization_config"] = quantization
+    gguf_file = kwargs.get("gguf_file")
+    if gguf_file is not None and model_args.use_peft:
+        raise ValueError("an adapter does not name the GGUF file of its base: convert that to safetensors for LoRA")
     if find_adapter_config_file(name, revision=revision):
         # The last stage's adapter is trained on; without LoRA in this stage it becomes part of the weights.
-        model = AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=model_args.use_peft, **kwargs)
+        model = load_adapter(name, {"revision": revision}, kwargs, is_trainable=model_args.use_peft)
         if not model_args.use_peft:
             model = model.merge_and_unload().requires_grad_(True)
     else:
-        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, **kwargs)
+        if model_args.use_peft:
+            model.adapter_base = describe_base(model, name, revision)
+        if quantization is not None:
+            prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # the trainer does that
 
+    template = read_chat_template(training_args.chat_template_path)
     if cached_file(name, TOOL_CODES_FILE, revision=revision, _raise_exceptions_for_missing_entries=False):
-        aligned = ToolCodes.from_pretrained(name, revision=revision)
-        differing = [tool_id for tool_id in aligned if aligned[tool_id] != codes.get(tool_id)]
-        differing += [i for i in aligned.checksums if aligned.checksums[i] != codes.checksums.get(i)]
-        if aligned.codebook_sizes != codes.codebook_sizes or differing:
-            raise ValueError(
-                f"{name} was aligned with other codes or another catalog than those in {args.codes_dir} "
-                f"({', '.join(differing[:5])} differ); give the folder of its codes, or start from the base model"
-            )
+        check_codes(name, codes, args.codes_dir, revision)
         # Tools that were added since are taken in: their codes are made of tokens that the model has.
-        return model, ToolWeaverTokenizer.from_pretrained(name, revision=revision, tool_codes=codes.to_dict())
-    base = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=training_args.trust_remote_code)
+        tokenizer = ToolWeaverTokenizer.from_pretrained(name, revision=revision, tool_codes=codes.to_dict())
+        if template is not None:
+            tokenizer.chat_template = template
+        return model, tokenizer
+    base = AutoTokenizer.from_pretrained(
+        name, revision=revision, trust_remote_code=training_args.trust_remote_code, gguf_file=gguf_file
+    )
+    if template is not None:
+        base.chat_template = template
     tokenizer = ToolWeaverTokenizer.from_base(base, codes)
     # Codes of another origin than the RQ-VAE, such as one token a tool, have no codebook to start from.
     codebooks = RQVAEModel.from_pretrained(args.codes_dir).codebooks() if args.embedding_init == "codebook" else None
     initialize_code_embeddings(
-        model, tokenizer, codebooks, method=args.embedding_init, catalog=catalog, seed=training_args.seed
+        model,
+        tokenizer,
+        codebooks,
+        method=args.embedding_init,
+        catalog=catalog,
+        seed=training_args.seed,
+        pad_to_multiple_of=args.embedding_multiple,
     )
     return model, tokenizer
+
+
+def read_chat_template(path: str | None) -> str | None:
+    """Read the chat template that is to replace the base's."""
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise ValueError(f"--chat_template_path must be a file that holds a Jinja template, not {path!r}")
+    return Path(path).read_text(encoding="utf-8")
+
+
+def check_codes(folder: str, codes: ToolCodes, codes_dir: str, revision: str | None = None) -> None:
+    """Make sure that a model or checkpoint was aligned with these codes and documents of tools.
+
+    Raises:
+        `ValueError`: naming the tools that differ.
+    """
+    from toolweaver_hf.codes.tool_codes import ToolCodes
+
+    aligned = ToolCodes.from_pretrained(folder, revision=revision)
+    differing = [tool_id for tool_id in aligned if aligned[tool_id] != codes.get(tool_id)]
+    differing += [i for i in aligned.checksums if aligned.checksums[i] != codes.checksums.get(i)]
+    if aligned.codebook_sizes != codes.codebook_sizes or differing:
+        raise ValueError(
+            f"{folder} was aligned with other codes or another catalog than those in {codes_dir} "
+            f"({', '.join(differing[:5])} differ); give the folder of its codes, or start from the base model"
+        )
 
 
 def load_rows(
@@ -352,6 +406,7 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
     from toolweaver_hf.alignment.record import record_training
     from toolweaver_hf.alignment.rows import retrieval_rows, tokenize_rows
     from toolweaver_hf.alignment.trainer import AlignmentTrainer, can_share_prompts
+    from toolweaver_hf.codes.tool_codes import ToolCodes
     from toolweaver_hf.data.catalog import ToolCatalog
     from toolweaver_hf.evaluation.rankings import ranking_metrics
     from toolweaver_hf.hub.artifacts import pop_push_arguments, push_folder
@@ -359,7 +414,14 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
 
     set_seed(training_args.seed)
     catalog = ToolCatalog.from_pretrained(args.codes_dir, repo_type="model")
+    checkpoint = training_args.resume_from_checkpoint
+    if checkpoint and str(checkpoint).lower() in ("true", "last"):
+        checkpoint = last_checkpoint(training_args.output_dir)  # None where there is none yet: from the start
+    if checkpoint:
+        check_codes(checkpoint, ToolCodes.from_pretrained(args.codes_dir), args.codes_dir)
     model, tokenizer = load_model_and_tokenizer(args, training_args, model_args, catalog)
+    # Both are taken into account; the trainer would do so once more
+    training_args.chat_template_path = training_args.model_init_kwargs = None
 
     padded = not (training_args.packing or training_args.padding_free)
     shared_prompts = padded and can_share_prompts(model)
@@ -386,6 +448,7 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
     peft_config = None if isinstance(model, PeftModel) else get_peft_config(model_args)
     if isinstance(peft_config, LoraConfig):
         peft_config.trainable_token_indices = trainable_code_rows(model, tokenizer)
+        peft_config.revision = model.adapter_base["revision"]
 
     push_arguments = pop_push_arguments(training_args)
     trainer = AlignmentTrainer(
@@ -401,9 +464,6 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
     if args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     check_disk_space(training_args.output_dir, size_on_disk(trainer.model, training_args))
-    checkpoint = training_args.resume_from_checkpoint
-    if checkpoint and str(checkpoint).lower() in ("true", "last"):
-        checkpoint = last_checkpoint(training_args.output_dir)  # None where there is none yet: from the start
     trainer.train(resume_from_checkpoint=checkpoint)
 
     # The folder holds all that retrieval and the agent need
@@ -412,7 +472,14 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
         tokenizer.save_pretrained(training_args.output_dir)
         save_inference_code(training_args.output_dir)
         catalog.save_pretrained(training_args.output_dir)
-        record_training(trainer, model_args.model_name_or_path, stages=args.stages)
+        bits = 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else None
+        record_training(
+            trainer,
+            model_args.model_name_or_path,
+            stages=args.stages,
+            base_revision=getattr(model, "adapter_base", {}).get("revision"),
+            base_bits=bits,
+        )
         # Trainer pickles its arguments beside the model; nothing here reads them, and nobody should load a pickle.
         Path(training_args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
         if text_expert is not None:

@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from .adapter import load_adapter
+
 
 HUB_KWARGS = ("revision", "token", "cache_dir", "subfolder", "force_download", "local_files_only")
 """Arguments of every `from_pretrained` that say where on the Hub a file is and how to get it."""
@@ -26,37 +28,31 @@ def split_hub_kwargs(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
 def load_aligned_model(folder: str | os.PathLike, **kwargs) -> PreTrainedModel:
     """Load a model that was aligned, from a folder or a repository of the Hub.
 
-    Where it holds a LoRA adapter alone, the base model is loaded, gets room for the code tokens, and takes the adapter
-    into its weights.
+    Where it holds a LoRA adapter alone, the base model that it was trained on is loaded, gets room for the code
+    tokens, and takes the adapter into its weights; with a `quantization_config` the adapter stays beside them.
 
     Args:
         folder (`str`): The folder or repository.
         kwargs: Passed on to [`AutoModelForCausalLM.from_pretrained`], such as `dtype` and `device_map`.
 
     Raises:
-        `ValueError`: if the configuration is not valid, or declares another model than the weights are of.
+        `ValueError`: if the configuration is not valid, or declares another model than the weights are of, or the
+            base is not the one of the adapter.
         `OSError`: if a file is missing, such as weights in safetensors.
     """
-    hub_kwargs, _ = split_hub_kwargs(kwargs)
     kwargs["use_safetensors"] = True  # no pickle is opened
+    hub_kwargs, model_kwargs = split_hub_kwargs(kwargs)
     try:
         if find_adapter_config_file(os.fspath(folder), **hub_kwargs) is None:
             _check_declared_size(folder, kwargs.get("trust_remote_code"), hub_kwargs)
             return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-        cached_file(folder, "adapter_model.safetensors", **hub_kwargs)  # PEFT would take a pickle where there is none
-        return _load_adapter(folder, kwargs)
+        model = load_adapter(folder, hub_kwargs, model_kwargs)
+        # A quantized base keeps the adapter beside it: merged, its weights would be rounded anew.
+        return model if getattr(model.get_base_model(), "is_quantized", False) else model.merge_and_unload()
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a malformed configuration can raise almost any exception
         raise ValueError(f"{folder} holds no valid model: {error}") from error
-
-
-def _load_adapter(folder: str | os.PathLike, kwargs: dict[str, Any]) -> PreTrainedModel:
-    try:
-        from peft import AutoPeftModelForCausalLM
-    except ImportError:
-        raise ImportError(f"{folder} holds a LoRA adapter alone; to load it, pip install peft") from None
-    return AutoPeftModelForCausalLM.from_pretrained(folder, **kwargs).merge_and_unload()
 
 
 def _check_declared_size(

@@ -20,6 +20,7 @@ PIPELINE = {
 PIPELINE_FILES = (
     "pipeline_tool_retrieval.py",
     "retrieval.py",
+    "adapter.py",
     "cache.py",
     "text_expert.py",
     "loading.py",

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -433,3 +434,30 @@ def test_a_card_of_ones_own_is_kept(hub, model_dir):
     (model_dir / "README.md").write_text("---\ntags: [trl, sft]\n---\nWritten by a machine")
     push_folder(model_dir, "me/aligned")
     assert "## The codes" in ModelCard.load("me/aligned").text
+
+
+@pytest.mark.slow
+def test_an_adapter_finds_the_revision_of_its_base_also_offline(hub, codes_dir, base_tokenizer, tmp_path):
+    old = small_llama(len(base_tokenizer))
+    old.push_to_hub("me/base")
+    base_tokenizer.push_to_hub("me/base")
+    HfApi().create_branch("me/base", branch="v1")
+    for weight in old.parameters():
+        weight.data.mul_(-1)
+    old.push_to_hub("me/base")  # main goes on
+    training_args = AlignmentTrainingArguments(
+        output_dir=str(tmp_path / "out"), max_steps=1, report_to="none", activation_checkpointing=False
+    )
+    arguments = sft.AlignmentArguments(codes_dir=str(codes_dir), stages=["memorization"])
+    model_args = ModelConfig(model_name_or_path="me/base", model_revision="v1", use_peft=True)
+    sft.main(arguments, training_args, model_args)
+    commit = HfApi().model_info("me/base", revision="v1").sha
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["revision"] == commit
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["runs"][0]["base_revision"] == commit
+    push_folder(tmp_path / "out", "me/adapter")
+    expected = ToolRetriever.from_pretrained("me/adapter")(QUERY)
+    assert expected == ToolRetriever.from_pretrained(tmp_path / "out")(QUERY)
+    code = f"from toolweaver_hf import ToolRetriever; print(ToolRetriever.from_pretrained('me/adapter')({QUERY!r}))"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    offline = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert offline.stdout.strip() == str(expected), offline.stderr

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin, is_deepspeed_available
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from bases import build
+from architectures import tiny_model
+from bases import CHATML, build
 from conftest import small_llama
 from datasets import concatenate_datasets
 from peft import AutoPeftModelForCausalLM
@@ -89,11 +91,12 @@ def run(world, output, model="tied", model_args=None, **kwargs):
 CALL = 'I look.\n<a_0><b_0>{"city": "Oslo", "code": "<a_1>"}'
 
 
-def trainer_of(world, model_name, tmp_path, lora=False, **kwargs):
-    tokenizer = ToolWeaverTokenizer.from_base(build("smollm2"), ToolCodes.from_pretrained(world / "codes"))
+def trainer_of(world, model_name, tmp_path, lora=False, codes=None, queries=None, **kwargs):
+    codes = ToolCodes.from_pretrained(codes or world / "codes")
+    tokenizer = ToolWeaverTokenizer.from_base(build("smollm2"), codes)
     model = AutoModelForCausalLM.from_pretrained(world / model_name)
     initialize_code_embeddings(model, tokenizer, method="random")
-    rows = retrieval_rows(load_queries(world / "queries.jsonl"), tokenizer)
+    rows = retrieval_rows(load_queries(queries or world / "queries.jsonl"), tokenizer)
     rows.append({"id": "call", "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": CALL}]})
     dataset = concatenate_datasets(
         [tokenize_rows(rows[:-1], tokenizer, codes_alone=True)[0], tokenize_rows(rows[-1:], tokenizer)[0]]
@@ -122,7 +125,7 @@ def loss_token_by_token(model, tokenizer, batch):
         for i, label in enumerate(learned):
             if label == -100:
                 continue
-            allowed = range(logits.shape[-1])
+            allowed = range(len(tokenizer))  # the rest is padding of the matrix
             for code in codes:
                 for depth in range(0 if only_code else 1, len(code)):
                     if learned[i - depth : i + 1] == code[: depth + 1]:
@@ -159,7 +162,9 @@ def test_the_loss_over_the_whole_vocabulary_is_that_of_transformers(world, tmp_p
     rows = [trainer.train_dataset[i] for i in (0, 1, 2, -1)]
     batch = trainer.data_collator([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
     trainer.model.eval()
-    torch.testing.assert_close(trainer.compute_loss(trainer.model, dict(batch)), trainer.model(**batch).loss)
+    logits = trainer.model(**batch).logits[..., : len(trainer.processing_class)]  # the rest is padding of the matrix
+    expected = trainer.model.loss_function(logits, batch["labels"], vocab_size=logits.shape[-1])
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, dict(batch)), expected)
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -243,7 +248,7 @@ def test_lora_adapter_is_small_loads_and_is_trained_on(world, tmp_path, model):
     assert (second / "adapter_model.safetensors").read_bytes() == (first / "adapter_model.safetensors").read_bytes()
     whole = run(world, tmp_path / "whole", first, stages=["memorization"], learning_rate=0.0)
     with torch.no_grad():
-        logits = AutoModelForCausalLM.from_pretrained(whole)(ids).logits
+        logits = AutoModelForCausalLM.from_pretrained(whole)(ids).logits[..., : expected.shape[-1]]  # without padding
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -516,3 +521,84 @@ def test_accelerate_settings_build_their_plugin(path, monkeypatch):
         if path.stem == "fsdp2":
             plugin = FullyShardedDataParallelPlugin()
             assert plugin.fsdp_version == 2 and not plugin.cpu_ram_efficient_loading
+
+
+LORA = {"use_peft": True, "lora_r": 4}
+
+
+def test_an_adapter_is_merged_into_its_own_base_alone(world, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(world / "untied", base)
+    output = run(world, tmp_path / "out", base, LORA)
+    expected = ToolRetriever.from_pretrained(output)("Do thing 21")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.to(torch.bfloat16).float().save_pretrained(base)  # what bfloat16 rounds alike is the same base
+    ToolRetriever.from_pretrained(output)
+    model.get_input_embeddings().weight.data[::2] += 0.1
+    model.save_pretrained(base)
+    with pytest.raises(ValueError, match="the embeddings differ"):
+        ToolRetriever.from_pretrained(output)
+    shutil.rmtree(base)
+    shutil.copytree(world / "untied", base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-2}))
+    with pytest.raises(ValueError, match="the config differ"):
+        ToolRetriever.from_pretrained(output)
+    (base / "config.json").write_text(json.dumps(config | {"use_cache": False}))
+    assert ToolRetriever.from_pretrained(output)("Do thing 21") == expected
+
+
+def test_no_run_is_resumed_with_other_codes(world, tmp_path):
+    run(world, tmp_path / "out", save_strategy="steps", save_steps=2)
+    codes = ToolCodes.from_pretrained(world / "codes")
+    swapped = dict(zip(codes.ids, reversed([*codes.values()]), strict=True))
+    ToolCodes(codes.codebook_sizes, swapped, codes.checksums).save_pretrained(tmp_path / "codes")
+    shutil.copy(world / "codes" / "catalog.jsonl", tmp_path / "codes")
+    with pytest.raises(ValueError, match="checkpoint-4 was aligned with other codes"):
+        run(world, tmp_path / "out", codes_dir=str(tmp_path / "codes"), resume_from_checkpoint="true")
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "qwen3_moe"])
+def test_a_mixture_of_experts_adds_its_auxiliary_loss(world, tmp_path, model_type):
+    base = build("smollm2")
+    tiny_model(model_type, len(base)).save_pretrained(tmp_path / "base")
+    base.save_pretrained(tmp_path / "base")
+    trainer = trainer_of(tmp_path, "base", tmp_path / "out", codes=world / "codes", queries=world / "queries.jsonl")
+    batch = trainer.data_collator(
+        [{k: trainer.train_dataset[i][k] for k in ("input_ids", "labels")} for i in range(3)]
+    )
+    model = trainer.model.eval()
+    loss = trainer.compute_loss(model, dict(batch))
+    output = model(**{name: value for name, value in batch.items() if name != "labels"}, output_router_logits=True)
+    constrained = loss_token_by_token(model, trainer.processing_class, batch)
+    coefficient = model.config.router_aux_loss_coef
+    assert coefficient > 0 and output.aux_loss > 0
+    torch.testing.assert_close(loss, constrained + coefficient * output.aux_loss)
+    run(world, tmp_path / "run", tmp_path / "base", max_steps=1)  # rows that share a prompt, by default
+
+
+def test_arguments_are_honored_or_refused(world, tmp_path):
+    with pytest.raises(ValueError, match="add --use_peft"):
+        run(world, tmp_path, model_args={"load_in_4bit": True})
+    with pytest.raises(ValueError, match="dataset_text_field, eos_token"):
+        AlignmentTrainingArguments(str(tmp_path), dataset_text_field="x", eos_token="y")
+    with pytest.raises(ValueError, match="--constrained_loss false"):
+        AlignmentTrainingArguments(str(tmp_path), label_smoothing_factor=0.1)
+    template = tmp_path / "template.jinja"
+    template.write_text(CHATML.replace("Be helpful.", "Be brief."))
+    output = run(world, tmp_path / "out", max_steps=1, chat_template_path=str(template))
+    tokenizer = ToolWeaverTokenizer.from_pretrained(output)
+    assert "Be brief." in tokenizer.decode(tokenizer.encode_query("?"))
+    with pytest.raises(ValueError, match="must be a file"):
+        run(world, tmp_path / "out", chat_template_path="org/model")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_lora_on_a_quantized_base(world, tmp_path, bits):
+    pytest.importorskip("bitsandbytes", reason="quantizes")
+    model_args = LORA | {f"load_in_{bits}bit": True, "dtype": "bfloat16"}
+    output = run(world, tmp_path, "untied", model_args)
+    with safe_open(output / "adapter_model.safetensors", "pt") as file:
+        rows = [file.get_tensor(name) for name in file.keys() if "lora" not in name]  # noqa: SIM118
+    assert {row.dtype for row in rows} == {torch.float32}  # the rows of the codes are learned in full precision
+    assert len(ToolRetriever.from_pretrained(output)("Do thing 21")[0]) == 5

@@ -10,6 +10,7 @@ from peft.utils.integrations import gather_params_ctx
 from torch.nn.functional import embedding_bag
 from transformers import PreTrainedModel
 
+from ..adapter import EMBEDDING_MULTIPLE, embedding_modules, make_room
 from ..data.catalog import ToolCatalog
 from ..tokenization_toolweaver import ToolWeaverTokenizer
 
@@ -22,6 +23,7 @@ def initialize_code_embeddings(
     method: str = "codebook",
     catalog: ToolCatalog | None = None,
     seed: int = 0,
+    pad_to_multiple_of: int | None = EMBEDDING_MULTIPLE,
 ) -> None:
     """Make room for the code tokens in a model's input and output embeddings, and fill their rows.
 
@@ -45,6 +47,9 @@ def initialize_code_embeddings(
             The tools' documents. `"mean_description"` needs them.
         seed (`int`, *optional*, defaults to 0):
             Seed of the projection and of random directions.
+        pad_to_multiple_of (`int`, *optional*, defaults to 64):
+            Where the matrices grow, they get a multiple of so many rows. What is more than the tokens is padding, with
+            the mean of the base's rows.
 
     Raises:
         `ValueError`: for an unknown method, what a method needs and lacks, or codebooks of other sizes than the
@@ -61,25 +66,20 @@ def initialize_code_embeddings(
         if sizes != tokenizer.codebook_sizes:
             raise ValueError(f"the codebooks have the sizes {sizes}, the tokenizer's codes {tokenizer.codebook_sizes}")
 
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # a padded matrix may have room already
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    before = model.get_input_embeddings().num_embeddings
+    make_room(model, len(tokenizer), pad_to_multiple_of)
     token_weights = None
     if method != "random" and catalog is not None:
         texts = [catalog[tool_id].document for tool_id in tokenizer.tool_ids]
         documents = tokenizer(texts, add_special_tokens=False)["input_ids"]
         token_weights = _token_weights(documents, tokenizer.level_offsets[0], by_rarity=method == "codebook")
-    for module in _embedding_modules(model):
+    for module in embedding_modules(model):
         with gather_params_ctx(module.weight):  # where DeepSpeed's ZeRO-3 loaded the model in parts
             if module.weight.numel():
                 base = module.weight[: tokenizer.level_offsets[0]].float()
                 rows = _code_rows(base, tokenizer, codebooks, method, token_weights, seed)
+                module.weight[max(before, len(tokenizer)) :] = base.mean(0).to(module.weight)  # padding
                 module.weight[tokenizer.code_token_ids] = rows.to(module.weight)
-
-
-def _embedding_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """Return the input embeddings and, where it has a matrix of its own, the head."""
-    modules, head = [model.get_input_embeddings()], model.get_output_embeddings()
-    return modules if head is None or head.weight is modules[0].weight else [*modules, head]
 
 
 def _code_rows(
@@ -122,7 +122,7 @@ def trainable_code_rows(model: PreTrainedModel, tokenizer: ToolWeaverTokenizer) 
     """Name the embedding matrices of a model and the rows of the code tokens, for `trainable_token_indices` of LoRA."""
     names = {id(module): name for name, module in model.named_modules()}
     # PEFT finds a tied head by itself.
-    return {names[id(module)].split(".")[-1]: tokenizer.code_token_ids for module in _embedding_modules(model)}
+    return {names[id(module)].split(".")[-1]: tokenizer.code_token_ids for module in embedding_modules(model)}
 
 
 def _fit(codebooks: list[torch.Tensor], codes: torch.LongTensor, documents: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +18,14 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from ..adapter import BASE_MODEL_FILE, BASE_MODEL_VERSION
 from ..data.queries import Query
+from ..files import write_json
 from ..retrieval import ToolRetriever
+
+
+# What SFTConfig says of data that is not tokenized yet
+IGNORED_ARGUMENTS = ("dataset_text_field", "completion_only_loss", "assistant_only_loss", "eos_token")
 
 
 @dataclass
@@ -54,6 +61,18 @@ class AlignmentTrainingArguments(SFTConfig):
             self.metric_for_best_model = "nDCG@1"
         if self.packing and self.packing_strategy == "wrapped":
             raise ValueError("packing_strategy 'wrapped' cuts rows, and the codes in them; take 'bfd'")
+        if self.constrained_loss and (self.loss_type != "nll" or self.label_smoothing_factor):
+            raise ValueError(
+                "--loss_type and --label_smoothing_factor change a loss over the whole vocabulary, and the constrained "
+                "loss is another one; leave them out, or give --constrained_loss false"
+            )
+        ignored = [
+            name for name in IGNORED_ARGUMENTS if getattr(self, name) != SFTConfig.__dataclass_fields__[name].default
+        ]
+        if ignored:
+            raise ValueError(
+                f"these arguments prepare TRL's data sets, and rows are tokenized already: {', '.join(ignored)}"
+            )
         super().__post_init__()
 
 
@@ -107,7 +126,8 @@ class AlignmentTrainer(SFTTrainer):
     the ones that go on to a tool, and all of the vocabulary in free text. An answer that is one code and nothing else,
     as retrieval gives it, is one from its first token on. So nothing is spent on telling codes from text or tools
     from codes that none has, which decoding knows, and rows of the vocabulary that cannot be chosen do not move.
-    (With `constrained_loss=False` it is the cross-entropy over the whole vocabulary everywhere.)
+    (With `constrained_loss=False` it is the cross-entropy over the whole vocabulary everywhere.) Rows of the embeddings
+    beyond the tokenizer's tokens are in no loss. A mixture of experts adds its auxiliary loss.
 
     It measures retrieval while it trains, stops at a loss that is not finite with the ids of the rows that gave it,
     and saves of a LoRA model the adapter alone.
@@ -138,10 +158,19 @@ class AlignmentTrainer(SFTTrainer):
         if isinstance(self.model, PeftModel):
             # The code tokens' rows are in the adapter; PEFT would add the whole matrix, since it has grown.
             self.model.save_pretrained = partial(self.model.save_pretrained, save_embedding_layers=False)
+            for name, weight in self.model.named_parameters():
+                if weight.requires_grad and "trainable_tokens" in name:
+                    weight.data = weight.data.float()  # TRL rounds all that is trained beside a quantized base
             # TRL's loss on a GPU reads it, and PEFT's wrapper of a head with trained rows does not pass it on.
             head = self.model.get_output_embeddings()
             if isinstance(head, TrainableTokensWrapper):
                 head.__dict__["bias"] = head.token_adapter.get_base_layer().bias
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if isinstance(self.model, PeftModel) and hasattr(self.model.get_base_model(), "adapter_base"):
+            file = Path(output_dir or self.args.output_dir, BASE_MODEL_FILE)
+            write_json(file, self.model.get_base_model().adapter_base, BASE_MODEL_VERSION)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
@@ -160,11 +189,13 @@ class AlignmentTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         tokens = self._total_train_tokens
-        if self.args.loss_type != "nll" or self.args.label_smoothing_factor or self.aux_loss_enabled or return_outputs:
+        if self.args.loss_type != "nll" or self.args.label_smoothing_factor:
             outputs = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # TRL's own losses
             loss = outputs[0] if return_outputs else outputs
         else:
             loss = outputs = self._constrained_loss(model, inputs, num_items_in_batch)
+            if return_outputs:  # in evaluation, where measures of one's own alone need the logits
+                outputs = (loss, {} if self.compute_metrics is None else model(**inputs, use_cache=False))
         if model.training:
             self._total_train_tokens = tokens + self._count_tokens(inputs)
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
@@ -185,9 +216,12 @@ class AlignmentTrainer(SFTTrainer):
         hook = head.register_forward_pre_hook(lambda module, args: (args[0][:, :-1][keep],))
         try:
             others = {name: value for name, value in inputs.items() if name != "labels"}
-            logits = model(**others, use_cache=False).logits
+            if self.aux_loss_enabled:
+                others["output_router_logits"] = True
+            output = model(**others, use_cache=False)
         finally:
             hook.remove()
+        logits = output.logits[:, : len(self.processing_class)]  # the rest is padding of the matrix
         free, bound = nodes < 0, nodes >= 0
         tokens, present = self.trie.children(nodes[bound], max(self.trie.max_children))
         children = logits[bound].gather(1, tokens).float().masked_fill(~present, -torch.inf)
@@ -195,10 +229,17 @@ class AlignmentTrainer(SFTTrainer):
         loss = cross_entropy(children, place, reduction="sum")
         loss = loss + cross_entropy(logits[free].float(), labels[free], reduction="sum")
         if num_items_in_batch is None:
-            return loss / keep.sum().clamp(min=1)
-        if self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # the processes' gradients are averaged
-        return loss / num_items_in_batch
+            loss = loss / keep.sum().clamp(min=1)
+        else:
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes  # the processes' gradients are averaged
+            loss = loss / num_items_in_batch
+        if self.aux_loss_enabled:  # of a mixture of experts, which balances their load; one of each batch
+            mode = "train" if model.training else "eval"
+            self._metrics[mode]["aux_loss"].append(self.accelerator.gather(output.aux_loss.detach()).mean().item())
+            batches = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            loss = loss + self.router_aux_loss_coef * output.aux_loss / batches
+        return loss
 
     def _decoding_nodes(self, labels: torch.LongTensor) -> torch.LongTensor:
         """Find where in the trie decoding stands before each label; -1 where any token may follow."""

@@ -1,0 +1,136 @@
+"""LoRA adapters, and the base models that they belong to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+BASE_MODEL_FILE = "base_model.json"
+BASE_MODEL_VERSION = 1  # its schema_version
+EMBEDDING_MULTIPLE = 64
+"""Embedding matrices get a multiple of this many rows, which matrix products are fast with."""
+
+
+def describe_base(model: PreTrainedModel, name: str, revision: str | None = None) -> dict[str, Any]:
+    """Describe the base model of an adapter, so that no other is taken for it: the content of a `base_model.json`.
+
+    Args:
+        model ([`PreTrainedModel`]): The base model as it was loaded, before anything is added to it.
+        name (`str`): Its id or folder.
+        revision (`str`, *optional*): The revision that was asked for. On the Hub, its commit is recorded.
+    """
+    config_file = cached_file(name, CONFIG_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+    commit = extract_commit_hash(config_file, None)
+    return {
+        "schema_version": BASE_MODEL_VERSION,
+        "name": str(name),
+        "revision": None if os.path.isdir(name) else commit or revision,
+        "config_checksum": None if config_file is None else _config_checksum(config_file),
+        "embeddings_checksum": _embeddings_checksum(model),
+    }
+
+
+def load_adapter(
+    folder: str | os.PathLike, hub_kwargs: dict[str, Any], model_kwargs: dict[str, Any], is_trainable: bool = False
+) -> PeftModel:
+    """Load a LoRA adapter on its base model, in which there is room for the code tokens.
+
+    Args:
+        folder (`str`): The adapter's folder or repository.
+        hub_kwargs (`dict`): Where on the Hub the adapter is, such as its `revision`.
+        model_kwargs (`dict`): For [`AutoModelForCausalLM.from_pretrained`] of the base.
+        is_trainable (`bool`, *optional*, defaults to `False`): Whether the adapter is to be trained further.
+
+    Raises:
+        `ValueError`: if the base is not the one that the adapter was trained on.
+        `ImportError`: without PEFT.
+    """
+    try:
+        from peft import PeftConfig, PeftModel, prepare_model_for_kbit_training
+    except ImportError:
+        raise ImportError(f"{folder} holds a LoRA adapter alone; to load it, pip install peft") from None
+    # Files of the Hub are found here, so that PEFT reads a folder: it asks for some that need not be there.
+    local = os.path.dirname(cached_file(folder, ADAPTER_WEIGHTS, **hub_kwargs))
+    cached_file(folder, "adapter_config.json", **hub_kwargs)
+    config = PeftConfig.from_pretrained(local)
+    record_file = cached_file(folder, BASE_MODEL_FILE, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    record = {}
+    if record_file is not None:
+        with open(record_file, encoding="utf-8") as file:
+            record = json.load(file)
+    name, revision = config.base_model_name_or_path, record.get("revision") or config.revision
+    access = {key: value for key, value in hub_kwargs.items() if key not in ("revision", "subfolder")}
+    model = AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", **access, **model_kwargs)
+    found = describe_base(model, name, revision)
+    for kind in ("config", "embeddings"):
+        expected, value = record.get(f"{kind}_checksum"), found.get(f"{kind}_checksum")
+        if expected and value and expected != value:
+            raise ValueError(
+                f"{folder} was trained on another base model than {name} is now: the {kind} differ; give it the base "
+                f"of revision {record.get('revision')}"
+            )
+    rows = config.trainable_token_indices or {}
+    rows = [row for indices in (rows.values() if isinstance(rows, dict) else [rows]) for row in indices]
+    make_room(model, max(rows, default=-1) + 1)
+    if is_trainable and getattr(model, "is_quantized", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    model.adapter_base = record or found
+    return PeftModel.from_pretrained(model, local, is_trainable=is_trainable)
+
+
+@torch.no_grad()
+def make_room(model: PreTrainedModel, num_tokens: int, multiple: int | None = EMBEDDING_MULTIPLE) -> None:
+    """Make room for tokens in a model's embeddings and head.
+
+    Rows beyond the tokens are padding: they get the mean of the rows that were there, with which no token is as
+    probable as the best.
+
+    Args:
+        model ([`PreTrainedModel`]): The model; changed in place, where its matrices are too small.
+        num_tokens (`int`): The number of tokens.
+        multiple (`int`, *optional*, defaults to 64): Pad the matrices to a multiple of so many rows.
+    """
+    before = model.get_input_embeddings().num_embeddings
+    if num_tokens <= before:
+        return
+    model.resize_token_embeddings(num_tokens, pad_to_multiple_of=multiple, mean_resizing=False)
+    for module in embedding_modules(model):
+        weight = module.weight
+        if weight.numel():  # else ZeRO-3 holds it in parts
+            weight[before:] = weight[:before].float().mean(0).to(weight)
+
+
+def embedding_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """Return the input embeddings and, where it has a matrix of its own, the head."""
+    modules, head = [model.get_input_embeddings()], model.get_output_embeddings()
+    return modules if head is None or head.weight is modules[0].weight else [*modules, head]
+
+
+def _config_checksum(path: str) -> str:
+    with open(path, encoding="utf-8") as file:
+        config = json.load(file)
+    for name in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"):
+        config.pop(name, None)
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def _embeddings_checksum(model: PreTrainedModel) -> str | None:
+    """A checksum of some rows of the embeddings in bfloat16, which loading in float32 or bfloat16 does not change."""
+    weight = model.get_input_embeddings().weight
+    if weight.dtype not in (torch.float32, torch.bfloat16) or weight.ndim != 2 or not weight.numel():
+        return None  # rounded in another way, or held in parts
+    rows = weight[:: len(weight) // 1024 + 1].detach().to("cpu", torch.bfloat16).contiguous()
+    shape = str(tuple(weight.shape)).encode()
+    return hashlib.sha256(shape + rows.view(torch.uint8).numpy().tobytes()).hexdigest()
