@@ -388,7 +388,7 @@ def fit_text_expert(text_expert: TextExpert, trainer: AlignmentTrainer, queries:
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # no process holds the whole model
         trainer.accelerator.print(f"Now fit how far to trust the model: toolweaver fit-guidance --model {output_dir}")
     elif trainer.is_world_process_zero():
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # no longer in bf16
         fitted = fit_guidance(ToolRetriever(model, trainer.processing_class, text_expert), queries)
         text_expert.save_pretrained(output_dir)
         print("Guidance: " + ", ".join(f"{name} {value}" for name, value in fitted.items()))

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, TrainerState
 from trl import ModelConfig, TrlParser, get_peft_config
 
-from toolweaver_hf import Tool, ToolCatalog, ToolCodes, ToolRetriever, ToolWeaverTokenizer
+from toolweaver_hf import TextExpert, Tool, ToolCatalog, ToolCodes, ToolRetriever, ToolWeaverTokenizer
 from toolweaver_hf.alignment.checkpoints import check_disk_space, last_checkpoint
 from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings, trainable_code_rows
 from toolweaver_hf.alignment.rows import retrieval_rows, tokenize_rows
@@ -86,6 +86,24 @@ def run(world, output, model="tied", model_args=None, **kwargs):
         ModelConfig(str(model), **(model_args or {})),
     )
     return output
+
+
+def test_an_aligned_model_is_guided_and_its_weights_are_fitted(world, tmp_path):
+    """Also where the training computes in bf16, whose rounding must not be taken for another model."""
+    asked = [f"Please do thing {2 * i * 7} now." for i in range(12)]
+    rows = [{"id": str(i), "text": text, "tools": [f"t{2 * i}"]} for i, text in enumerate(asked)]
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out = {"eval_queries": str(tmp_path / "held_out.jsonl"), "eval_strategy": "steps", "eval_steps": 4}
+    folder = run(world, tmp_path / "out", bf16=True, **held_out)
+    retriever = ToolRetriever.from_pretrained(folder)
+    expert, queries = retriever.text_expert, load_queries(world / "queries.jsonl")
+    assert expert.learned == {tool for query in queries for tool in query.tools}
+    assert len(expert.memory) == len(queries)
+    assert expert.cosine_weight != TextExpert(["x"], ["y"]).cosine_weight  # fitted
+    found = retriever(asked, top_k=1)
+    hits = sum(tools[0].tool_id == row["tools"][0] for tools, row in zip(found, rows, strict=True))
+    alone = ToolRetriever(retriever.model, retriever.tokenizer)(asked, top_k=1)
+    assert hits > sum(tools[0].tool_id == row["tools"][0] for tools, row in zip(alone, rows, strict=True))
 
 
 CALL = 'I look.\n<a_0><b_0>{"city": "Oslo", "code": "<a_1>"}'
