@@ -25,14 +25,14 @@ def split_hub_kwargs(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     return hub_kwargs, {name: value for name, value in kwargs.items() if name not in HUB_KWARGS}
 
 
-def load_aligned_model(folder: str | os.PathLike, **kwargs) -> PreTrainedModel:
+def load_aligned_model(pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
     """Load a model that was aligned, from a folder or a repository of the Hub.
 
     Where it holds a LoRA adapter alone, the base model that it was trained on is loaded, gets room for the code
     tokens, and takes the adapter into its weights; with a `quantization_config` the adapter stays beside them.
 
     Args:
-        folder (`str`): The folder or repository.
+        pretrained_model_name_or_path (`str`): The folder or repository.
         kwargs: Passed on to [`AutoModelForCausalLM.from_pretrained`], such as `dtype` and `device_map`.
 
     Raises:
@@ -43,16 +43,16 @@ def load_aligned_model(folder: str | os.PathLike, **kwargs) -> PreTrainedModel:
     kwargs["use_safetensors"] = True  # no pickle is opened
     hub_kwargs, model_kwargs = split_hub_kwargs(kwargs)
     try:
-        if find_adapter_config_file(os.fspath(folder), **hub_kwargs) is None:
-            _check_declared_size(folder, kwargs.get("trust_remote_code"), hub_kwargs)
-            return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-        model = load_adapter(folder, hub_kwargs, model_kwargs)
+        if find_adapter_config_file(os.fspath(pretrained_model_name_or_path), **hub_kwargs) is None:
+            _check_declared_size(pretrained_model_name_or_path, kwargs.get("trust_remote_code"), hub_kwargs)
+            return AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        model = load_adapter(pretrained_model_name_or_path, hub_kwargs, model_kwargs)
         # A quantized base keeps the adapter beside it: merged, its weights would be rounded anew.
         return model if getattr(model.get_base_model(), "is_quantized", False) else model.merge_and_unload()
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a malformed configuration can raise almost any exception
-        raise ValueError(f"{folder} holds no valid model: {error}") from error
+        raise ValueError(f"{pretrained_model_name_or_path} holds no valid model: {error}") from error
 
 
 def _check_declared_size(

@@ -126,7 +126,7 @@ class ToolAgent:
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | os.PathLike,
+        pretrained_model_name_or_path: str | os.PathLike,
         functions: Mapping[str, Callable[..., Any]],
         catalog: ToolCatalog | None = None,
         **kwargs,
@@ -134,7 +134,7 @@ class ToolAgent:
         """Load model, tokenizer and catalog from a folder that `recipes/sft.py` wrote, or a repository of the Hub.
 
         Args:
-            folder (`str`): The folder or repository.
+            pretrained_model_name_or_path (`str`): The folder or repository.
             functions (`Mapping[str, Callable]`): For each tool id the function to call.
             catalog ([`ToolCatalog`], *optional*): The tools as they are now, such as [`MCPTools.catalog`], in place of
                 the folder's.
@@ -142,13 +142,13 @@ class ToolAgent:
         """
         hub_kwargs, settings = split_hub_kwargs(kwargs)
         if "text_expert" not in settings and cached_file(
-            folder, TEXT_EXPERT_FILE, _raise_exceptions_for_missing_entries=False, **hub_kwargs
+            pretrained_model_name_or_path, TEXT_EXPERT_FILE, _raise_exceptions_for_missing_entries=False, **hub_kwargs
         ):
-            settings["text_expert"] = TextExpert.from_pretrained(folder, **hub_kwargs)
+            settings["text_expert"] = TextExpert.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         return cls(
-            load_aligned_model(folder, **hub_kwargs),
-            ToolWeaverTokenizer.from_pretrained(folder, **hub_kwargs),
-            catalog or ToolCatalog.from_pretrained(folder, repo_type="model", **hub_kwargs),
+            load_aligned_model(pretrained_model_name_or_path, **hub_kwargs),
+            ToolWeaverTokenizer.from_pretrained(pretrained_model_name_or_path, **hub_kwargs),
+            catalog or ToolCatalog.from_pretrained(pretrained_model_name_or_path, repo_type="model", **hub_kwargs),
             functions,
             **settings,
         )

@@ -178,18 +178,18 @@ class ToolCodes(PushToHubMixin, Mapping[str, tuple[int, ...]]):
         write_tool_codes(self.to_dict(), os.path.join(folder, TOOL_CODES_FILE))
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, **hub_kwargs) -> ToolCodes:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **hub_kwargs) -> ToolCodes:
         """Read `tool_codes.json` from a folder or a Hub repository.
 
         Args:
-            folder (`str`): The folder or the repository id.
+            pretrained_model_name_or_path (`str`): The folder or the repository id.
             hub_kwargs: `revision`, `token`, `cache_dir`, ... as for any `from_pretrained`.
 
         Raises:
             `ValueError`: naming the file, if it is not valid or has a newer `schema_version`.
             `OSError`: if the file does not exist.
         """
-        path = cached_file(folder, TOOL_CODES_FILE, **hub_kwargs)
+        path = cached_file(pretrained_model_name_or_path, TOOL_CODES_FILE, **hub_kwargs)
         try:
             document = json.loads(Path(path).read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:

@@ -307,12 +307,16 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike, *, repo_type: Literal["dataset", "model"] = "dataset", **hub_kwargs
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        repo_type: Literal["dataset", "model"] = "dataset",
+        **hub_kwargs,
     ) -> ToolCatalog:
         """Read the `catalog.jsonl` of a folder or of a repository of the Hub.
 
         Args:
-            folder (`str`): The folder or repository.
+            pretrained_model_name_or_path (`str`): The folder or repository.
             repo_type (`str`, *optional*, defaults to `"dataset"`): `"model"` for the catalog beside a model.
             hub_kwargs: As for every `from_pretrained`: `revision`, `token`, `cache_dir`, ...
 
@@ -320,14 +324,16 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
             `ValueError`: naming the file, the line and the tool that is wrong.
             `OSError`: if there is no such file.
         """
-        if os.path.isdir(folder):
-            return cls.from_file(Path(folder) / CATALOG_FILE)
+        if os.path.isdir(pretrained_model_name_or_path):
+            return cls.from_file(Path(pretrained_model_name_or_path) / CATALOG_FILE)
         try:
-            return cls.from_file(hf_hub_download(str(folder), CATALOG_FILE, repo_type=repo_type, **hub_kwargs))
+            path = hf_hub_download(str(pretrained_model_name_or_path), CATALOG_FILE, repo_type=repo_type, **hub_kwargs)
         except (HFValidationError, HfHubHTTPError) as error:
             raise OSError(
-                f"no {CATALOG_FILE} in {folder}, neither a folder nor a {repo_type} on the Hub: {error}"
+                f"no {CATALOG_FILE} in {pretrained_model_name_or_path}, neither a folder nor a {repo_type} on the Hub: "
+                f"{error}"
             ) from None
+        return cls.from_file(path)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the catalog as `catalog.jsonl` in `folder`."""
