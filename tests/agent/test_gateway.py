@@ -61,7 +61,7 @@ class Running:
     def names(self, query, k=50):
         return [tool["name"] for tool in self.find(query, k)["tools"]]
 
-    def wait_for(self, condition, seconds=20):
+    def wait_for(self, condition, seconds=60):
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, "it did not come to pass"

@@ -46,7 +46,7 @@ def is_running(folder, name):
     return path.exists() and psutil.pid_exists(int(path.read_text()))
 
 
-def wait_for(condition, seconds=30):
+def wait_for(condition, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
@@ -100,8 +100,8 @@ def served(config, tmp_path):
 
 def test_clients_by_http_have_tokens_and_allow_lists(served, tmp_path):
     process, url = served
-    assert httpx2.post(url, json={}, timeout=60).status_code == 401
-    assert httpx2.post(url, json={}, headers={"Authorization": "Bearer nonsense"}, timeout=60).status_code == 401
+    assert httpx2.post(url, json={}, timeout=120).status_code == 401
+    assert httpx2.post(url, json={}, headers={"Authorization": "Bearer nonsense"}, timeout=120).status_code == 401
 
     async def connect(token):
         async with (
@@ -120,7 +120,7 @@ def test_clients_by_http_have_tokens_and_allow_lists(served, tmp_path):
             "q: hi" if mine == "all-token-2" else "there is no tool 'say_q': find_tools tells which there are"
         )
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) in (0, -signal.SIGTERM)
+    assert process.wait(60) in (0, -signal.SIGTERM)
     wait_for(lambda: not is_running(tmp_path, "p"))
     messages = (tmp_path / "stderr").read_text()
     assert "bad is down: there is no such program" in messages
@@ -137,7 +137,7 @@ def test_no_server_outlives_the_gateway(config, tmp_path, sign):
         wait_for(lambda: is_running(tmp_path, "p") and is_running(tmp_path, "q"))
         time.sleep(0.5)
         process.send_signal(sign)
-        process.wait(20)
+        process.wait(60)
         wait_for(lambda: not is_running(tmp_path, "p") and not is_running(tmp_path, "q"))
 
 
@@ -169,7 +169,7 @@ def test_bad_input_is_one_line_and_exit_status_2(tmp_path, text, options, messag
 def test_all_tools_are_approved_on_demand(config, tmp_path):
     cache = tmp_path / "cache"
     run = subprocess.run(
-        [*COMMAND, str(config), "--approve", "--cache-dir", str(cache)], capture_output=True, text=True, timeout=60
+        [*COMMAND, str(config), "--approve", "--cache-dir", str(cache)], capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0
     assert "p: 5 tools approved" in run.stdout

@@ -96,7 +96,8 @@ class Gateway:
         self._changed = anyio.Event()
         self._found_any = anyio.Event()  # the tools of a server can be found, or no server has any
         self._indexed = anyio.Event()  # all servers have started or failed to, and what they list can be found
-        self._documents: dict[str, Tool] = {}  # what can be found, by id
+        self._documents: dict[str, Tool] = {}  # what can be called, by id
+        self._searched: dict[str, Tool] = {}  # what can be found
         self._names = Names({})
         self._available: frozenset[str] = frozenset()
         self._held_back: frozenset[str] = frozenset()
@@ -134,7 +135,7 @@ class Gateway:
                 await self._index()
             except Exception as error:  # the search as it was is better than none
                 logger.error("the tools could not be indexed: %s", self.redact(f"{type(error).__name__}: {error}"))
-            if settled or self._documents:
+            if settled or self._searched:
                 self._found_any.set()
             if settled:
                 self._indexed.set()
@@ -157,19 +158,19 @@ class Gateway:
         for tool_id, tool in listed.items():
             if tool_id not in held_back and (document := self._describe(tool_id, tool)) is not None:
                 documents[tool_id] = document
-        if documents != self._documents:
-            await self.search.update(list(documents.values()))
-            self._documents = documents
-            if self._on_index is not None:
-                await to_thread.run_sync(self._on_index, list(documents.values()))
         before = self.direct_tools()
-        self._names = Names(documents)
-        self._held_back = frozenset(held_back)
+        self._documents, self._names, self._held_back = documents, Names(documents), frozenset(held_back)
         self._available = frozenset(
             tool_id for tool_id in documents if self.upstreams[tool_id.split(".", 1)[0]].state == "up"
         )
         if self.on_direct_change is not None and self.direct_tools() != before:
             await self.on_direct_change()
+        # Tools can be called from here on, and be found after what follows, which may take a while.
+        if documents != self._searched:
+            await self.search.update(list(documents.values()))
+            self._searched = documents
+            if self._on_index is not None:
+                await to_thread.run_sync(self._on_index, list(documents.values()))
 
     def _describe(self, tool_id: str, tool: types.Tool) -> Tool | None:
         """The tool as the search has it, with the server's name as its category and no secret in it."""
@@ -282,6 +283,11 @@ class Gateway:
         """
         from mcp import types
 
+        if self.id_of(name) not in self._documents:  # its server may be starting
+            with anyio.move_on_after(START_SECONDS):
+                for upstream in self.upstreams.values():
+                    await upstream.settled()
+                await anyio.sleep(0.1)  # for its tools to be taken over
         tool_id = self._resolve(name, client)
         server, tool_name = tool_id.split(".", 1)
         problem = find_error(arguments, self._documents[tool_id].parameters)
