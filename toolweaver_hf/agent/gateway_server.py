@@ -323,10 +323,11 @@ class GatewayServer:
         from mcp.types import ListResourcesRequest
 
         found = await self._list(context, "resources", lambda page: ListResourcesRequest(params=page), "resources")
-        resources = {}
+        resources, owners = {}, {}
         for upstream, item in found:
-            if resources.setdefault(item["uri"], item) is item:
-                self._resource_owners[item["uri"]] = upstream
+            resources.setdefault(item["uri"], item)
+            owners.setdefault(item["uri"], upstream)
+        self._resource_owners = owners
         return {"resources": list(resources.values())}
 
     async def _list_resource_templates(self, context: ServerRequestContext, params: Any) -> dict[str, Any]:

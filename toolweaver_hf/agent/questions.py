@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -89,9 +90,10 @@ class _WaitingCall:
                 self.result = await call(self._ask)
             except Exception as error:
                 self._error = error
-        with self._turn, self._to_asker, self._answers:
-            if self.scope.cancelled_caught:
-                self._error = TimeoutError("the call was given up")
+        if self.scope.cancelled_caught:
+            self._error = TimeoutError("the call was given up")
+        # Where nobody listens any more, there is nobody to tell.
+        with self._turn, self._to_asker, self._answers, suppress(anyio.WouldBlock, anyio.BrokenResourceError):
             self._turn.send_nowait(None)
 
     async def _ask(self, question: dict[str, Any]) -> Any:
@@ -99,7 +101,8 @@ class _WaitingCall:
         return await self._answers.receive()
 
     def answer(self, answer: Any) -> None:
-        self._to_asker.send_nowait(answer)
+        with suppress(anyio.ClosedResourceError, anyio.BrokenResourceError):  # the call has ended in the meantime
+            self._to_asker.send_nowait(answer)
 
     async def step(self) -> dict[str, Any] | None:
         """Wait for the next question; `None` is the end, with the result or the error that is raised."""
