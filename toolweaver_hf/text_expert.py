@@ -428,25 +428,6 @@ class _BM25Index:
         shape = (len(documents), len(index.scores["indptr"]) - 1)
         self.by_word = scipy.sparse.csc_array(parts, shape=shape).T.tocsr()
 
-    def take_over(self, earlier: TextExpert) -> None:
-        """Go on from the expert of an earlier training stage: its weights, what its model learned, what it remembers.
-
-        Args:
-            earlier ([`TextExpert`]): An expert with the same encoder.
-        """
-        for name in (*SCORE_WEIGHTS, "model_weight"):
-            setattr(self, name, getattr(earlier, name))
-        if self.learned is not None:
-            self.learned = None if earlier.learned is None else self.learned | earlier.learned
-        if earlier.memory is not None and earlier.encoder == self.encoder:
-            row_of_tool = {tool_id: row for row, tool_id in enumerate(self.tool_ids)}
-            rows = torch.tensor([row_of_tool.get(tool_id, -1) for tool_id in earlier.tool_ids])
-            pairs = torch.stack([earlier._memory_pairs[:, 0], rows[earlier._memory_pairs[:, 1]]], dim=1)
-            pairs = pairs[pairs[:, 1] >= 0]
-            mine = self._memory_pairs + torch.tensor([len(earlier.memory), 0])
-            self.memory = earlier.memory if self.memory is None else torch.cat([earlier.memory, self.memory])
-            self._memory_pairs, self._owners = torch.cat([pairs, mine]), None
-
     def scores(self, queries: Sequence[str]) -> np.ndarray:
         """Return the scores of all documents for each query, of shape `(num_queries, num_documents)`."""
         words = _words(queries, return_ids=False)
