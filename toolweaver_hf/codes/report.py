@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -13,6 +14,10 @@ from ..files import read_json, write_json
 from ..modeling_rqvae import LOSSES, RQVAEModel
 from .measures import CODES_METRICS_VERSION, METRICS_FILE
 from .tool_codes import ToolCodes
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def inspect_codes(folder: str | os.PathLike, catalog: str | os.PathLike | None = None) -> Path:
@@ -29,19 +34,15 @@ def inspect_codes(folder: str | os.PathLike, catalog: str | os.PathLike | None =
     Returns:
         `Path`: the path of the page, `report.png` in the folder.
     """
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
     folder = Path(folder)
     codes = ToolCodes.from_pretrained(folder)
-    learned = ToolCatalog.from_file(folder / "catalog.jsonl")
+    learned = ToolCatalog.from_pretrained(folder)
     metrics = read_json(folder / METRICS_FILE, CODES_METRICS_VERSION)
     codebooks = [codebook.numpy() for codebook in RQVAEModel.from_pretrained(folder).codebooks()]
-    matrix = codes.matrix
     names = [learned[tool_id].name if tool_id in learned else tool_id for tool_id in codes]
 
     groups: dict[int, list[str]] = {}
-    for first, name in zip(matrix[:, 0].tolist(), names, strict=True):
+    for first, name in zip(codes.matrix[:, 0].tolist(), names, strict=True):
         groups.setdefault(first, []).append(name)
     largest = sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
     report = {name: value for name, value in metrics.items() if name not in ("schema_version", "history")}
@@ -54,52 +55,66 @@ def inspect_codes(folder: str | os.PathLike, catalog: str | os.PathLike | None =
         }
     write_json(folder / "report.json", report, CODES_METRICS_VERSION)
 
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
     figure = plt.figure(figsize=(15, 11), layout="constrained")
     grid = figure.add_gridspec(3, 2, height_ratios=(1, 1.25, 1.25), width_ratios=(1, 1.25))
     figure.suptitle(f"{len(codes):,} tools, codebooks {' x '.join(map(str, codes.codebook_sizes))}", fontsize=15)
+    _draw_losses(figure.add_subplot(grid[0, 0]), metrics["history"])
+    _draw_use(figure.add_subplot(grid[0, 1]), codes, metrics["levels"])
+    _draw_map(figure.add_subplot(grid[1:, 0]), codes.matrix, codebooks, [first for first, _ in largest])
+    _draw_prefixes(figure.add_subplot(grid[1:, 1]), largest[:26])
 
-    axes = figure.add_subplot(grid[0, 0])
+    picture = folder / "report.png"
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+    return picture
+
+
+def _draw_losses(axes: Axes, history: list[dict[str, float]]) -> None:
     for name in LOSSES:
-        points = [(entry["step"], entry[name]) for entry in metrics["history"] if name in entry]
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
         if points:
             axes.plot(*zip(*points, strict=True), label=name.removesuffix("_loss"))
     axes.set(title="Losses", xlabel="step", yscale="log")
     axes.legend(frameon=False)
 
-    axes = figure.add_subplot(grid[0, 1])
-    for level, size in enumerate(codes.codebook_sizes):
-        counts = np.sort(np.bincount(matrix[:, level], minlength=size))[::-1]
-        measured = metrics["levels"][level]
+
+def _draw_use(axes: Axes, codes: ToolCodes, levels: list[dict[str, Any]]) -> None:
+    """Draw how many tools are on each code of a level, given the level's measures."""
+    for level, (size, measured) in enumerate(zip(codes.codebook_sizes, levels, strict=True)):
         axes.step(
             np.linspace(0, 1, size),
-            counts,
+            np.sort(np.bincount(codes.matrix[:, level], minlength=size))[::-1],
             where="mid",
             label=f"level {level + 1}: {measured['used']}/{size} used, perplexity {measured['perplexity']:.0f}",
         )
     axes.set(title="Tools on each code, most first", xlabel="share of the level's codes", ylabel="tools")
     axes.legend(frameon=False)
 
-    # A tool's position is its quantized vector, projected on the first two principal axes.
-    axes = figure.add_subplot(grid[1:, 0])
-    points = sum(codebook[matrix[:, level]] for level, codebook in enumerate(codebooks))
+
+def _draw_map(axes: Axes, matrix: np.ndarray, codebooks: list[np.ndarray], first_codes: list[int]) -> None:
+    """Draw the tools' quantized vectors on their first two principal axes; `first_codes` have the most tools first."""
+    points = np.sum([codebook[matrix[:, level]] for level, codebook in enumerate(codebooks)], axis=0)
     points = points - points.mean(0)
     _, _, main_axes = np.linalg.svd(points[:: -(-len(points) // 20000)], full_matrices=False)
     plane = points @ main_axes[:2].T if len(main_axes) > 1 else np.pad(points @ main_axes[:1].T, ((0, 0), (0, 1)))
     size = max(2, min(40, 8000 / len(plane)))
-    shown = {
-        first for first, _ in (largest if len(largest) <= 100 else largest[:10])
-    }  # more colors cannot be told apart
-    colored = np.isin(matrix[:, 0], list(shown))
+    # Beyond a hundred, colors cannot be told apart
+    colored = np.isin(matrix[:, 0], first_codes if len(first_codes) <= 100 else first_codes[:10])
     axes.scatter(*plane[~colored].T, c="0.85", s=size)
     axes.scatter(*plane[colored].T, c=matrix[colored, 0], cmap="gist_rainbow", s=size, alpha=0.8)
     axes.set(title="Tools by their quantized vectors, colored by first code", xticks=[], yticks=[])
-    for first, _ in largest[:10]:
+    for first in first_codes[:10]:
         axes.annotate(f"a_{first}", plane[matrix[:, 0] == first].mean(0), fontsize=9, weight="bold", ha="center")
 
-    axes = figure.add_subplot(grid[1:, 1])
+
+def _draw_prefixes(axes: Axes, groups: list[tuple[int, list[str]]]) -> None:
+    """Draw a table of first codes and the names of their tools."""
     axes.axis("off")
     axes.set_title("The largest prefixes")
-    cells = [(f"<a_{first}>", str(len(tools)), _shortened(tools, 86)) for first, tools in largest[:26]]
+    cells = [(f"<a_{first}>", str(len(tools)), _shortened(tools, 86)) for first, tools in groups]
     table = axes.table(
         cells, colLabels=("prefix", "tools", "names"), colWidths=(0.09, 0.07, 0.84), cellLoc="left", bbox=(0, 0, 1, 1)
     )
@@ -108,11 +123,6 @@ def inspect_codes(folder: str | os.PathLike, catalog: str | os.PathLike | None =
     for cell in table.get_celld().values():
         cell.set_linewidth(0.3)
         cell.PAD = 0.01 if cell.get_width() > 0.5 else 0.1
-
-    picture = folder / "report.png"
-    figure.savefig(picture, dpi=110)
-    plt.close(figure)
-    return picture
 
 
 def _shortened(names: list[str], length: int) -> str:
