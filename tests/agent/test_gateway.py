@@ -108,6 +108,23 @@ def test_two_tools_stand_for_all(two):
     assert two.call("b.echo", text="hi", times=2) == ("b: hihi", False)
 
 
+def test_queries_at_once_are_ranked_together_and_given_up_alone(two):
+    found = {}
+
+    async def ask(i):
+        with anyio.move_on_after(0.01 if i % 3 == 0 else 120):
+            query = {"query": "say a text again" if i % 2 else "report progress while counting", "k": 1}
+            found[i] = (await two.client.call_tool("find_tools", query)).structured_content["tools"][0]["name"]
+
+    async def main():
+        async with anyio.create_task_group() as tasks:
+            for i in range(80):
+                tasks.start_soon(ask, i)
+
+    two.portal.call(main)
+    assert all(found[i].endswith("echo" if i % 2 else "count") for i in range(80) if i % 3)
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import anyio
 from anyio import to_thread
@@ -122,15 +122,24 @@ class GatewaySearch:
         self._waiting.append(waiting)
         try:
             async with self._lock:
-                if waiting.found is None:
+                if waiting in self._waiting:
                     batch, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
-                    found = await to_thread.run_sync(self._rank, batch)
-                    for one, tools in zip(batch, found, strict=True):
-                        one.found = tools
+                    with anyio.CancelScope(shield=True):  # others wait for the batch, too
+                        await to_thread.run_sync(self._answer, batch)
         finally:
             if waiting in self._waiting:
                 self._waiting.remove(waiting)
+        if waiting.error is not None:
+            raise waiting.error
         return waiting.found
+
+    def _answer(self, batch: Sequence[_Query]) -> None:
+        try:
+            for query, tools in zip(batch, self._rank(batch), strict=True):
+                query.found = tools
+        except Exception as error:  # whoever waits gets it
+            for query in batch:
+                query.error = error
 
     def _rank(self, batch: Sequence[_Query]) -> list[list[RetrievedTool]]:
         if self.retriever is None:
@@ -149,4 +158,5 @@ class GatewaySearch:
 class _Query:
     def __init__(self, text: str, k: int, tool_ids: Sequence[str]):
         self.text, self.k, self.tool_ids = text, k, tool_ids
-        self.found: list[Any] | None = None
+        self.found: list[RetrievedTool] = []
+        self.error: Exception | None = None
