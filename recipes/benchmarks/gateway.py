@@ -183,7 +183,8 @@ async def time_start(command: list[str], url: str, log: Path, started: float, qu
     results = {}
     async with await connect(url) as client:
         while len(results) < 3:
-            answer = (await client.call_tool("find_tools", {"query": query})).structured_content
+            found = await client.call_tool("find_tools", {"query": query})
+            answer = found.structured_content or {"tools": []}  # an error while no server has started
             now = time.perf_counter() - started
             if answer["tools"]:
                 results.setdefault("first_answer_s", now)
