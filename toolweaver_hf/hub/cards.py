@@ -84,44 +84,49 @@ def create_card(
         return _dataset_card(folder, repo_id, license)
     path = folder / TOOL_CODES_FILE
     facts = {"kind": kind, **codes_facts(check_tool_codes(read_object(path), str(path)))}
-    tags = [*TAGS]
-    base_model, eval_results = None, None
+    data = ModelCardData(library_name="transformers", license=license, tags=[*TAGS])
+    data.datasets = list(datasets) if datasets else None
     if kind == "model":
-        tags += ["function-calling", "generative-retrieval"]
-        training = read_json(folder / TRAINING_FILE, TRAINING_VERSION) if (folder / TRAINING_FILE).exists() else {}
-        base_model = training.get("base_model")
-        facts["adapter"] = (folder / "adapter_config.json").exists()
-        facts["pipeline"] = (folder / "pipeline_tool_retrieval.py").exists()
-        facts["runs"] = training.get("runs")
-        query = _first_description(folder) or "What is the weather in Oslo?"
-        facts["example_query"] = json.dumps(query, ensure_ascii=False)
-        eval_results = _evaluation(folder, facts)
-        if facts["adapter"]:
-            base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
-            if base_model is None and base and not os.path.exists(base):
-                base_model = base
-            elif base and os.path.exists(base):
-                logger.warning(f"adapter_config.json names the local folder {base} as the base: others lack it")
+        _describe_model(folder, repo_id, data, facts)
     elif kind == "codes" and (folder / "config.json").exists():
-        tags.append("rq-vae")
-        facts |= {"rqvae": True, "input_dim": read_object(folder / "config.json").get("input_dim")}
-        facts["encoder"] = _encoder(folder)
-        if (folder / METRICS_FILE).exists():
-            facts["code_metrics"] = read_json(folder / METRICS_FILE, CODES_METRICS_VERSION)
-    data = ModelCardData(
-        library_name="transformers",
-        license=license,
-        base_model=base_model,
-        datasets=list(datasets) if datasets else None,
-        pipeline_tag="text-generation" if kind == "model" else None,
-        tags=tags,
-        model_name=repo_id.split("/")[-1] if eval_results else None,
-        eval_results=eval_results,
-    )
+        _describe_rqvae(folder, data, facts)
     try:
         return model_card(repo_id, data, facts)
     except (TemplateError, TypeError) as error:
         raise ValueError(f"the records in {folder} are not what a run writes: {error}") from None
+
+
+def _describe_model(folder: Path, repo_id: str, data: ModelCardData, facts: dict[str, Any]) -> None:
+    """Add to a card what the records of training and evaluation say of an aligned model."""
+    training = read_json(folder / TRAINING_FILE, TRAINING_VERSION) if (folder / TRAINING_FILE).exists() else {}
+    query = _first_description(folder) or "What is the weather in Oslo?"
+    facts |= {
+        "adapter": (folder / "adapter_config.json").exists(),
+        "pipeline": (folder / "pipeline_tool_retrieval.py").exists(),
+        "runs": training.get("runs"),
+        "example_query": json.dumps(query, ensure_ascii=False),
+    }
+    data.tags = [*TAGS, "function-calling", "generative-retrieval"]
+    data.pipeline_tag = "text-generation"
+    data.base_model = training.get("base_model")
+    if facts["adapter"]:
+        base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
+        if data.base_model is None and base and not os.path.exists(base):
+            data.base_model = base
+        elif base and os.path.exists(base):
+            logger.warning(f"adapter_config.json names the local folder {base} as the base: others lack it")
+    data.eval_results = _evaluation(folder, facts)
+    if data.eval_results:
+        data.model_name = repo_id.split("/")[-1]
+
+
+def _describe_rqvae(folder: Path, data: ModelCardData, facts: dict[str, Any]) -> None:
+    """Add to a card what is known of the RQ-VAE that learned the codes."""
+    data.tags = [*TAGS, "rq-vae"]
+    facts |= {"rqvae": True, "input_dim": read_object(folder / "config.json").get("input_dim")}
+    facts["encoder"] = _encoder(folder)
+    if (folder / METRICS_FILE).exists():
+        facts["code_metrics"] = read_json(folder / METRICS_FILE, CODES_METRICS_VERSION)
 
 
 def _evaluation(folder: Path, facts: dict[str, Any]) -> list[EvalResult] | None:
