@@ -61,11 +61,11 @@ def load_data(folder: Path) -> tuple[ToolCatalog, dict[str, list[Query]], dict[s
     Raises:
         `ValueError`: naming the file that is wrong, or the tool that the catalog lacks.
     """
-    from toolweaver_hf.data.catalog import ToolCatalog
+    from toolweaver_hf.data.catalog import CATALOG_FILE, ToolCatalog
     from toolweaver_hf.data.queries import load_queries
     from toolweaver_hf.data.trajectories import load_trajectories
 
-    catalog = ToolCatalog.from_file(folder / "catalog.jsonl")
+    catalog = ToolCatalog.from_file(folder / CATALOG_FILE)
     queries = {split: load_queries(folder / f"queries.{split}.jsonl") for split in SPLITS}
     trajectories = {split: load_trajectories(folder / f"trajectories.{split}.jsonl") for split in SPLITS}
     for split in SPLITS:
@@ -134,6 +134,7 @@ def main(args: QuickstartArguments) -> None:
     from toolweaver_hf.alignment.trainer import AlignmentTrainingArguments
     from toolweaver_hf.codes.report import inspect_codes
     from toolweaver_hf.codes.trainer import RQVAETrainingArguments
+    from toolweaver_hf.data.catalog import CATALOG_FILE
     from toolweaver_hf.demo import DEMO_FOLDER, demo_functions
     from toolweaver_hf.retrieval import ToolRetriever
     from toolweaver_hf.text_expert import encoder_dtype
@@ -156,7 +157,7 @@ def main(args: QuickstartArguments) -> None:
     codes_dir = output / "codes"
     tokenize_tools.main(
         tokenize_tools.TokenizationArguments(
-            catalog=str(data / "catalog.jsonl"), queries=str(data / "queries.train.jsonl"), encoder=args.encoder
+            catalog=str(data / CATALOG_FILE), queries=str(data / "queries.train.jsonl"), encoder=args.encoder
         ),
         RQVAETrainingArguments(output_dir=str(codes_dir), seed=args.seed),
     )
