@@ -25,8 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from toolweaver_hf.cli import run_command
-from toolweaver_hf.evaluation.rankings import METRICS_FILE, RANKING_METRICS_VERSION
-from toolweaver_hf.evaluation.runs import RUN_FILE, RUN_VERSION, tables, text_table
 from toolweaver_hf.files import read_json, write_text
 
 
@@ -54,6 +52,8 @@ def render_section(folder: str | os.PathLike) -> str:
         `ValueError`: naming the file that is wrong.
         `OSError`: if a file is missing.
     """
+    from toolweaver_hf.evaluation.runs import RUN_FILE, RUN_VERSION
+
     about = read_json(Path(folder) / ABOUT_FILE, ABOUT_VERSION)
     for field in ("title", "command"):
         if not isinstance(about.get(field), str) or not about[field].strip():
@@ -95,6 +95,9 @@ def describe_circumstances(run: Mapping[str, Any], wall_time: str | None = None)
 
 def render_tables(folder: str | os.PathLike) -> str:
     """Lay out the `metrics.json` of a run in Markdown."""
+    from toolweaver_hf.evaluation.rankings import METRICS_FILE, RANKING_METRICS_VERSION
+    from toolweaver_hf.evaluation.runs import tables, text_table
+
     path = Path(folder) / METRICS_FILE
     metrics = read_json(path, RANKING_METRICS_VERSION)
     if "results" in metrics:  # of rankings

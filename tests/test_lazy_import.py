@@ -14,7 +14,7 @@ from toolweaver_hf import ToolCatalog, ToolCodes
 from toolweaver_hf.cli import COMMANDS, main
 
 
-RECIPES = sorted(path.name for path in (Path(__file__).parents[1] / "recipes").glob("[!_]*.py"))
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def run_python(code, *arguments):
@@ -40,10 +40,10 @@ def test_help_of_a_command_loads_nothing_heavy(command):
     assert out.startswith("usage: toolweaver") and out.endswith("\n[]\n")
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", sorted(RECIPES.rglob("[!_]*.py")), ids=lambda path: path.stem)
 def test_help_of_a_recipe_loads_nothing_heavy(recipe):
-    out = run_python(HELP, str(Path(__file__).parents[1] / "recipes" / recipe), "--help")
-    assert out.startswith(f"usage: {recipe}") and out.endswith("\n[]\n")
+    out = run_python(HELP, str(recipe), "--help")
+    assert out.startswith(f"usage: {recipe.name}") and out.endswith("\n[]\n")
 
 
 @pytest.mark.parametrize(

@@ -11,21 +11,21 @@ timed as well: the floor that no way gets below, and the rivals' time over it th
 model that `recipes/sft.py` aligned, retrieval is timed as a whole.
 """
 
+from __future__ import annotations
+
 import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from transformers import AutoModelForCausalLM, HfArgumentParser, PrefixConstrainedLogitsProcessor
+from toolweaver_hf.cli import parse_arguments, run_command
 
-from toolweaver_hf.cli import run_command
-from toolweaver_hf.evaluation.runs import save_tables, text_table
-from toolweaver_hf.logits_process import ToolCodeLogitsProcessor
-from toolweaver_hf.retrieval import ToolRetriever
-from toolweaver_hf.trie import CodeTrie
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
 
 CODEBOOK_SIZE = 1024
@@ -96,7 +96,7 @@ class DictionaryMasks:
 
     def loop(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Mask row by row."""
-        mask = torch.full_like(scores, float("-inf"))
+        mask = scores.new_full(scores.shape, float("-inf"))
         for row, ids in enumerate(input_ids[:, PROMPT_LENGTH:].tolist()):
             node = self.node(ids)
             if node is None:
@@ -109,6 +109,13 @@ class DictionaryMasks:
 
 def time_steps(num_tools: int, args: BenchmarkArguments) -> dict[str, dict[str, float]]:
     """Time the building of a trie and a step in every state, in milliseconds."""
+    import numpy as np
+    import torch
+    from transformers import PrefixConstrainedLogitsProcessor
+
+    from toolweaver_hf.logits_process import ToolCodeLogitsProcessor
+    from toolweaver_hf.trie import CodeTrie
+
     generator = np.random.default_rng(0)
     flat = generator.choice(CODEBOOK_SIZE**2, size=num_tools, replace=False)
     codes = np.stack([flat // CODEBOOK_SIZE, CODEBOOK_SIZE + flat % CODEBOOK_SIZE], axis=1) + args.vocab_size
@@ -144,6 +151,12 @@ def time_steps(num_tools: int, args: BenchmarkArguments) -> dict[str, dict[str, 
 
 def time_model(args: BenchmarkArguments) -> dict[str, float]:
     """Time a forward pass of one more token for each beam, and retrieval with an aligned model, in milliseconds."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from toolweaver_hf.retrieval import ToolRetriever
+    from toolweaver_hf.tool_codes_file import TOOL_CODES_FILE
+
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     ids = torch.randint(0, model.config.vocab_size, (args.num_beams, PROMPT_LENGTH + 1))
     times = []
@@ -155,7 +168,7 @@ def time_model(args: BenchmarkArguments) -> dict[str, float]:
             if i > 1:
                 times.append(1000 * (time.perf_counter() - start))
     results = {"forward pass": min(times)}
-    if os.path.exists(os.path.join(args.model, "tool_codes.json")):
+    if os.path.exists(os.path.join(args.model, TOOL_CODES_FILE)):
         queries = ["Is it a good day for the park?", "How much is a euro in dollars?"] * 8
         calls = {
             f"retrieval of {len(queries)} queries, {name}": partial(
@@ -169,6 +182,8 @@ def time_model(args: BenchmarkArguments) -> dict[str, float]:
 
 def main(args: BenchmarkArguments) -> dict[str, dict]:
     """Time everything, print tables and return milliseconds by number of tools, state and name."""
+    from toolweaver_hf.evaluation.runs import save_tables, text_table
+
     model_times = time_model(args) if args.model else {}
     forward = model_times.get("forward pass")
     results: dict[str, dict] = {"model": model_times}
@@ -201,7 +216,7 @@ def main(args: BenchmarkArguments) -> dict[str, dict]:
 
 
 def cli(argv: list[str] | None = None) -> None:
-    main(*HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses(argv))
+    main(*parse_arguments(argv, BenchmarkArguments))
 
 
 if __name__ == "__main__":

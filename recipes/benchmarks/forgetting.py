@@ -11,29 +11,21 @@ none that the model is trained on. With `--lm_eval_tasks` and lm-eval installed,
 The same command goes on with a run that was cut off.
 """
 
+from __future__ import annotations
+
 import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
-from trl import ModelConfig
-
-from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings
-from toolweaver_hf.alignment.record import TRAINING_FILE, TRAINING_VERSION
-from toolweaver_hf.alignment.trainer import AlignmentTrainingArguments
-from toolweaver_hf.cli import run_command
-from toolweaver_hf.codes.tool_codes import ToolCodes
-from toolweaver_hf.data.catalog import ToolCatalog
-from toolweaver_hf.evaluation.baselines import atomic_codes
-from toolweaver_hf.evaluation.runs import describe_run
-from toolweaver_hf.files import read_json, write_json
-from toolweaver_hf.loading import load_aligned_model
-from toolweaver_hf.modeling_rqvae import RQVAEModel
+from toolweaver_hf.cli import parse_arguments, run_command
 from toolweaver_hf.recipes import sft
-from toolweaver_hf.tokenization_toolweaver import ToolWeaverTokenizer
+
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 
 RESULTS_FILE = "benchmark_forgetting.json"
@@ -109,6 +101,9 @@ class ForgettingArguments:
 
 def load_windows(args: ForgettingArguments) -> torch.Tensor:
     """Tokenize the text and cut it into rows of `window` tokens."""
+    import torch
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     text = Path(args.text).read_text(encoding="utf-8")[: 16 * args.num_tokens]  # a token has far fewer characters
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: args.num_tokens]
@@ -117,7 +112,6 @@ def load_windows(args: ForgettingArguments) -> torch.Tensor:
     return torch.tensor(ids[: len(ids) // args.window * args.window]).view(-1, args.window)
 
 
-@torch.inference_mode()
 def perplexity(model: PreTrainedModel, windows: torch.Tensor) -> float:
     """Compute the perplexity of a text over the model's whole vocabulary, new tokens and all.
 
@@ -125,11 +119,15 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor) -> float:
         model ([`PreTrainedModel`]): The model.
         windows (`torch.LongTensor` of shape `(num_windows, window)`): The text; the first token of each is given.
     """
+    import torch
+    from torch.nn.functional import cross_entropy
+
     model.eval()
     total = 0.0
-    for window in windows.to(model.device):
-        logits = model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
-        total += cross_entropy(logits, window[1:], reduction="sum").item()
+    with torch.inference_mode():
+        for window in windows.to(model.device):
+            logits = model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
+            total += cross_entropy(logits, window[1:], reduction="sum").item()
     return math.exp(total / (len(windows) * (windows.shape[1] - 1)))
 
 
@@ -154,6 +152,10 @@ def few_shot(model: PreTrainedModel, tokenizer, args: ForgettingArguments) -> di
 
 def align(args: ForgettingArguments, codes_dir: Path, embedding_init: str, with_care: bool, output_dir: Path) -> None:
     """Align the model: adapters and new rows with replay, or all weights without it."""
+    from trl import ModelConfig
+
+    from toolweaver_hf.alignment.trainer import AlignmentTrainingArguments
+
     stages = ["retrieval", "replay"] if with_care else ["retrieval"]
     sft.main(
         sft.AlignmentArguments(
@@ -187,6 +189,20 @@ def align(args: ForgettingArguments, codes_dir: Path, embedding_init: str, with_
 
 def main(args: ForgettingArguments) -> dict[str, dict[str, float]]:
     """Measure the base model and what becomes of it, print a table, and return the measures by row."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings
+    from toolweaver_hf.alignment.record import TRAINING_FILE, TRAINING_VERSION
+    from toolweaver_hf.codes.tool_codes import ToolCodes
+    from toolweaver_hf.data.catalog import ToolCatalog
+    from toolweaver_hf.evaluation.baselines import atomic_codes
+    from toolweaver_hf.evaluation.runs import describe_run
+    from toolweaver_hf.files import read_json, write_json
+    from toolweaver_hf.loading import load_aligned_model
+    from toolweaver_hf.modeling_rqvae import RQVAEModel
+    from toolweaver_hf.tokenization_toolweaver import ToolWeaverTokenizer
+
     windows = load_windows(args)
     output = Path(args.output_dir)
     catalog = ToolCatalog.from_pretrained(args.codes_dir, repo_type="model")
@@ -247,7 +263,7 @@ def main(args: ForgettingArguments) -> dict[str, dict[str, float]]:
 
 
 def cli(argv: list[str] | None = None) -> None:
-    main(*HfArgumentParser(ForgettingArguments).parse_args_into_dataclasses(argv))
+    main(*parse_arguments(argv, ForgettingArguments))
 
 
 if __name__ == "__main__":

@@ -15,44 +15,29 @@ codes afterwards. Their recall is the group `new`, for which a query's other too
 documents alone, and after as many rows of which half are training queries of the known tools.
 """
 
+from __future__ import annotations
+
 import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from safetensors.numpy import save_file
-from sentence_transformers import SentenceTransformerTrainingArguments
-from transformers import set_seed
-from trl import ModelConfig, TrlParser
-
-from toolweaver_hf.alignment.guidance import fit_guidance
-from toolweaver_hf.alignment.trainer import AlignmentTrainingArguments
-from toolweaver_hf.cli import run_command
-from toolweaver_hf.codes.assignment import check_capacity
-from toolweaver_hf.codes.embeddings import EMBEDDINGS_FILE, embed_catalog
-from toolweaver_hf.codes.tool_codes import ToolCodes
-from toolweaver_hf.codes.trainer import RQVAETrainingArguments
+from toolweaver_hf.cli import parse_arguments, run_command
 from toolweaver_hf.data.catalog import CATALOG_FILE, ToolCatalog
-from toolweaver_hf.data.queries import Query, load_queries
-from toolweaver_hf.demo.small_llama import build_small_llama
-from toolweaver_hf.evaluation.baselines import (
-    BM25Retriever,
-    DenseRetriever,
-    atomic_codes,
-    fine_tune_encoder,
-    numeric_codes,
-    random_codes,
-)
-from toolweaver_hf.evaluation.rankings import check_ground_truth
-from toolweaver_hf.evaluation.runs import save_run, tables
 from toolweaver_hf.files import write_text
-from toolweaver_hf.modeling_rqvae import RQVAEModel
 from toolweaver_hf.recipes import sft, tokenize_tools
-from toolweaver_hf.retrieval import RetrievedTool, ToolRetriever
-from toolweaver_hf.text_expert import default_encoder
-from toolweaver_hf.tokenization_toolweaver import ToolWeaverTokenizer
+
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+    from trl import ModelConfig
+
+    from toolweaver_hf.alignment.trainer import AlignmentTrainingArguments
+    from toolweaver_hf.codes.tool_codes import ToolCodes
+    from toolweaver_hf.data.queries import Query
+    from toolweaver_hf.retrieval import RetrievedTool
 
 
 NAMES = {
@@ -120,9 +105,7 @@ class BenchmarkArguments:
     )
     encoder: str | None = field(default=None, metadata={"help": "sentence-transformers model."})
     codebook_sizes: list[int] | None = field(default=None, metadata={"help": "Codes of each level."})
-    tokenization_steps: int = field(
-        default=RQVAETrainingArguments.max_steps, metadata={"help": "Training steps of an RQ-VAE."}
-    )
+    tokenization_steps: int = field(default=-1, metadata={"help": "Training steps of an RQ-VAE."})
     stages: list[str] = field(
         default_factory=lambda: ["memorization", "retrieval"],
         metadata={"help": "What a model learns.", "choices": ["memorization", "retrieval"]},
@@ -153,6 +136,9 @@ def load_split(
     args: BenchmarkArguments, seed: int
 ) -> tuple[ToolCatalog, ToolCatalog | None, list[Query], list[Query]]:
     """Return the tools to learn, those to add later if any, the training and the test queries."""
+    from toolweaver_hf.data.queries import load_queries
+    from toolweaver_hf.evaluation.rankings import check_ground_truth
+
     catalog = ToolCatalog.from_file(args.catalog)
     train = load_queries(args.train_queries, args.train_qrels)
     test = load_queries(args.test_queries, args.test_qrels)
@@ -188,6 +174,12 @@ class Benchmark:
         training_args: AlignmentTrainingArguments,
         model_args: ModelConfig,
     ):
+        from transformers import set_seed
+
+        from toolweaver_hf.codes.assignment import check_capacity
+        from toolweaver_hf.demo.small_llama import build_small_llama
+        from toolweaver_hf.text_expert import default_encoder
+
         self.args, self.training_args, self.model_args = args, training_args, model_args
         self.seed, self.folder = training_args.seed, Path(training_args.output_dir)
         self.encoder = args.encoder or default_encoder()
@@ -211,6 +203,12 @@ class Benchmark:
 
     def rankings(self, method: str) -> dict[str, list[list[RetrievedTool]]]:
         """Train a method and rank all tools for the test queries; a model is ranked guided and by its codes alone."""
+        from toolweaver_hf.alignment.guidance import fit_guidance
+        from toolweaver_hf.data.queries import Query
+        from toolweaver_hf.evaluation.baselines import BM25Retriever, DenseRetriever
+        from toolweaver_hf.retrieval import ToolRetriever
+        from toolweaver_hf.tokenization_toolweaver import ToolWeaverTokenizer
+
         name, texts = NAMES[method], [query.text for query in self.test]
         if method == "bm25":
             return {name: BM25Retriever(self.everything)(texts, top_k=TOP_K)}
@@ -258,6 +256,13 @@ class Benchmark:
 
     def make_codes(self, method: str, codes_dir: Path) -> None:
         """Write a method's codes as `recipes/sft.py` takes them."""
+        import numpy as np
+        from safetensors.numpy import save_file
+
+        from toolweaver_hf.codes.embeddings import EMBEDDINGS_FILE, embed_catalog
+        from toolweaver_hf.codes.trainer import RQVAETrainingArguments
+        from toolweaver_hf.evaluation.baselines import atomic_codes, numeric_codes, random_codes
+
         codes_dir.mkdir(parents=True, exist_ok=True)
         if method in OTHER_CODES:
             codes = {
@@ -294,6 +299,10 @@ class Benchmark:
 
     def add_tools(self, codes_dir: Path) -> ToolCodes:
         """Give the new tools codes, and take them and their codes into the folder of the codes."""
+        from toolweaver_hf.codes.embeddings import embed_catalog
+        from toolweaver_hf.codes.tool_codes import ToolCodes
+        from toolweaver_hf.modeling_rqvae import RQVAEModel
+
         codes = ToolCodes.from_pretrained(codes_dir)
         embeddings = embed_catalog(self.new, self.encoder)
         codes.add([*self.new], RQVAEModel.from_pretrained(codes_dir), embeddings)
@@ -328,8 +337,12 @@ class Benchmark:
             replace(self.model_args, model_name_or_path=base),
         )
 
-    def tune_encoder(self):
+    def tune_encoder(self) -> SentenceTransformer:
         """Fine-tune the encoder on the pairs that the models learn."""
+        from sentence_transformers import SentenceTransformerTrainingArguments
+
+        from toolweaver_hf.evaluation.baselines import fine_tune_encoder
+
         args = SentenceTransformerTrainingArguments(
             output_dir=str(self.folder / "dense_tuned"),
             learning_rate=self.args.encoder_learning_rate,
@@ -353,6 +366,8 @@ class Benchmark:
 
 def main(args: BenchmarkArguments, training_args: AlignmentTrainingArguments, model_args: ModelConfig) -> dict:
     """Measure every method, print the tables and return the content of `metrics.json`."""
+    from toolweaver_hf.evaluation.runs import save_run, tables
+
     benchmark = Benchmark(args, training_args, model_args)
     config = asdict(args) | {"training": training_args.to_dict(), "model": asdict(model_args)}
     rankings: dict[str, list[list[RetrievedTool]]] = {}
@@ -375,7 +390,7 @@ def main(args: BenchmarkArguments, training_args: AlignmentTrainingArguments, mo
 
 
 def cli(argv: list[str] | None = None) -> None:
-    main(*TrlParser((BenchmarkArguments, AlignmentTrainingArguments, ModelConfig)).parse_args_and_config(argv))
+    main(*parse_arguments(argv, BenchmarkArguments, sft.training_arguments))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ size and method runs in a process of its own, for its peak memory. Learning the 
 in it.
 """
 
+from __future__ import annotations
+
 import math
 import multiprocessing
 import os
@@ -18,24 +20,16 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
-import matplotlib
-import psutil
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
-
-from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings
-from toolweaver_hf.cli import run_command
-from toolweaver_hf.codes.assignment import assign_codes
-from toolweaver_hf.codes.start import start_model
-from toolweaver_hf.codes.tool_codes import ToolCodes
-from toolweaver_hf.configuration_rqvae import RQVAEConfig
-from toolweaver_hf.evaluation.runs import describe_run
-from toolweaver_hf.files import atomic_write, write_json
-from toolweaver_hf.modeling_rqvae import RQVAEModel
+from toolweaver_hf.cli import parse_arguments, run_command
 from toolweaver_hf.recipes.tokenize_tools import default_codebook_sizes
-from toolweaver_hf.retrieval import ToolRetriever
-from toolweaver_hf.tokenization_toolweaver import ToolWeaverTokenizer
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from toolweaver_hf.codes.tool_codes import ToolCodes
 
 
 METHODS = ("codes", "atomic tokens")
@@ -75,6 +69,8 @@ class ScaleArguments:
 
 def synthetic_embeddings(num_tools: int) -> torch.Tensor:
     """Draw embeddings of tools, about sqrt(num_tools) to a cluster."""
+    import torch
+
     generator = torch.Generator().manual_seed(0)
     clusters = torch.randn((math.isqrt(num_tools) + 1, EMBEDDING_DIM), generator=generator)
     embeddings = torch.empty((num_tools, EMBEDDING_DIM))
@@ -86,6 +82,14 @@ def synthetic_embeddings(num_tools: int) -> torch.Tensor:
 
 def index_by_codes(num_tools: int) -> tuple[ToolCodes, list[torch.Tensor], float]:
     """Assign a code to each tool; return the codes, the codebooks and the seconds of encoding and assignment."""
+    import torch
+
+    from toolweaver_hf.codes.assignment import assign_codes
+    from toolweaver_hf.codes.start import start_model
+    from toolweaver_hf.codes.tool_codes import ToolCodes
+    from toolweaver_hf.configuration_rqvae import RQVAEConfig
+    from toolweaver_hf.modeling_rqvae import RQVAEModel
+
     embeddings, sizes = synthetic_embeddings(num_tools), default_codebook_sizes(num_tools)
     rqvae = RQVAEModel(RQVAEConfig(input_dim=EMBEDDING_DIM, codebook_sizes=sizes)).eval()
     sample = embeddings[:SAMPLE]
@@ -106,6 +110,14 @@ def index_by_codes(num_tools: int) -> tuple[ToolCodes, list[torch.Tensor], float
 
 def measure(model_name: str, num_tools: int, method: str, repeats: int) -> dict[str, float]:
     """Index a catalog by one method and retrieve from it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings
+    from toolweaver_hf.codes.tool_codes import ToolCodes
+    from toolweaver_hf.retrieval import ToolRetriever
+    from toolweaver_hf.tokenization_toolweaver import ToolWeaverTokenizer
+
     model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
     base = AutoTokenizer.from_pretrained(model_name)
     before, codebooks, seconds = model.num_parameters(), None, 0.0
@@ -143,12 +155,18 @@ def new_rows(config, num_tools: int, method: str) -> dict[str, float]:
 
 def missing_memory(row: dict[str, float], num_tools: int) -> float:
     """GiB that is needed more than there is; the new rows stand beside the old ones while they grow."""
+    import psutil
+
     needed = 12 * row["new_parameters"] + 4096 * num_tools + 2 * 2**30  # and 4 KiB a tool for all else
     return (needed - psutil.virtual_memory().available) / 2**30
 
 
 def draw(results: dict[str, dict[str, dict]], path: str) -> None:
     """Draw each measure by number of tools, a line for each method."""
+    import matplotlib
+
+    from toolweaver_hf.files import atomic_write
+
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
@@ -171,6 +189,11 @@ def draw(results: dict[str, dict[str, dict]], path: str) -> None:
 
 def main(args: ScaleArguments) -> dict[str, dict[str, dict]]:
     """Measure every size and method, print a table and return the measures by size and method."""
+    from transformers import AutoConfig
+
+    from toolweaver_hf.evaluation.runs import describe_run
+    from toolweaver_hf.files import write_json
+
     config = AutoConfig.from_pretrained(args.model)
     results: dict[str, dict[str, dict]] = {}
     print(
@@ -202,7 +225,7 @@ def main(args: ScaleArguments) -> dict[str, dict[str, dict]]:
 
 
 def cli(argv: list[str] | None = None) -> None:
-    main(*HfArgumentParser(ScaleArguments).parse_args_into_dataclasses(argv))
+    main(*parse_arguments(argv, ScaleArguments))
 
 
 if __name__ == "__main__":

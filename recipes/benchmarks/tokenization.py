@@ -16,6 +16,8 @@ rival one. With one, both ways are fitted by the given steps to the end, and the
 co-used pairs is held out.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import resource
@@ -25,24 +27,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
+from typing import TYPE_CHECKING
 
-import numpy as np
-import scipy.sparse
-import torch
-from torch.nn.functional import mse_loss
-from transformers import HfArgumentParser, TrainerCallback, set_seed
-
-from toolweaver_hf.cli import run_command
-from toolweaver_hf.codes.cousage import cousage_graph, hold_out_edges
-from toolweaver_hf.codes.embeddings import embed_catalog
-from toolweaver_hf.codes.measures import measure_codes
-from toolweaver_hf.codes.start import start_model
-from toolweaver_hf.codes.trainer import ASSIGNMENTS, RQVAETrainer, RQVAETrainingArguments
-from toolweaver_hf.configuration_rqvae import RQVAEConfig
-from toolweaver_hf.data.catalog import ToolCatalog
-from toolweaver_hf.data.queries import load_queries
-from toolweaver_hf.modeling_rqvae import RQVAEModel, uniform_mapping
+from toolweaver_hf.cli import parse_arguments, run_command
 from toolweaver_hf.recipes.tokenize_tools import default_steps
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    import scipy.sparse
+    import torch
+
+    from toolweaver_hf.modeling_rqvae import RQVAEModel
 
 
 @dataclass
@@ -63,6 +59,10 @@ class BenchmarkArguments:
 
 def synthetic_tools(num_tools: int, edges_per_tool: int) -> tuple[torch.Tensor, scipy.sparse.csr_array, None]:
     """Embeddings around one center for some twenty tools, and edges half inside these groups, half anywhere."""
+    import numpy as np
+    import scipy.sparse
+    import torch
+
     generator = np.random.default_rng(0)
     groups = generator.integers(0, max(1, num_tools // 20), num_tools)
     centers = generator.standard_normal((groups.max() + 1, 384), dtype=np.float32)
@@ -82,32 +82,41 @@ def synthetic_tools(num_tools: int, edges_per_tool: int) -> tuple[torch.Tensor, 
 
 def real_tools(args: BenchmarkArguments, folder: str) -> tuple[torch.Tensor, scipy.sparse.csr_array, np.ndarray]:
     """Embeddings of a catalog, its co-used pairs without a fifth of them, and that fifth."""
+    import torch
+
+    from toolweaver_hf.codes.cousage import cousage_graph, hold_out_edges
+    from toolweaver_hf.codes.embeddings import embed_catalog
+    from toolweaver_hf.data.catalog import ToolCatalog
+    from toolweaver_hf.data.queries import load_queries
+
     catalog = ToolCatalog.from_file(args.catalog)
     uses = [] if args.queries is None else [query.tools for query in load_queries(args.queries, args.qrels)]
     graph, held_out = hold_out_edges(cousage_graph(catalog, uses), 0.2)
     return torch.from_numpy(embed_catalog(catalog, args.encoder, cache_dir=folder)), graph, held_out
 
 
-class _Clock(TrainerCallback):
-    """Takes the time of each step, and ends a training before its time."""
-
-    def __init__(self, steps: int):
-        self.steps, self.times = steps, []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.times.append(time.perf_counter())
-        control.should_training_stop = len(self.times) == self.steps
-
-
 def fit_sparse(
     model: RQVAEModel, embeddings: torch.Tensor, graph: scipy.sparse.csr_array, steps: int, whole: bool
 ) -> tuple[dict, np.ndarray]:
     """The recipe's way: `RQVAETrainer`."""
-    clock = _Clock(steps if whole else steps + 2)
+    import numpy as np
+    from transformers import TrainerCallback
+
+    from toolweaver_hf.codes.trainer import ASSIGNMENTS, RQVAETrainer, RQVAETrainingArguments
+
+    times: list[float] = []
+
+    class Clock(TrainerCallback):
+        """Takes the time of each step, and ends the training after the last one to time."""
+
+        def on_step_end(self, args, state, control, **kwargs):
+            times.append(time.perf_counter())
+            control.should_training_stop = len(times) == (steps if whole else steps + 2)
+
     with tempfile.TemporaryDirectory() as folder:
         args = RQVAETrainingArguments(output_dir=folder, logging_strategy="no", disable_tqdm=True, use_cpu=True)
         args.max_steps = steps if whole else default_steps(len(embeddings))
-        trainer = RQVAETrainer(model, args, embeddings, graph, callbacks=[clock])
+        trainer = RQVAETrainer(model, args, embeddings, graph, callbacks=[Clock()])
         start = time.perf_counter()
         trainer.train()
         fit = time.perf_counter() - start
@@ -115,7 +124,7 @@ def fit_sparse(
         start = time.perf_counter()
         trainer.assign()
         assignment = time.perf_counter() - start
-    step = float(np.median(np.diff(clock.times[1:])))
+    step = float(np.median(np.diff(times[1:])))
     fit = fit if whole else args.max_steps * step + (ASSIGNMENTS + 1) * assignment
     return {"step": step, "assignment": assignment, "fit": fit}, codes
 
@@ -124,6 +133,13 @@ def fit_dense(
     model: RQVAEModel, embeddings: torch.Tensor, graph: scipy.sparse.csr_array, steps: int, whole: bool
 ) -> tuple[dict, np.ndarray]:
     """The plain way: a dense similarity matrix, all pairs of a batch at every level, collisions mended one by one."""
+    import numpy as np
+    import torch
+    from torch.nn.functional import mse_loss
+
+    from toolweaver_hf.codes.start import start_model
+    from toolweaver_hf.modeling_rqvae import uniform_mapping
+
     began = time.perf_counter()
     similarity = torch.from_numpy(graph.todense())
     model.mean.copy_(embeddings.mean(0))
@@ -171,6 +187,14 @@ def fit_dense(
 
 def measure(way: str, load: Callable[[], tuple], args: BenchmarkArguments) -> dict:
     """Fit and assign in this process; return seconds, the peak memory in GiB, and with a catalog the codes' measures."""
+    import numpy as np
+    import torch
+    from transformers import set_seed
+
+    from toolweaver_hf.codes.measures import measure_codes
+    from toolweaver_hf.configuration_rqvae import RQVAEConfig
+    from toolweaver_hf.modeling_rqvae import RQVAEModel
+
     torch.set_num_threads(args.threads)
     set_seed(0)
     embeddings, graph, held_out = load()
@@ -240,7 +264,7 @@ def print_codes(results: dict[str, dict]) -> None:
 
 
 def cli(argv: list[str] | None = None) -> None:
-    main(*HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses(argv))
+    main(*parse_arguments(argv, BenchmarkArguments))
 
 
 if __name__ == "__main__":

@@ -5,18 +5,15 @@ python recipes/benchmarks/tokenizer.py --base HuggingFaceTB/SmolLM2-135M-Instruc
 ```
 """
 
+from __future__ import annotations
+
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from transformers import AutoTokenizer, HfArgumentParser
-
-from toolweaver_hf.codes.tool_codes import ToolCodes
-from toolweaver_hf.data.catalog import ToolCatalog
-from toolweaver_hf.demo import DEMO_FOLDER
-from toolweaver_hf.tokenization_toolweaver import ToolWeaverTokenizer
+from toolweaver_hf.cli import parse_arguments, run_command
 
 
 @dataclass
@@ -53,10 +50,17 @@ def fastest(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str
 
 def main(args: BenchmarkArguments) -> dict[str, float]:
     """Measure, print and return the figures."""
+    from transformers import AutoTokenizer
+
+    from toolweaver_hf.codes.tool_codes import ToolCodes
+    from toolweaver_hf.data.catalog import ToolCatalog
+    from toolweaver_hf.demo import DEMO_FOLDER
+    from toolweaver_hf.tokenization_toolweaver import ToolWeaverTokenizer
+
     base = AutoTokenizer.from_pretrained(args.base)
     codes = {f"tool_{i}": divmod(i, args.codebook_size) for i in range(args.num_tools)}
     tokenizer = ToolWeaverTokenizer.from_base(base, ToolCodes([args.codebook_size] * 2, codes))
-    texts = ToolCatalog.from_file(DEMO_FOLDER / "catalog.jsonl").documents
+    texts = ToolCatalog.from_pretrained(DEMO_FOLDER).documents
     messages = [{"role": "user", "content": texts[0]}, {"role": "assistant", "content": texts[1]}]
     ids = base(texts)["input_ids"]
     tasks = {
@@ -86,8 +90,8 @@ def main(args: BenchmarkArguments) -> dict[str, float]:
 
 
 def cli(argv: list[str] | None = None) -> None:
-    main(*HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses(argv))
+    main(*parse_arguments(argv, BenchmarkArguments))
 
 
 if __name__ == "__main__":
-    cli()
+    run_command(cli)
