@@ -3,15 +3,17 @@
 import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 from trl import ModelConfig
 
+import toolweaver_hf
 from toolweaver_hf.alignment.trainer import AlignmentTrainingArguments
 from toolweaver_hf.codes.trainer import RQVAETrainingArguments
 from toolweaver_hf.data.queries import Query
 from toolweaver_hf.evaluation.runs import save_run
-from toolweaver_hf.recipes import evaluate, evaluate_agent, quickstart, results, sft, tokenize_tools
+from toolweaver_hf.recipes import align, evaluate, evaluate_agent, queries, quickstart, results, sft, tokenize_tools
 from toolweaver_hf.recipes.benchmarks import retrieval
 from toolweaver_hf.retrieval import RetrievedTool
 
@@ -93,13 +95,16 @@ def test_the_recipes_page_names_every_file_and_no_option_that_is_gone():
     files = {path.name for pattern in ("*.py", "*.yaml") for path in results.RECIPES.rglob(pattern)}
     assert {name for name in files if name not in page} == {"__init__.py"}
     arguments = [
-        quickstart.QuickstartArguments,
+        *(quickstart.QuickstartArguments, align.AlignArguments, queries.QueryArguments),
         *(tokenize_tools.TokenizationArguments, RQVAETrainingArguments),
         *(sft.AlignmentArguments, AlignmentTrainingArguments, ModelConfig),
         *(evaluate.EvaluationArguments, evaluate_agent.AgentEvaluationArguments),
         retrieval.BenchmarkArguments,
     ]
     known = {name for kind in arguments for name in kind.__dataclass_fields__}
-    outside = {"help", "config", "config_file", "trust_remote_code", "logits_processors", "continuous_batching"}
+    for path in Path(toolweaver_hf.__file__).parent.rglob("*.py"):  # options of the commands that are no recipe
+        known.update(re.findall(r'"--([a-z][\w-]+)"', path.read_text(encoding="utf-8")))
+    known = {name.replace("-", "_") for name in known}
+    outside = {"help", "config_file", "trust_remote_code", "logits_processors", "continuous_batching", "no_deps"}
     options = {name.replace("-", "_") for name in re.findall(r"--([a-z][\w-]+)", page)}
     assert options - known - outside == set()
