@@ -141,20 +141,20 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
             roots, bias = self.trie.roots.repeat_interleave(beams), self._bias.repeat_interleave(beams, dim=0)
         step = self._retrieval if self.mode == "retrieval" else self._trajectory
         masked, nodes = step(input_ids[:, self.prompt_length :], scores, roots, bias)
-        return masked if self._hopes is None else self._guide(masked, nodes)
+        return masked if self._hopes is None else self._guide(masked, nodes, self._hopes)
 
-    def _guide(self, masked: torch.Tensor, nodes: torch.LongTensor) -> torch.Tensor:
+    def _guide(self, masked: torch.Tensor, nodes: torch.LongTensor, hopes: torch.Tensor) -> torch.Tensor:
         """Move scores among the children of each row's node, so that they follow the product of model and expert."""
         trie, num_rows = self.trie, len(masked)
-        if num_rows % len(self._hopes):
-            raise ValueError(f"the expert's logits of {len(self._hopes)} sequences cannot hold for {num_rows} rows")
+        if num_rows % len(hopes):
+            raise ValueError(f"the expert's logits of {len(hopes)} sequences cannot hold for {num_rows} rows")
         children, present = trie.child_nodes(nodes, max(trie.max_children))
         tokens = torch.where(present, trie.tokens_of(children), 0)
         scores = masked.gather(1, tokens).masked_fill(~present, -torch.inf)
         total = scores.logsumexp(1, keepdim=True)
-        sequences = torch.arange(num_rows, device=nodes.device) // (num_rows // len(self._hopes))
-        hopes = self._hopes[sequences[:, None], children.clamp(max=trie.num_nodes - 1)]
-        guided = self.model_weight * (scores - total) + hopes
+        sequences = torch.arange(num_rows, device=nodes.device) // (num_rows // len(hopes))
+        ahead = hopes[sequences[:, None], children.clamp(max=trie.num_nodes - 1)]
+        guided = self.model_weight * (scores - total) + ahead
         guided = total + guided - guided.logsumexp(1, keepdim=True)
         guided = torch.where((scores > -torch.inf) & (guided == guided), guided, masked.gather(1, tokens))
         # A place without a child repeats the first token's value, whatever that is.

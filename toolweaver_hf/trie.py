@@ -122,17 +122,18 @@ class CodeTrie:
         if len(tool_sets) == 0:
             raise ValueError("give at least one set of tools")
         numbers: dict[bytes, int] = {}  # distinct set -> its number
-        leaves, rows = [], []
-        for tools in tool_sets:
-            tools = np.asarray(tools, dtype=np.int64)
+        below_sets: list[np.ndarray] = []
+        rows: list[int] = []
+        for tool_set in tool_sets:
+            tools = np.asarray(tool_set, dtype=np.int64)
             if tools.size and not (tools.min() >= 0 and tools.max() < len(self._order)):
                 raise ValueError(f"tools must be rows of tool_code_ids, 0 to {len(self._order) - 1}, not {tools}")
             below = np.unique(self._leaf_of_tool[tools])
             rows.append(numbers.setdefault(below.tobytes(), len(numbers)))
-            if len(numbers) > len(leaves):
-                leaves.append(below)
-        sizes = np.array([len(below) for below in leaves])
-        leaves = np.concatenate(leaves)
+            if len(numbers) > len(below_sets):
+                below_sets.append(below)
+        sizes = np.array([len(below) for below in below_sets])
+        leaves = np.concatenate(below_sets)
         forest = object.__new__(CodeTrie)
         forest._codes, forest._order, forest._leaf_of_tool = self._codes, self._order, self._leaf_of_tool
         forest.vocab_size = self.vocab_size

@@ -48,11 +48,11 @@ def fit_guidance(
         raise ValueError("none of the queries has a ground-truth tool of the catalog")
     queries = random.Random(seed).sample(queries, min(max_queries, len(queries)))
     texts = [query.text for query in queries]
-    features = dict(zip(SCORE_WEIGHTS, expert.scores(texts), strict=True))
+    by_name = dict(zip(SCORE_WEIGHTS, expert.scores(texts), strict=True))
     if retriever.trie is not None:
-        features["model_weight"] = retriever.model_log_probs(texts, show_progress_bar)
-    names = [name for name, scores in features.items() if scores.any()]  # a score that is 0 throughout says nothing
-    features = torch.stack([features[name] for name in names]).double()
+        by_name["model_weight"] = retriever.model_log_probs(texts, show_progress_bar)
+    names = [name for name, scores in by_name.items() if scores.any()]  # a score that is 0 throughout says nothing
+    features = torch.stack([by_name[name] for name in names]).double()
     relevant = torch.zeros(features.shape[1:], dtype=torch.bool)
     for row, query in enumerate(queries):
         relevant[row, [row_of_tool[tool] for tool in query.tools if tool in row_of_tool]] = True

@@ -233,8 +233,8 @@ def share_prompts(dataset: Dataset) -> Dataset:
         prompt, answer = row["input_ids"][: learned[0]], row["input_ids"][learned[0] : learned[-1] + 1]
         groups.setdefault(tuple(prompt), []).append((row["id"], answer))
     columns: dict[str, list] = {"id": [], "input_ids": [], "labels": [], "seq_lengths": []}
-    for prompt, answers in groups.items():
-        (*shared, last), (ids, answers) = prompt, zip(*answers, strict=True)
+    for prompt, rows in groups.items():
+        (*shared, last), (ids, answers) = prompt, zip(*rows, strict=True)
         parts = [[last, *answer] for answer in answers]
         columns["id"].append(ids[0])
         columns["input_ids"].append([*shared, *chain.from_iterable(parts)])

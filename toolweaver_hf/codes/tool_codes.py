@@ -138,8 +138,8 @@ class ToolCodes(PushToHubMixin, Mapping[str, tuple[int, ...]]):
             raise ValueError(f"the embedding of the tool {tools[broken[0]].id!r} holds NaN or infinity")
         with torch.no_grad():
             latents = model.eval().encode(embeddings)
-        taken = [*self.values()] if reuse_retired else [*self.values(), *self.retired]
-        taken = np.array(taken, dtype=np.int64).reshape(-1, self.num_levels)
+        codes = [*self.values()] if reuse_retired else [*self.values(), *self.retired]
+        taken = np.array(codes, dtype=np.int64).reshape(-1, self.num_levels)
         for tool, code in zip(tools, assign_codes(latents, model.codebooks(), taken).tolist(), strict=True):
             self._codes[tool.id] = tuple(code)
             self.checksums[tool.id] = tool.checksum

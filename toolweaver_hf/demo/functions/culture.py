@@ -187,7 +187,7 @@ def detect_language(text: str) -> dict:
     """
     words = re.findall(r"\w+", text.lower())
     hits = {language: sum(word in hints for word in words) for language, hints in HINTS.items()}
-    best = max(hits, key=hits.get)
+    best = max(hits, key=lambda language: hits[language])
     return {"language": best if hits[best] else "english"}
 
 

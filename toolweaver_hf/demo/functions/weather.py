@@ -198,8 +198,8 @@ def moon_phase(days: int = 0) -> dict:
         days: How many days ahead; 0 is tonight.
     """
     age = ((TODAY - datetime.date(2000, 1, 6)).days + days) % 29.53
-    phases = ("new moon", "waxing crescent", "first quarter", "waxing gibbous")
-    phases += ("full moon", "waning gibbous", "last quarter", "waning crescent")
+    phases = ["new moon", "waxing crescent", "first quarter", "waxing gibbous"]
+    phases += ["full moon", "waning gibbous", "last quarter", "waning crescent"]
     lit = round(50 * (1 - math.cos(2 * math.pi * age / 29.53)))
     return {"phase": phases[round(age / 29.53 * 8) % 8], "lit_percent": lit}
 
