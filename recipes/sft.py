@@ -405,7 +405,8 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
     from toolweaver_hf.alignment.embedding_init import trainable_code_rows
     from toolweaver_hf.alignment.record import record_training
     from toolweaver_hf.alignment.rows import retrieval_rows, tokenize_rows
-    from toolweaver_hf.alignment.trainer import AlignmentTrainer, can_share_prompts
+    from toolweaver_hf.alignment.trainer import AlignmentTrainer
+    from toolweaver_hf.cache import can_share_prompts
     from toolweaver_hf.codes.tool_codes import ToolCodes
     from toolweaver_hf.data.catalog import ToolCatalog
     from toolweaver_hf.evaluation.rankings import ranking_metrics

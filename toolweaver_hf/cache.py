@@ -1,4 +1,4 @@
-"""`DecodingState`: what a model has read of a batch of sequences, in whatever way its architecture keeps it."""
+"""What a model has read of a batch of sequences, in whatever way its architecture keeps it, and of a tree behind each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import inspect
 
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
 
@@ -112,6 +112,134 @@ class DecodingState:
             self.cache.reorder_cache(rows)
 
 
+class DecodingTree:
+    r"""
+    The prompts that a causal language model has read, and trees of tokens behind them.
+
+    A prompt and all of its branches are one row: a mask shows each token its own branch alone, and positions go on from
+    the prompt in every branch. So a prompt and branches are read in one forward pass, and the keys and values of a
+    prompt are kept once, however many branches there are. This is for models of which [`can_branch`] holds.
+
+    Args:
+        model ([`PreTrainedModel`]): The model, which may be wrapped by PEFT.
+
+    Example:
+
+    ```python
+    >>> tree = DecodingTree(model)
+    >>> logits = tree.read(input_ids, attention_mask, branches=drafts, parents=torch.full_like(drafts, -1))
+    >>> next_token, behind_drafts = logits[:, 0], logits[:, 1:]
+    >>> logits = tree.read(branches=more, parents=parents)  # places of the drafts, counted from 0
+    ```
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.cache = DynamicCache(config=model.config)
+        self.attention_mask = torch.ones((1, 0), dtype=torch.bool, device=model.device)  # of the prompts
+        self.parents = torch.zeros((1, 0), dtype=torch.long, device=model.device)
+
+    def repeat(self, batch_size: int) -> DecodingTree:
+        """Return a state of its own for each of several prompts that go on from this one, which stays as it is."""
+        tree = copy.copy(self)
+        tree.cache = copy.deepcopy(self.cache)
+        tree.cache.batch_repeat_interleave(batch_size)
+        tree.attention_mask = self.attention_mask.repeat_interleave(batch_size, 0)
+        tree.parents = self.parents.repeat_interleave(batch_size, 0)
+        return tree
+
+    def read(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        branches: torch.LongTensor | None = None,
+        parents: torch.LongTensor | None = None,
+        module: torch.nn.Module | None = None,
+    ) -> torch.Tensor:
+        """Read the rest of each prompt, branches behind it, or both.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+                Tokens of the prompts, padded on the left. Once there are branches, the prompts are complete.
+            attention_mask (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+                0 for padding among them.
+            branches (`torch.LongTensor` of shape `(batch, num_branches)`, *optional*):
+                Tokens behind the prompts.
+            parents (`torch.LongTensor` of shape `(batch, num_branches)`, *optional*):
+                For each of them the place of the token that it follows, counted over all branches that the state has
+                read and those before it in this call; -1 for the prompt.
+            module (`torch.nn.Module`, *optional*):
+                The part of the model to call, such as its `base_model`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, 1 + num_branches, vocab_size)`: the logits behind the prompt's last token
+            and behind each branch, without the first row where no prompt was given; the hidden states where the module
+            gives no logits.
+        """
+        module = self.model if module is None else module
+        given = branches if input_ids is None else input_ids
+        none = given.new_zeros((len(given), 0))
+        input_ids = none if input_ids is None else input_ids
+        branches, parents = (none, none) if branches is None else (branches, parents)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        known, length = self.attention_mask.shape[1], input_ids.shape[1]
+        self.attention_mask = torch.cat([self.attention_mask, attention_mask.bool()], dim=1)
+        self.parents = torch.cat([self.parents, parents], dim=1)
+        prompt = self.attention_mask[:, None]
+        own = self._own_branch(branches.shape[1])
+
+        places = torch.arange(known + length, device=given.device)
+        causal = places <= places[known:, None]
+        itself = places == places[known:, None]  # padding has to see something, or its attention is NaN
+        seen = torch.cat(
+            [
+                torch.nn.functional.pad(prompt & causal | itself, (0, own.shape[2])),
+                torch.cat([prompt.expand(-1, own.shape[1], -1), own], dim=2),
+            ],
+            dim=1,
+        )
+        positions = (self.attention_mask.cumsum(1) - 1).clamp(min=0)[:, known:]
+        below = self.attention_mask.sum(1, keepdim=True) + own.sum(2) - 1
+        new = branches.shape[1] + bool(length)
+        inputs = {"logits_to_keep": new}
+        if "logits_to_keep" not in inspect.signature(type(_unwrap(module)).forward).parameters:
+            inputs = {}
+        output = module(
+            input_ids=torch.cat([input_ids, branches], dim=1),
+            attention_mask=seen[:, None],
+            position_ids=torch.cat([positions, below], dim=1),
+            cache=self.cache,
+            use_cache=True,
+            **inputs,
+        )
+        return _values(output)[:, -new:]
+
+    def _own_branch(self, new: int) -> torch.BoolTensor:
+        """Which branch tokens each of the last ones sees: itself and those that it goes on from."""
+        batch, total = self.parents.shape
+        places = torch.arange(total, device=self.parents.device)
+        at = places[total - new :].expand(batch, -1)
+        own = torch.zeros((batch, new, total), dtype=torch.bool, device=at.device)
+        while (at >= 0).any():
+            own |= at[:, :, None] == places
+            at = torch.where(at >= 0, self.parents.gather(1, at.clamp(min=0)), -1)
+        return own
+
+
+def can_share_prompts(model: PreTrainedModel) -> bool:
+    """Whether the attention mask alone decides which tokens attend to each other, so that answers can share a prompt."""
+    config = model.config.get_text_config()
+    return (
+        config._attn_implementation == "sdpa"
+        and not model._is_stateful
+        and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+        and getattr(config, "sliding_window", None) is None  # some have a window and name no types of layers
+        and not hasattr(config, "output_router_logits")  # the load of experts is balanced by a mask of two dimensions
+        and getattr(config, "rope_parameters", None) is not None
+    )
+
+
 @torch.no_grad()
 def can_use_cache(model: PreTrainedModel) -> bool:
     """Whether a model that reads on from its cache, with padding, predicts as in plain forward passes.
@@ -161,6 +289,39 @@ def can_use_cache(model: PreTrainedModel) -> bool:
                 "again for each new one, which is slower"
             )
     return base._can_use_cache
+
+
+@torch.no_grad()
+def can_branch(model: PreTrainedModel) -> bool:
+    """Whether a model that reads branches behind a prompt, in one row, predicts as in plain forward passes.
+
+    Where [`can_share_prompts`] allows it, it is measured on a few tokens, and remembered with the model.
+    """
+    base = _unwrap(model)
+    if not hasattr(base, "_can_branch"):
+        base._can_branch = False
+        if can_share_prompts(model) and can_use_cache(model):
+            ids = torch.arange(3, 12, device=model.device)
+            prompts = torch.stack([ids[:6], torch.cat([ids[:2], ids[:1], ids[3:6]])])
+            mask = torch.ones_like(prompts[:, 2:])
+            mask[1, 0] = 0
+            branches, parents = ids[6:].expand(2, -1), torch.tensor([[-1, 0, -1]] * 2, device=model.device)
+            try:
+                tree = DecodingTree(model)
+                tree.read(prompts[:1, :2])
+                found = tree.repeat(2).read(prompts[:, 2:], mask, branches, parents)[:, 2:]
+                plain = [torch.cat([ids[:2], row[2:][seen > 0]]) for row, seen in zip(prompts, mask, strict=True)]
+                ends = [[torch.cat([row, ids[6:8]]), torch.cat([row, ids[8:]])] for row in plain]
+                expected = [
+                    [_values(model(input_ids=end[None], use_cache=False))[0, -1] for end in row] for row in ends
+                ]
+                expected = torch.stack([torch.stack(row) for row in expected])
+                base._can_branch = _distance(found, expected) <= _tolerance(base)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # as many kinds as there are architectures
+                logger.info(f"{type(base).__name__} reads no branches: {error}")
+    return base._can_branch
 
 
 def _distance(values: torch.Tensor, expected: torch.Tensor) -> float:

@@ -106,7 +106,7 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
         if expert_logits is not None:
             leaves = expert_logits.float().log_softmax(1)[:, self.trie.tools.to(expert_logits.device)]
             roots = leaves.new_zeros((len(leaves), self.trie.num_nodes - sum(self.trie.level_sizes)))
-            self._hopes = torch.cat([roots, *self.trie.to(leaves.device).look_ahead(leaves, model_weight)], dim=1)
+            self._hopes = torch.cat([roots, *self.trie.to(leaves.device).look_ahead(leaves, model_weight)[1]], dim=1)
 
     @property
     def _keeps_text(self) -> bool:

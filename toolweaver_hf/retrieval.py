@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import cached_file, logging
 
-from .cache import DecodingState, can_use_cache
+from .cache import DecodingState, DecodingTree, can_branch, can_use_cache
 from .loading import load_aligned_model, split_hub_kwargs
+from .node_states import NodeStates, NodeTree
 from .text_expert import TEXT_EXPERT_FILE, TextExpert
 from .tokenization_toolweaver import ToolWeaverTokenizer
 from .tool_codes_file import TOOL_CODES_FILE
@@ -25,6 +27,24 @@ logger = logging.get_logger(__name__)
 
 OUT_OF_REACH = 1e6
 """What a prefix without an allowed tool ranks below the others."""
+BATCH_TOKENS = 2048
+"""Tokens of a batch, beams included, where no batch size is given."""
+SCORES_OF_A_TOKEN = 1024
+"""How many scores of tools take about as much memory as what is kept of a token."""
+NEGLIGIBLE = 1e-6
+"""The share of the sum over all tools that a prefix may have at most to be left out of it."""
+MAX_DRAFTED_QUERIES = 4
+"""The largest batch for which first codes are drafted: in larger ones, some query needs a second pass anyway."""
+MAX_DRAFTED_BEAMS = 32
+"""The most beams for which first codes are drafted."""
+LIKELY = 0.9
+"""The share of what was found of late that drafts have to cover to be worth reading, without a text expert."""
+FORGETTING = 0.95
+"""What is left after a query of what was found before."""
+WORTHWHILE = 0.2
+"""How often drafts have to spare a pass to be read with every query; otherwise they are tried with a few."""
+TRIED_QUERIES = 16
+"""Where drafts are not worthwhile, one query in as many is drafted, in case the next queries are of another kind."""
 
 
 class RetrievedTool(NamedTuple):
@@ -32,6 +52,16 @@ class RetrievedTool(NamedTuple):
 
     tool_id: str
     score: float
+
+
+class _Guide(NamedTuple):
+    """What is known of the nodes before the model is asked: for each level a tensor of shape `(batch, level_size)`."""
+
+    weight: float = 1.0  # of the model
+    plain: list[torch.Tensor] | None = None  # what the expert says of the tools below a node
+    allowed_plain: list[torch.Tensor] | None = None  # the same of the allowed ones
+    below: list[torch.Tensor] | None = None  # the estimate of what model and expert say of them together
+    reachable: list[torch.Tensor] | None = None  # the same of the allowed ones
 
 
 class ToolRetriever:
@@ -109,6 +139,12 @@ class ToolRetriever:
                     "hidden state: use full_head=True"
                 )
             self.full_head = not exact if full_head is None else full_head
+            # The processes of a sharded model have to call it equally often, whatever their queries are.
+            together = torch.distributed.is_available() and torch.distributed.is_initialized()
+            self._one_row = can_branch(model)
+            self._drafts = self._one_row and not (together and torch.distributed.get_world_size() > 1)
+            self._prefix: tuple[Any, DecodingTree | None] = (None, None)
+            self._spared, self._since_drafted = 1.0, 0  # how often drafts spared a pass of late
         self._lay_out()
 
     def _lay_out(self) -> None:
@@ -137,6 +173,8 @@ class ToolRetriever:
             self.trie = CodeTrie(torch.tensor([code_of_tool[tool_id].tolist() for tool_id in coded])).to(device)
         rows = torch.tensor([self._row_of_tool[tool_id] for tool_id in coded], device=device)
         self._row_of_leaf = rows[self.trie.tools]
+        self._first_nodes = [1 + sum(self.trie.level_sizes[:level]) for level in range(self.trie.num_levels)]
+        self._recent = torch.zeros(len(self.trie), device=device)  # the probabilities of the tools found of late
 
     @classmethod
     def from_pretrained(
@@ -235,7 +273,7 @@ class ToolRetriever:
         top_k: int = 5,
         num_beams: int | None = None,
         allowed_tools: Iterable[str] | Sequence[Iterable[str]] | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         exhaustive: bool = False,
         show_progress_bar: bool = False,
     ) -> list[list[RetrievedTool]]:
@@ -250,8 +288,9 @@ class ToolRetriever:
                 Prefixes kept at each level. Defaults to twice `top_k`, and at least 10.
             allowed_tools (`Iterable[str]`, or one for each query, *optional*):
                 Ids of the only tools that may be retrieved.
-            batch_size (`int`, *optional*, defaults to 32):
-                Queries in one forward pass.
+            batch_size (`int`, *optional*):
+                Queries in one forward pass. Defaults to as many as make about 2,048 tokens with their beams, so that
+                long queries take no more memory than short ones.
             exhaustive (`bool`, *optional*, defaults to `False`):
                 Whether to score every tool instead of searching, for small catalogs. Queries go one by one then.
             show_progress_bar (`bool`, *optional*, defaults to `False`):
@@ -276,9 +315,8 @@ class ToolRetriever:
         # Queries of like length share a batch, so that little of it is padding.
         by_length = sorted(range(len(queries)), key=lambda i: len(prompts[i]))
         results: list[list[RetrievedTool]] = [[] for _ in queries]
-        starts = range(0, len(queries), batch_size)
-        for start in tqdm(starts, desc="Retrieving", disable=not show_progress_bar):
-            batch = by_length[start : start + batch_size]
+        batches = self._batches(by_length, [len(prompt) for prompt in prompts], batch_size, num_beams)
+        for batch in tqdm(batches, desc="Retrieving", disable=not show_progress_bar):
             logits = None if self.text_expert is None else self.text_expert.logits([queries[i] for i in batch])
             mask = None if allowed is None else self._allowed_mask([allowed[i] for i in batch])
             if self.trie is None:
@@ -292,6 +330,23 @@ class ToolRetriever:
             for i, tools in zip(batch, self.name_tools(*found), strict=True):
                 results[i] = tools
         return results
+
+    def _batches(
+        self, by_length: list[int], lengths: list[int], batch_size: int | None, num_beams: int
+    ) -> list[list[int]]:
+        """Cut queries, in ascending order of their lengths, into batches of a size or of a number of tokens."""
+        if batch_size is not None:
+            return [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
+        batches: list[list[int]] = []
+        for i in by_length:
+            # What the longest of a batch takes, each does: keys and values of its tokens, or scores of all tools.
+            beams_apart = self.trie is not None and not self._one_row
+            tokens = lengths[i] * num_beams if beams_apart else lengths[i] + num_beams
+            room = BATCH_TOKENS // max(tokens, len(self.tool_ids) // SCORES_OF_A_TOKEN)
+            if not batches or len(batches[-1]) >= room:
+                batches.append([])
+            batches[-1].append(i)
+        return batches
 
     @torch.inference_mode()
     def model_log_probs(self, queries: Sequence[str], show_progress_bar: bool = False) -> torch.Tensor:
@@ -436,89 +491,229 @@ class ToolRetriever:
         first_logits: torch.Tensor | None = None,
     ) -> tuple[torch.LongTensor, torch.FloatTensor]:
         trie, device = self.trie, self.model.device
-        if state is None:
-            state, batch = DecodingState(self.model), len(input_ids)
-            input_ids, mask = input_ids.to(device), mask.to(device)
-        else:  # the prompts were read already, up to the logits of the first level
-            batch = len(first_logits)
-        weight, below, reachable, rest = 1.0, None, None, []
+        batch = len(input_ids if state is None else first_logits)
+        guide, rest = _Guide(), []
         log_share = 0.0  # of the tools that the model has learned
         if allowed is not None:
             allowed = allowed.to(device)
         if expert_logits is not None:
             weight = self.text_expert.model_weight
             expert = expert_logits.to(device, torch.float32).log_softmax(1)
-            below = trie.look_ahead(expert[:, self._row_of_leaf], weight)
+            plain, below = trie.look_ahead(expert[:, self._row_of_leaf], weight)
+            guide = _Guide(weight, plain, plain, below, below)
             if len(self._unlearned):
                 log_share = math.log(len(self._row_of_leaf) / len(self.tool_ids))
                 abstained = expert[:, self._unlearned] - weight * math.log(len(self.tool_ids))
                 rest.append(abstained.logsumexp(1))
-        reachable = below
+                if allowed is not None:
+                    abstained = abstained.masked_fill(~allowed[:, self._unlearned], -torch.inf)
         if allowed is not None:
-            leaves = torch.zeros_like(allowed, dtype=torch.float32) if below is None else expert
+            leaves = torch.zeros_like(allowed, dtype=torch.float32) if expert_logits is None else expert
             leaves = leaves.masked_fill(~allowed, -torch.inf)[:, self._row_of_leaf]
-            reachable = trie.look_ahead(leaves, weight) if below is not None else trie.sum_below(leaves)
-
-        nodes = torch.zeros((batch, 1), dtype=torch.long, device=device)
-        scores = torch.full((batch, 1), log_share, device=device)  # of the model
-        first_node = 1
-        for level in range(trie.num_levels):
-            if level == 0 and first_logits is not None:
-                logits, first = first_logits.float(), 0
+            if expert_logits is None:
+                guide = guide._replace(reachable=trie.sum_below(leaves))
             else:
-                logits, first = self._logits(state, input_ids, mask, level)
-            children, present = trie.child_nodes(nodes.flatten(), trie.max_children[level])
-            tokens = trie.tokens_of(children)
-            logits = logits.gather(1, torch.where(present, tokens - first, 0)).masked_fill(~present, -torch.inf)
-            log_probs = logits - logits.logsumexp(1, keepdim=True).nan_to_num(neginf=0.0)
-            num_rows = scores.shape[1]  # beams of each query so far
-            scores = (scores.view(-1, 1) + log_probs).view(batch, -1)
-            children, tokens = children.view(batch, -1), tokens.view(batch, -1)
-            place = (children - first_node).clamp(0, trie.level_sizes[level] - 1)
-            ranked = weight * scores
-            mass = None if below is None else weight * scores + below[level].gather(1, place)
+                allowed_plain, reachable = trie.look_ahead(leaves, guide.weight)
+                guide = guide._replace(allowed_plain=allowed_plain, reachable=reachable)
+
+        if state is None:
+            states = self._read_prompts(input_ids.to(device), mask.to(device), guide, num_beams)
+        else:  # the prompts were read already, up to the logits of the first level
+            states = NodeStates(self.model, state=state)
+            states.begin(first_logits[:, None])
+        nodes = tokens = parents = torch.zeros((batch, 1), dtype=torch.long, device=device)
+        scores = torch.full((batch, 1), log_share, device=device)  # of the model
+        drafted, spared = states.num_nodes > 1, True
+        for level in range(trie.num_levels):
             last = level + 1 == trie.num_levels
-            if reachable is not None:
-                hope = reachable[level].gather(1, place)
-                # Beams to spare make the normalization exact: they go to prefixes without an allowed tool.
-                other = -torch.inf if mass is None or last else mass - OUT_OF_REACH
-                ranked = torch.where(hope > -torch.inf, ranked if below is None else ranked + hope, other)
+            if level:
+                wanted = nodes
+                if last and (states.place(nodes) >= 0).any():
+                    expanded = self._expand(states, level, nodes, scores, guide)
+                    needed = self._needed(nodes, scores, level, expanded, guide, rest, top_k)
+                    wanted = torch.where(needed, nodes, -1)
+                if ((wanted >= 0) & (states.place(wanted) < 0)).any():
+                    states.read(wanted, tokens, parents)
+                    spared = False
+            children, tokens, scores, ranked, mass = self._expand(states, level, nodes, scores, guide)
             if last:
                 break
             ranked, best = ranked.topk(min(num_beams, ranked.shape[1]))
             if mass is not None:  # what the beams leave aside counts by the estimate
                 left = mass.scatter(1, best, mass.gather(1, best).masked_fill(ranked > -torch.inf, -torch.inf))
                 rest.append(left.logsumexp(1))
-            width = trie.max_children[level]
+            parents = nodes.gather(1, best // trie.max_children[level])
             nodes = torch.where(ranked > -torch.inf, children.gather(1, best), -1)
-            scores = scores.gather(1, best)
-            beams = torch.arange(batch, device=device)[:, None] * num_rows + best // width
-            state.select(beams.flatten())
-            input_ids, mask = tokens.gather(1, best).view(-1, 1), None
-            first_node += trie.level_sizes[level]
+            scores, tokens = scores.gather(1, best), tokens.gather(1, best)
 
-        rows = self._row_of_leaf[place]
-        if mass is not None:
+        leaves = (children - self._first_nodes[-1]).clamp(0, len(trie) - 1)
+        rows = self._row_of_leaf[leaves]
+        if drafted:
+            self._spared = 0.9 * self._spared + 0.1 * spared
+        if mass is None:
+            self._remember(leaves, ranked)
+        else:
             total = torch.stack([mass.logsumexp(1), *rest], dim=1).logsumexp(1, keepdim=True)
             if len(self._unlearned):
-                if allowed is not None:
-                    abstained = abstained.masked_fill(~allowed[:, self._unlearned], -torch.inf)
                 ranked = torch.cat([ranked, abstained], dim=1)
                 rows = torch.cat([rows, self._unlearned.expand(batch, -1)], dim=1)
             ranked = ranked - total
         ranked, best = ranked.topk(min(top_k, ranked.shape[1]))
         return rows.gather(1, best), ranked
 
-    def _logits(
-        self, state: DecodingState, input_ids: torch.LongTensor, mask: torch.LongTensor | None, level: int
-    ) -> tuple[torch.Tensor, int]:
-        """Return the logits of the next token, and the token that they begin with."""
-        if self.full_head:
-            return state.read(input_ids, mask).float(), 0
-        hidden = state.read(input_ids, mask, self.model.base_model)
+    def _expand(
+        self, states: NodeStates, level: int, nodes: torch.LongTensor, scores: torch.Tensor, guide: _Guide
+    ) -> tuple[torch.Tensor, ...]:
+        """Score the children of all beams.
+
+        Args:
+            nodes, scores (`torch.Tensor` of shape `(batch, num_beams)`): The beams and what the model says of them.
+
+        Returns:
+            `tuple` of tensors of shape `(batch, num_beams * width)`: the children, their tokens, what the model says of
+            them, what they are ranked by and, with guidance, the estimate of the sum over the tools below them. All
+            scores are `-inf` where there is no child, or the beam was not read.
+        """
+        trie, batch = self.trie, len(nodes)
+        logits, first = self._logits(states.values(nodes).flatten(0, 1), level, states.module is None)
+        children, present = trie.child_nodes(nodes.flatten(), trie.max_children[level])
+        tokens = trie.tokens_of(children)
+        present = present & (states.place(nodes).view(-1, 1) >= 0)
+        logits = logits.gather(1, torch.where(present, tokens - first, 0)).masked_fill(~present, -torch.inf)
+        log_probs = logits - logits.logsumexp(1, keepdim=True).nan_to_num(neginf=0.0)
+        scores = (scores.view(-1, 1) + log_probs).view(batch, -1)
+        children, tokens = children.view(batch, -1), tokens.view(batch, -1)
+        place = (children - self._first_nodes[level]).clamp(0, trie.level_sizes[level] - 1)
+        ranked, mass = guide.weight * scores, None
+        if guide.below is not None:
+            mass = ranked + guide.below[level].gather(1, place)
+        if guide.reachable is not None:
+            hope = guide.reachable[level].gather(1, place)
+            # Beams to spare make the normalization exact: they go to prefixes without an allowed tool.
+            other = -torch.inf if mass is None or level + 1 == trie.num_levels else mass - OUT_OF_REACH
+            ranked = torch.where(hope > -torch.inf, ranked if mass is None else ranked + hope, other)
+        return children, tokens, scores, ranked, mass
+
+    def _needed(
+        self,
+        nodes: torch.LongTensor,
+        scores: torch.Tensor,
+        level: int,
+        expanded: tuple[torch.Tensor, ...],
+        guide: _Guide,
+        rest: list[torch.Tensor],
+        top_k: int,
+    ) -> torch.BoolTensor:
+        """Tell which of the last beams can hold one of the `top_k` tools, or count in the normalization.
+
+        A tool has at most the probability of its prefix, by the model and by the expert. So what was found below the
+        beams that have been read says of the others that they need not be read.
+        """
+        *_, ranked, mass = expanded
+        found = ranked.topk(min(top_k, ranked.shape[1])).values[:, -1:]
+        if ranked.shape[1] < top_k:
+            found = torch.full_like(found, -torch.inf)
+        if mass is None:
+            return scores >= found
+        place = (nodes - self._first_nodes[level - 1]).clamp(0, self.trie.level_sizes[level - 1] - 1)
+        at_most = guide.weight * scores
+        allowed = at_most + guide.allowed_plain[level - 1].gather(1, place)
+        total = torch.stack([mass.logsumexp(1), *rest], dim=1).logsumexp(1, keepdim=True)
+        counts = at_most + guide.plain[level - 1].gather(1, place) >= total + math.log(NEGLIGIBLE)
+        return counts | ((allowed >= found) & (allowed > -torch.inf))
+
+    def _read_prompts(
+        self, input_ids: torch.LongTensor, mask: torch.LongTensor, guide: _Guide, num_beams: int
+    ) -> NodeStates:
+        """Read the prompts and, where it may spare a pass, the nodes that their beams are expected to reach."""
+        module = None if self.full_head else self.model.base_model
+        if not self._one_row:
+            states = NodeStates(self.model, module)
+            states.start(input_ids, mask)
+            return states
+        prefix = self._kept_prefix(module)
+        if prefix is not None:
+            length = prefix.attention_mask.shape[1]
+            place = mask.cumsum(1) - 1
+            begins = (mask > 0) & (place < length)
+            alike = input_ids == self._prefix_ids[place.clamp(0, length - 1)]
+            if bool((alike | ~begins).all()) and int(mask.sum(1).min()) > length:
+                input_ids, mask = input_ids[:, length:], mask.masked_fill(begins, 0)[:, length:]
+            else:
+                prefix = None
+        nodes = self._draft(guide, num_beams, len(input_ids))
+        states = NodeTree(self.model, module, prefix)
+        states.start(input_ids, mask, *nodes)
+        return states
+
+    def _kept_prefix(self, module: torch.nn.Module | None) -> DecodingTree | None:
+        """Return what the model has read of the tokens that every prompt begins with, from its present weights."""
+        if hasattr(self.model, "peft_config"):
+            return None  # adapters are switched without a trace in the weights
+        weights = [(id(weight), 0 if weight.is_inference() else weight._version) for weight in self.model.parameters()]
+        state = (self.model.dtype, self.model.device, weights)
+        if self._prefix[0] != state:
+            prompts = [self.encode_query(query) for query in ("Will it rain?", "a euro in dollars")]
+            ids = [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*prompts, strict=False))]
+            self._prefix_ids = torch.tensor(ids, dtype=torch.long, device=self.model.device)
+            tree = None
+            if ids:
+                tree = DecodingTree(self.model)
+                tree.read(self._prefix_ids[None], module=module)
+            self._prefix = (state, tree)
+        return self._prefix[1]
+
+    def _draft(self, guide: _Guide, num_beams: int, batch: int) -> tuple[torch.LongTensor, ...]:
+        """Guess the inner nodes that the beams will reach: by the expert, without it by the tools found of late.
+
+        Returns:
+            `tuple` of three tensors of shape `(batch, num_drafts)`: the nodes, -1 for none, their tokens and the nodes
+            above them.
+        """
+        trie, device = self.trie, self._row_of_leaf.device
+        drafts = [torch.zeros((batch, 0), dtype=torch.long, device=device)] * 3
+        if not self._drafts or batch > MAX_DRAFTED_QUERIES or num_beams > MAX_DRAFTED_BEAMS:
+            return tuple(drafts)
+        self._since_drafted += 1
+        if self._spared < WORTHWHILE and self._since_drafted < TRIED_QUERIES:
+            return tuple(drafts)
+        if guide.below is not None:
+            weights = [
+                hope + guide.weight * plain for hope, plain in zip(guide.reachable, guide.allowed_plain, strict=True)
+            ]
+        else:
+            weights = trie.sum_below(self._recent.log()[None])
+            likely = weights[0].topk(min(num_beams, weights[0].shape[1])).values.exp().sum()
+            if likely < LIKELY * self._recent.sum() or not likely:
+                return tuple(drafts)
+            weights = [weight.expand(batch, -1) for weight in weights]
+        self._since_drafted = 0
+        drafted = torch.ones((batch, 1), dtype=torch.bool, device=device)  # of the nodes of the level above
+        for level in range(trie.num_levels - 1):
+            above = torch.zeros(trie.level_sizes[level], dtype=torch.long, device=device)
+            if level:
+                above[trie.node_of_leaf[level]] = trie.node_of_leaf[level - 1]
+            weight = weights[level].masked_fill(~drafted[:, above], -torch.inf)
+            values, best = weight.topk(min(num_beams, weight.shape[1]))
+            drafted = torch.zeros_like(weight, dtype=torch.bool).scatter(1, best, values > -torch.inf)
+            nodes = torch.where(values > -torch.inf, best + self._first_nodes[level], -1)
+            parents = above[best] + (self._first_nodes[level - 1] if level else 0)
+            new = nodes, trie.tokens_of(nodes.clamp(min=0)), parents
+            drafts = [torch.cat(pair, dim=1) for pair in zip(drafts, new, strict=True)]
+        return tuple(drafts)
+
+    def _remember(self, leaves: torch.LongTensor, log_probs: torch.Tensor) -> None:
+        """Note what was found, for the drafts of the next queries."""
+        found = torch.zeros_like(self._recent).index_add(0, leaves.flatten(), log_probs.exp().flatten())
+        self._recent = self._recent * FORGETTING ** len(leaves) + found
+
+    def _logits(self, values: torch.Tensor, level: int, full_head: bool) -> tuple[torch.Tensor, int]:
+        """Turn what `NodeStates` returns into logits of a level's tokens, and tell the token that they begin with."""
+        if full_head:
+            return values.float(), 0
         head, first = self.model.get_output_embeddings(), self.tokenizer.level_offsets[level]
         rows = slice(first, first + self.tokenizer.codebook_sizes[level])
-        return linear(hidden, head.weight[rows], None if head.bias is None else head.bias[rows]).float(), first
+        return linear(values, head.weight[rows], None if head.bias is None else head.bias[rows]).float(), first
 
     @torch.inference_mode()
     def _head_is_exact(self) -> bool:

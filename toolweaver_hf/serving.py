@@ -22,6 +22,7 @@ PIPELINE_FILES = (
     "retrieval.py",
     "adapter.py",
     "cache.py",
+    "node_states.py",
     "text_expert.py",
     "loading.py",
     "trie.py",

@@ -325,7 +325,7 @@ class TextExpert:
             except ImportError:
                 raise ImportError("embeddings need the package sentence-transformers") from None
 
-            self._encoder_module = SentenceTransformer(self.encoder, model_kwargs={"dtype": encoder_dtype()})
+            self._encoder_module = SentenceTransformer(self.encoder, model_kwargs={"dtype": fast_dtype()})
             limit = self._encoder_module.max_seq_length
             self._encoder_module.max_seq_length = min(limit or MAX_ENCODED_TOKENS, MAX_ENCODED_TOKENS)
         encode = self._encoder_module.encode_query if as_queries else self._encoder_module.encode_document
@@ -447,7 +447,7 @@ def _words(texts: Iterable[str], return_ids: bool) -> Any:
     return bm25s.tokenize(split, stopwords="en", return_ids=return_ids, show_progress=False)
 
 
-def encoder_dtype() -> torch.dtype:
+def fast_dtype() -> torch.dtype:
     """Return bfloat16 where the processor multiplies it in hardware, float32 otherwise."""
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32

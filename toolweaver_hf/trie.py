@@ -203,7 +203,7 @@ class CodeTrie:
         """Return the token that leads to each node."""
         return self._tokens[nodes]
 
-    def look_ahead(self, leaf_logits: torch.Tensor, weight: float) -> list[torch.Tensor]:
+    def look_ahead(self, leaf_logits: torch.Tensor, weight: float) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         r"""Estimate what a search may hope for below each node: the log of the sum over the tools below it of
         \\(p_{LM}(tool | node)^w p_{expert}(tool)\\), as if the model knew of them what the expert does. It is exact on the
         last level.
@@ -213,10 +213,12 @@ class CodeTrie:
             weight (`float`): \\(w\\), the weight of the model.
 
         Returns:
-            `list[torch.Tensor]`: for each level a tensor of shape `(batch, level_size)`.
+            `tuple` of two lists with a tensor of shape `(batch, level_size)` for each level: what the expert says of the
+            tools below each node together, as `sum_below` gives it, and the estimates.
         """
         sharp, plain = self.sum_below((1 + weight) * leaf_logits), self.sum_below(leaf_logits)
-        return [torch.where(b > -torch.inf, a - weight * b, -torch.inf) for a, b in zip(sharp, plain, strict=True)]
+        hopes = [torch.where(b > -torch.inf, a - weight * b, -torch.inf) for a, b in zip(sharp, plain, strict=True)]
+        return plain, hopes
 
     def sum_below(self, leaf_logits: torch.Tensor) -> list[torch.Tensor]:
         """Add up over each node what its leaves have: a log-sum-exp over the tools below it.

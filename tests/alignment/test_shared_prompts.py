@@ -14,8 +14,8 @@ from toolweaver_hf.alignment.trainer import (
     AlignmentTrainer,
     AlignmentTrainingArguments,
     SharedPromptCollator,
-    can_share_prompts,
 )
+from toolweaver_hf.cache import can_share_prompts
 from toolweaver_hf.data.queries import Query
 
 

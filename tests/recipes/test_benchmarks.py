@@ -14,9 +14,11 @@ from toolweaver_hf import RQVAEConfig, RQVAEModel, Tool, ToolCatalog, ToolCodes
 from toolweaver_hf.demo import DEMO_FOLDER
 from toolweaver_hf.recipes.benchmarks import decoding as benchmark_decoding
 from toolweaver_hf.recipes.benchmarks import forgetting as benchmark_forgetting
+from toolweaver_hf.recipes.benchmarks import latency as benchmark_latency
 from toolweaver_hf.recipes.benchmarks import scale as benchmark_scale
 from toolweaver_hf.recipes.benchmarks import tokenization as benchmark_tokenization
 from toolweaver_hf.recipes.results import render_tables
+from toolweaver_hf.text_expert import TextExpert
 
 
 @pytest.fixture
@@ -121,3 +123,15 @@ def test_a_step_of_decoding_becomes_a_table(tmp_path, capsys):
     table = render_tables(tmp_path)
     assert table in capsys.readouterr().out
     assert f"| trajectory, free text | {steps['trajectory, free text']['ToolCodeLogitsProcessor']:.2f} |" in table
+
+
+def test_latency_of_every_system(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(TextExpert, "_encode", lambda self, texts, *args, **kwargs: torch.ones(len(texts), 4) / 2)
+    args = benchmark_latency.LatencyArguments(base, [60], repeats=1, num_threads=[1], batch_size=3)
+    args.output_dir = str(tmp_path / "out")
+    (rows,) = benchmark_latency.main(args).values()
+    assert rows["search"]["passes"] == 0 and rows["one token a tool"]["passes"] == 1
+    assert 1 <= rows[benchmark_latency.ONE_PASS]["passes"] <= rows[benchmark_latency.BASELINE]["passes"] == 2
+    assert rows[benchmark_latency.BASELINE]["cpu_ratio"] == 1
+    assert all(row["p50_ms"] <= row["p99_ms"] for row in rows.values())
+    assert "codes, one pass" in render_tables(tmp_path / "out")

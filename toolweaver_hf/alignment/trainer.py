@@ -13,7 +13,6 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from peft.utils import TrainableTokensWrapper
 from torch.nn.functional import cross_entropy, pad
-from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -74,19 +73,6 @@ class AlignmentTrainingArguments(SFTConfig):
                 f"these arguments prepare TRL's data sets, and rows are tokenized already: {', '.join(ignored)}"
             )
         super().__post_init__()
-
-
-def can_share_prompts(model: PreTrainedModel | PeftModel) -> bool:
-    """Whether the attention mask alone decides which tokens attend to each other, so that answers can share a prompt."""
-    config = model.config.get_text_config()
-    return (
-        config._attn_implementation == "sdpa"
-        and not model._is_stateful
-        and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-        and getattr(config, "sliding_window", None) is None  # some have a window and name no types of layers
-        and not hasattr(config, "output_router_logits")  # the load of experts is balanced by a mask of two dimensions
-        and getattr(config, "rope_parameters", None) is not None
-    )
 
 
 @dataclass
