@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from peft.utils import TrainableTokensWrapper
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy, linear, pad
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -45,6 +45,13 @@ class AlignmentTrainingArguments(SFTConfig):
     )
     constrained_loss: bool = field(
         default=True, metadata={"help": "Whether a code's tokens compete with those alone that go on to a tool."}
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={
+            "help": "Sampler for training: rows of like length share a batch, so that little of it is padding.",
+            "choices": ["random", "sequential", "group_by_length", "batch_rebalance"],
+        },
     )
     activation_checkpointing: bool | None = field(
         default=True, metadata={"help": "Whether to compute activations again to save memory."}
@@ -199,6 +206,13 @@ class AlignmentTrainer(SFTTrainer):
         nodes = self._decoding_nodes(labels) if self.args.constrained_loss else torch.full_like(labels, -1)
         nodes, labels = nodes[:, 1:][keep], labels[:, 1:][keep]
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        free, bound = nodes < 0, nodes >= 0
+        codes_alone = not free.any() and type(head) is torch.nn.Linear and "forward" not in vars(head)
+        first = self.processing_class.level_offsets[0] if codes_alone else 0
+        if codes_alone:  # the rows of the code tokens are all that is looked at
+            rows = slice(first, first + sum(self.processing_class.codebook_sizes))
+            bias = None if head.bias is None else head.bias[rows]
+            head.forward = lambda hidden: linear(hidden, head.weight[rows], bias)
         hook = head.register_forward_pre_hook(lambda module, args: (args[0][:, :-1][keep],))
         try:
             others = {name: value for name, value in inputs.items() if name != "labels"}
@@ -207,10 +221,12 @@ class AlignmentTrainer(SFTTrainer):
             output = model(**others, use_cache=False)
         finally:
             hook.remove()
+            if codes_alone:
+                del head.forward
         logits = output.logits[:, : len(self.processing_class)]  # the rest is padding of the matrix
-        free, bound = nodes < 0, nodes >= 0
         tokens, present = self.trie.children(nodes[bound], max(self.trie.max_children))
-        children = logits[bound].gather(1, tokens).float().masked_fill(~present, -torch.inf)
+        children = logits[bound].gather(1, torch.where(present, tokens - first, 0)).float()
+        children = children.masked_fill(~present, -torch.inf)
         place = ((tokens == labels[bound, None]) & present).int().argmax(1)
         loss = cross_entropy(children, place, reduction="sum")
         loss = loss + cross_entropy(logits[free].float(), labels[free], reduction="sum")
