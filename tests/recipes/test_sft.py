@@ -155,10 +155,11 @@ def loss_token_by_token(model, tokenizer, batch):
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("model", ["tied", "untied"])
-def test_the_loss_is_among_what_decoding_leaves(world, tmp_path, model, lora):
+@pytest.mark.parametrize("rows", [(0, 1, 2, -1), (0, 1, 2)], ids=["codes and text", "codes alone"])
+def test_the_loss_is_among_what_decoding_leaves(world, tmp_path, model, lora, rows):
     """Codes alone from their first token on, a call from its second; all else in the whole vocabulary."""
     trainer = trainer_of(world, model, tmp_path, lora)
-    rows = [trainer.train_dataset[i] for i in (0, 1, 2, -1)]
+    rows = [trainer.train_dataset[i] for i in rows]
     batch = trainer.data_collator([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
     trainer.model.eval()  # no dropout
     parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
