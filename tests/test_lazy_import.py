@@ -69,6 +69,20 @@ def test_every_public_name_can_be_seen_and_had():
     assert by_the_earlier_path is toolweaver_hf.embed_catalog
 
 
+EACH_FIRST = """
+import importlib, sys, toolweaver_hf
+for name, module in toolweaver_hf._MODULES.items():
+    for loaded in [loaded for loaded in sys.modules if loaded.startswith("toolweaver_hf")]:
+        del sys.modules[loaded]
+    getattr(importlib.import_module(f"toolweaver_hf.{module}"), name)
+"""
+
+
+def test_any_module_of_a_public_name_can_be_imported_first():
+    assert set(toolweaver_hf._MODULES) == set(toolweaver_hf.__all__)
+    run_python(EACH_FIRST)
+
+
 def test_classes_and_their_objects_can_be_pickled():
     codes = ToolCodes([2, 2], {"rain": [0, 1]})
     assert pickle.loads(pickle.dumps(ToolCatalog)) is ToolCatalog
