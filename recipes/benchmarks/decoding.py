@@ -1,14 +1,14 @@
-"""What constrained decoding costs in a step, next to two usual ways of doing it.
+"""Time a step of constrained decoding, next to two common implementations.
 
 ```bash
 python recipes/benchmarks/decoding.py --model HuggingFaceTB/SmolLM2-135M-Instruct --output_dir out/benchmark
 ```
 
-The rivals look prefixes up in a trie of nested dictionaries: one through transformers'
-`PrefixConstrainedLogitsProcessor`, one by a masking loop over the rows. All see the same beams and scores, and their
-results are compared before they are timed. Each returns scores in memory of its own, so a plain copy of the scores is
-timed as well: the floor that no way gets below, and the rivals' time over it the most that any ratio could be. With a
-model that `recipes/sft.py` aligned, retrieval is timed as a whole.
+Both baselines look up prefixes in a trie of nested dictionaries: one through transformers'
+`PrefixConstrainedLogitsProcessor`, one in a masking loop over the rows. All get the same beams and scores, and their
+results are compared before they are timed. Each returns a new tensor of scores, so a plain copy of the scores is timed
+as well: no implementation can be faster, and no speedup can exceed a baseline's time divided by it. With a model that
+`recipes/sft.py` aligned, retrieval is timed end to end.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class BenchmarkArguments:
     )
     num_beams: int = field(default=64, metadata={"help": "Rows of a step."})
     vocab_size: int = field(default=49152, metadata={"help": "Tokens of the base model."})
-    model: str | None = field(default=None, metadata={"help": "Model whose forward pass is timed, too."})
+    model: str | None = field(default=None, metadata={"help": "Model whose forward pass is timed as well."})
     repeats: int = field(default=20, metadata={"help": "Timed calls, of which the shortest counts."})
     output_dir: str | None = field(default=None, metadata={"help": "Folder for run.json and metrics.json."})
 
 
 def least_milliseconds(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Time calls in turn and take each one's shortest time, the one that other work on the machine disturbs least."""
+    """Time calls in turn; return the shortest time of each, which other work on the machine disturbs least."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(repeats + 2):
         for name, call in calls.items():
@@ -68,7 +68,7 @@ def least_milliseconds(calls: dict[str, Callable[[], object]], repeats: int) -> 
 
 
 class DictionaryMasks:
-    """The masking of both modes over nested dictionaries, a row at a time."""
+    """The masks of both modes, from nested dictionaries and one row at a time."""
 
     def __init__(self, codes: np.ndarray, vocab_size: int, mode: str):
         self.mode = mode
@@ -81,7 +81,7 @@ class DictionaryMasks:
         self.text = [*range(vocab_size), *self.root]
 
     def node(self, new_ids: list[int]) -> dict[int, dict] | None:
-        """The node that a row has reached; `None` in free text."""
+        """Return the node that a row has reached; `None` in free text."""
         if self.mode == "trajectory":
             return self.root.get(new_ids[-1]) if new_ids else None
         node = self.root
@@ -90,7 +90,7 @@ class DictionaryMasks:
         return node
 
     def allowed_tokens(self, _: int, ids: torch.Tensor) -> list[int]:
-        """What `PrefixConstrainedLogitsProcessor` asks for."""
+        """Return the valid continuations of a row, as `PrefixConstrainedLogitsProcessor` needs them."""
         node = self.node(ids[PROMPT_LENGTH:].tolist())
         return self.text if node is None else list(node)
 

@@ -1,14 +1,14 @@
-"""What tool training costs a language model: its perplexity on plain text before and after (ToolWeaver, table 3).
+"""Measure what alignment costs a language model: perplexity on plain text before and after (ToolWeaver, table 3).
 
 ```bash
 python recipes/benchmarks/forgetting.py --model HuggingFaceTB/SmolLM2-135M-Instruct --codes_dir out/codes \
     --queries queries.train.jsonl --replay chats.jsonl --text english.txt --max_steps 100 --output_dir out/forgetting
 ```
 
-Codes and one token a tool (ToolGen) go the same way: new rows that nothing has trained yet, for each initialization;
-then a short alignment, once of LoRA adapters and new rows with replay, once of all weights without. The text must be
-none that the model is trained on. With `--lm_eval_tasks` and lm-eval installed, few-shot accuracy is measured as well.
-The same command goes on with a run that was cut off.
+Codes and atomic tokens (ToolGen) are measured in the same way: first with untrained new embeddings, for each
+initialization; then after a short alignment, once of LoRA adapters and the new embeddings with replay, once of all
+weights without. The text must not be among the training data. With `--lm_eval_tasks` and lm-eval installed, few-shot
+accuracy is measured as well. Run the same command again to resume an interrupted run.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def align(args: ForgettingArguments, codes_dir: Path, embedding_init: str, with_
 
 
 def main(args: ForgettingArguments) -> dict[str, dict[str, float]]:
-    """Measure the base model and what becomes of it, print a table, and return the measures by row."""
+    """Measure the base model and each variant, print a table, and return the measures by row."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,13 +1,13 @@
-"""What the gateway costs before hundreds of servers, next to a plain BM25 proxy.
+"""Time the gateway in front of hundreds of servers, next to a plain BM25 proxy.
 
 ```bash
 python recipes/benchmarks/gateway.py --catalog catalog.jsonl --output_dir out/benchmark
 ```
 
-The tools of the catalog, whose ids are `server.tool`, stand behind simulated servers: one process that answers MCP by
-HTTP under an address for each. Before it runs `toolweaver gateway` as a user starts it, first with an empty cache of
-embeddings, then with the one that it has made. Clients of the official SDK search and call. The proxy beside it ranks
-the same documents by bm25s in an MCP server of its own.
+The tools of the catalog, whose ids are `server.tool`, are served by simulated MCP servers: one process answers by HTTP,
+at an address for each server. `toolweaver gateway` runs in front of them as a user starts it, first with an empty cache
+of embeddings, then with a full one. Clients of the official SDK search and call tools. The proxy is an MCP server that
+ranks the same documents with bm25s.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""ToolWeaver and its rivals on one catalog and one split, in one table (as the paper's Tables 1 and 6).
+"""Compare ToolWeaver with its baselines on one catalog and one split (as the paper's Tables 1 and 6).
 
 ```bash
 python recipes/benchmarks/retrieval.py --catalog tools.jsonl --train_queries train.jsonl --test_queries test.jsonl \
@@ -9,10 +9,10 @@ Every identifier has the same base model, rows and budget; without `--model_name
 small Llama with random weights. The output folder is a run as `toolweaver evaluate` writes it, so `toolweaver compare`
 puts the methods of several calls together.
 
-With `--held_out_tools 0.1` a tenth of the tools, their documents and their queries are kept from all training, and get
-codes afterwards. Their recall is the group `new`, for which a query's other tools do not count as relevant; the group
-`known` are the queries that need none of them. A model is measured as it is, after it has learned the new tools'
-documents alone, and after as many rows of which half are training queries of the known tools.
+With `--held_out_tools 0.1` a tenth of the tools, with their documents and queries, is held out of all training and gets
+codes afterwards. Queries that need held-out tools are the group `new`, in which only these tools count as relevant; the
+group `known` has all other queries. A model is measured without further training, after training on the new tools'
+documents, and after training on as many rows of which half are queries of the known tools.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def write_queries(path: Path, queries: Sequence[Query]) -> None:
 
 
 class Benchmark:
-    """The methods on one split. What they share is in `folder`, what is one method's own in a folder below it."""
+    """The methods on one split. `folder` holds what they share, with a subfolder for each method."""
 
     def __init__(
         self,
@@ -338,7 +338,7 @@ class Benchmark:
         )
 
     def tune_encoder(self) -> SentenceTransformer:
-        """Fine-tune the encoder on the pairs that the models learn."""
+        """Fine-tune the encoder on the pairs of query and tool that the models are trained on."""
         from sentence_transformers import SentenceTransformerTrainingArguments
 
         from toolweaver_hf.evaluation.baselines import fine_tune_encoder

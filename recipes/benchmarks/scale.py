@@ -1,13 +1,12 @@
-"""What a catalog's size costs: codes next to one token a tool (ToolGen), from hundreds of tools to a million.
+"""Measure how cost grows with the catalog, for codes and for atomic tokens (ToolGen), up to a million tools.
 
 ```bash
 python recipes/benchmarks/scale.py --model HuggingFaceTB/SmolLM2-135M-Instruct --output_dir out/scale
 ```
 
-The catalogs are synthetic: embeddings in clusters, names by number. What depends on the size alone is real: the new
-rows are allocated and searched, the codes assigned by an RQ-VAE whose codebooks are started on the embeddings. Each
-size and method runs in a process of its own, for its peak memory. Learning the RQ-VAE and the language model is not
-in it.
+The catalogs are synthetic: clustered embeddings, numbered names. Everything that depends on the size alone is run for
+real: the new embeddings are allocated and searched, and an RQ-VAE whose codebooks are initialized from the embeddings
+assigns the codes. Each size and method runs in its own process, to measure peak memory. Training is not measured.
 """
 
 from __future__ import annotations
@@ -146,7 +145,7 @@ def measure(model_name: str, num_tools: int, method: str, repeats: int) -> dict[
 
 
 def new_rows(config, num_tools: int, method: str) -> dict[str, float]:
-    """Count what a method adds to a model."""
+    """Count the tokens and parameters that a method adds to a model, and the memory to train them."""
     config = config.get_text_config()
     tokens = num_tools if method == "atomic tokens" else sum(default_codebook_sizes(num_tools))
     parameters = tokens * config.hidden_size * (1 if config.tie_word_embeddings else 2)
@@ -155,7 +154,7 @@ def new_rows(config, num_tools: int, method: str) -> dict[str, float]:
 
 
 def missing_memory(row: dict[str, float], num_tools: int) -> float:
-    """GiB that is needed more than there is; the new rows stand beside the old ones while they grow."""
+    """Return the GiB of memory that are missing. While embeddings are resized, old and new ones are in memory."""
     import psutil
 
     needed = 12 * row["new_parameters"] + 4096 * num_tools + 2 * 2**30  # and 4 KiB a tool for all else

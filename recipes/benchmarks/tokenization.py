@@ -1,19 +1,19 @@
-"""What structured tokenization costs, next to a plain dense form of the same losses.
+"""Measure the cost of structured tokenization, next to a dense implementation of the same losses.
 
 ```bash
 python recipes/benchmarks/tokenization.py --num_tools 5000 47000 200000 --output_dir out/benchmark
 python recipes/benchmarks/tokenization.py --catalog tools.jsonl --queries queries.jsonl --steps 300 --output_dir out/real
 ```
 
-The rival holds the similarity of all tools as a dense matrix, compares all pairs of a batch at every level, starts its
-codebooks by k-means on the first batch, and mends collisions group by group: by Sinkhorn-Knopp inside each, and by one
-token more where that is not enough. Model, embeddings, edges and batches are the same; its learning rate is the usual
-1e-3. Each run has a process of its own, whose peak memory is reported.
+The baseline holds the similarity of all tools as a dense matrix, compares all pairs of a batch at every level,
+initializes its codebooks by k-means on the first batch, and resolves collisions group by group with Sinkhorn-Knopp.
+Model, embeddings, edges and batches are the same; its learning rate is 1e-3. Each run has its own process, whose peak
+memory is reported.
 
-Without a catalog the tools are synthetic, and steps are timed after the first two. The time of the recipe's whole fit
-follows from theirs and from the assignment's, of which the recipe has one at the start and `ASSIGNMENTS` more, and the
-rival one. With one, both ways are fitted by the given steps to the end, and their codes are measured: a fifth of the
-co-used pairs is held out.
+Without a catalog the tools are synthetic, and steps are timed after the first two. The time of a whole fit is
+extrapolated from the time of a step and of an assignment: the recipe assigns once at the start and `ASSIGNMENTS` times
+later, the baseline once. With a catalog, both are trained for the given number of steps, and their codes are measured
+with a fifth of the co-used pairs held out.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class BenchmarkArguments:
 
 
 def synthetic_tools(num_tools: int, edges_per_tool: int) -> tuple[torch.Tensor, scipy.sparse.csr_array, None]:
-    """Embeddings around one center for some twenty tools, and edges half inside these groups, half anywhere."""
+    """Draw embeddings in clusters of about twenty tools, and edges, half of them within a cluster."""
     import numpy as np
     import scipy.sparse
     import torch
@@ -81,7 +81,7 @@ def synthetic_tools(num_tools: int, edges_per_tool: int) -> tuple[torch.Tensor, 
 
 
 def real_tools(args: BenchmarkArguments, folder: str) -> tuple[torch.Tensor, scipy.sparse.csr_array, np.ndarray]:
-    """Embeddings of a catalog, its co-used pairs without a fifth of them, and that fifth."""
+    """Return a catalog's embeddings, the graph of four fifths of its co-used pairs, and the held-out fifth."""
     import torch
 
     from toolweaver_hf.codes.cousage import cousage_graph, hold_out_edges
@@ -98,7 +98,7 @@ def real_tools(args: BenchmarkArguments, folder: str) -> tuple[torch.Tensor, sci
 def fit_sparse(
     model: RQVAEModel, embeddings: torch.Tensor, graph: scipy.sparse.csr_array, steps: int, whole: bool
 ) -> tuple[dict, np.ndarray]:
-    """The recipe's way: `RQVAETrainer`."""
+    """Train and assign with `RQVAETrainer`, as the recipe does."""
     import numpy as np
     from transformers import TrainerCallback
 
@@ -132,7 +132,7 @@ def fit_sparse(
 def fit_dense(
     model: RQVAEModel, embeddings: torch.Tensor, graph: scipy.sparse.csr_array, steps: int, whole: bool
 ) -> tuple[dict, np.ndarray]:
-    """The plain way: a dense similarity matrix, all pairs of a batch at every level, collisions mended one by one."""
+    """Train with a dense similarity matrix and all pairs of a batch; resolve collisions group by group."""
     import numpy as np
     import torch
     from torch.nn.functional import mse_loss
@@ -247,7 +247,7 @@ def main(args: BenchmarkArguments) -> dict[str, dict]:
 
 
 def print_codes(results: dict[str, dict]) -> None:
-    """Print a table of what the codes of a catalog are like."""
+    """Print a table of the measures of a catalog's codes."""
     print()
     print(
         "| tools, way | reconstruction loss | codes used | collisions, nearest codes | in the end | held-out pairs with the "

@@ -1,4 +1,4 @@
-"""What the tools' codes cost the tokenizer: speed on text without a code against the base's, and the time to load.
+"""Measure how codes slow down a tokenizer: its speed on text without codes relative to its base's, and loading.
 
 ```bash
 python recipes/benchmarks/tokenizer.py --base HuggingFaceTB/SmolLM2-135M-Instruct --num_tools 47000
@@ -38,7 +38,7 @@ class BenchmarkArguments:
 
 
 def fastest(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Time functions in turn and return for each the seconds of processor time of its fastest call."""
+    """Time functions in turn; return the seconds of processor time of each one's fastest call."""
     seconds = dict.fromkeys(functions, float("inf"))
     for _ in range(rounds):
         for name, function in functions.items():

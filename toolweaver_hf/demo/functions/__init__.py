@@ -1,4 +1,4 @@
-"""The functions behind the demo's tools: pure, deterministic, computed on this machine alone."""
+"""The functions behind the demo's tools: pure, deterministic and local."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""Tools of people who write software: parsing that is real, and a small fixed project."""
+"""Software development: parsers that work on any input, and a small fixed project."""
 
 import base64
 import datetime
