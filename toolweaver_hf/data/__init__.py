@@ -1,1 +1,1 @@
-"""Tools, queries and trajectories: what is read from files, and in which formats."""
+"""Tools, queries and trajectories, and readers of their file formats."""

@@ -1,4 +1,4 @@
-"""The card of a dataset: a catalog, queries, trajectories."""
+"""The dataset card of a catalog, queries or trajectories."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ rows = load_dataset("{{ repo_id }}", "{{ configs[0]["config_name"] }}")
 def dataset_card(
     repo_id: str, configurations: Mapping[str, Mapping[str, str]], num_tools: int | None, license: str | None = None
 ) -> DatasetCard:
-    """Make the card of a dataset; `load_dataset(repo_id, "queries")` reads by its `configs` what the files hold.
+    """Create a dataset card whose `configs` let `load_dataset(repo_id, "queries")` load each kind of file.
 
     Args:
-        repo_id (`str`): The repository that it will be pushed to.
+        repo_id (`str`): The repository that the dataset will be pushed to.
         configurations (`Mapping[str, Mapping[str, str]]`): Configuration (`catalog`, `queries`, ...) -> split -> file.
-        num_tools (`int`, *optional*): Tools of the catalog, where there is one.
+        num_tools (`int`, *optional*): Number of tools, if the dataset has a catalog.
         license (`str`, *optional*): Identifier of the license.
     """
     configs = [

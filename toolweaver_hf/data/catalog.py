@@ -1,4 +1,4 @@
-"""The catalog: which tools there are, and what each one does."""
+"""The catalog of tools: their descriptions and the schemas of their arguments."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ class Tool:
 
     Args:
         id (`str`):
-            Identifier, unique in its catalog. Codes, queries and trajectories refer to the tool by it.
+            Unique identifier, by which codes, queries and trajectories refer to the tool.
         description (`str`):
             What the tool does, in natural language.
         name (`str`, *optional*, defaults to `id`):
-            The name that people and models read.
+            Display name, shown to users and models.
         parameters (`dict`, *optional*):
-            JSON Schema of the arguments, an object schema. Defaults to an object without properties.
+            JSON Schema of the arguments, of type `object`. Defaults to an object without properties.
         category (`str`, *optional*):
-            The group that the tool belongs to, such as its API's category.
+            Category of the tool, such as that of its API.
         metadata (`dict`, *optional*):
-            Anything else, kept as it is.
+            Additional data, stored unchanged.
 
     Raises:
-        `ValueError`: for an empty id or description, parameters that are not an object schema, or what JSON cannot
-            hold.
+        `ValueError`: if the id or description is empty, `parameters` is not an object schema, or a value is not
+            JSON-serializable.
     """
 
     id: str
@@ -69,7 +69,7 @@ class Tool:
         for label in ("name", "description"):
             value = getattr(self, label)
             if not isinstance(value, str) or not value.strip():
-                raise ValueError(f"tool {self.id!r}: its {label} is empty; give it a text")
+                raise ValueError(f"tool {self.id!r}: its {label} is empty; it must be a non-empty string")
         if self.category is not None and not isinstance(self.category, str):
             raise ValueError(f"tool {self.id!r}: category must be a string")
         if not isinstance(self.metadata, dict):
@@ -88,7 +88,7 @@ class Tool:
 
     @property
     def document(self) -> str:
-        """`str`: The text that stands for the tool: what the encoder embeds and the model memorizes."""
+        """`str`: The text that represents the tool: the encoder embeds it and the model memorizes it."""
         text = f"{self.name}: {self.description}"
         if self.category:
             text = f"{self.category}. {text}"
@@ -105,7 +105,7 @@ class Tool:
 
     @property
     def checksum(self) -> str:
-        """`str`: 16 hexadecimal digits that change when the tool's document does."""
+        """`str`: Checksum of the tool's document, 16 hexadecimal digits."""
         return hashlib.sha256(self.document.encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,10 +119,10 @@ class Tool:
 
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> Tool:
-        """Build a tool from a row in any of the formats that [`ToolCatalog.from_file`] reads.
+        """Create a tool from a row in any format that [`ToolCatalog.from_file`] supports.
 
         Raises:
-            `ValueError`: if the row is none of these, or describes no valid tool.
+            `ValueError`: if the format is unknown or the tool is invalid.
         """
         changes: dict[str, list[str]] = {}
         tool = _read_tool(Row("", row), changes)
@@ -137,13 +137,14 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
 
     Args:
         tools (`Iterable[Tool]`):
-            The tools, in the order in which embeddings and codes will be laid out.
+            The tools, in the order of the rows of embeddings and codes.
 
     Attributes:
-        changes (`dict[str, list[str]]`): What reading has changed or left out, in words, and for each the tools.
+        changes (`dict[str, list[str]]`): Maps a description of each change or omission made while reading to the ids
+            of the affected tools.
 
     Raises:
-        `ValueError`: if there is no tool, or two share an id.
+        `ValueError`: if the catalog is empty or an id occurs twice.
 
     Example:
 
@@ -195,7 +196,7 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
 
     @cached_property
     def checksum(self) -> str:
-        """`str`: 16 hexadecimal digits that change when an id, a document or the order does."""
+        """`str`: Checksum of the ids and documents in order, 16 hexadecimal digits."""
         digest = hashlib.sha256()
         for tool in self._tools:
             digest.update(f"{tool.id}\0{tool.checksum}\0".encode())
@@ -206,12 +207,12 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
 
     @classmethod
     def from_functions(cls, functions: Iterable[dict[str, Any]]) -> ToolCatalog:
-        """Build a catalog from function schemas: the `tools` of an MCP server, or of a request to any chat API.
+        """Create a catalog from function schemas, such as the `tools` of an MCP server or of a chat API request.
 
-        Each is a row in any of the formats that [`ToolCatalog.from_file`] reads.
+        Each schema may have any format that [`ToolCatalog.from_file`] supports.
 
         Raises:
-            `ValueError`: naming the first item that is wrong.
+            `ValueError`: naming the first invalid item.
 
         Example:
 
@@ -225,13 +226,13 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
 
     @classmethod
     def from_servers(cls, servers: Mapping[str, ToolCatalog | Iterable[dict[str, Any]]]) -> ToolCatalog:
-        """Put the tools of several servers into one catalog.
+        """Merge the tools of several servers into one catalog.
 
-        A tool's id becomes `server.id`, so that two servers may both have a `search`. Its name stays what the server
-        calls it, the server is its category if it has none, and stands in `metadata["server"]`.
+        Tool ids are prefixed with the server (`server.id`), so that two servers may both have a `search`. Names are
+        unchanged. The server is stored in `metadata["server"]` and is the default category.
 
         Args:
-            servers (`Mapping[str, ToolCatalog]`): For each server's name its tools, a catalog or function schemas.
+            servers (`Mapping[str, ToolCatalog]`): Maps each server's name to its tools: a catalog or function schemas.
 
         Example:
 
@@ -253,28 +254,28 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> ToolCatalog:
-        """Read a catalog.
+        """Read a catalog from a local file or a file on the Hub (`hf://datasets/user/name/catalog.jsonl`).
 
-        A `.jsonl` or `.ndjson` file has one tool a line. Any other is one document of JSON, or of YAML where it is
-        named so (a `.json` file of many lines of JSON is read as well):
+        A `.jsonl` or `.ndjson` file has one tool per line. A `.yaml` or `.yml` file is one YAML document, and any other
+        file is one JSON document (JSON Lines in a `.json` file are also accepted). A document is one of:
 
-        - a tool, a list of tools, or an object that holds it under `tools`, `functions` or `functionDeclarations`;
-        - what an MCP server answers to `tools/list`, with or without its JSON-RPC envelope, or a list `servers` of such
-          answers, each with its `name`, which then comes before its tools' ids (see [`ToolCatalog.from_servers`]);
-        - an OpenAPI 3 or Swagger 2.0 description, each operation of which is a tool (see [`~openapi.openapi_tools`]);
-        - a file of ToolBench with its `api_list`; or instructions of ToolBench, BFCL or xLAM, whose tools are put
-          together.
+        - a tool, a list of tools, or an object with them under `tools`, `functions` or `functionDeclarations`;
+        - the result of an MCP server's `tools/list`, with or without its JSON-RPC envelope, or a list `servers` of such
+          results, each with a `name` that prefixes its tools' ids (see [`ToolCatalog.from_servers`]);
+        - an OpenAPI 3 or Swagger 2.0 description, with one tool per operation (see [`~openapi.openapi_tools`]);
+        - a ToolBench file with its `api_list`, or instructions of ToolBench, BFCL or xLAM, whose tools are merged.
 
-        A tool is a row as [`ToolCatalog.to_jsonl`] writes it; a function schema of OpenAI, Anthropic, Gemini, Amazon
-        Bedrock, LangChain, smolagents, BFCL, xLAM or API-Bank; an item of MCP's list; a document of a BEIR corpus
-        (`_id`, `title`, `text`); an API of ToolBench, whose id is `<<tool&&api>>` as in ToolGen; or one of Seal-Tools
-        or ToolRet. Its arguments become JSON Schema, whichever way they are written. What is known of a tool's answers
-        is kept as the JSON Schema `metadata["output_schema"]`, and keys that are not known as they are in `metadata`.
-        A warning tells what was changed or left out, and so does `changes`. The file may be one of the Hub:
-        `hf://datasets/user/name/catalog.jsonl`.
+        Supported formats of a tool are the rows of [`ToolCatalog.to_jsonl`]; function schemas of OpenAI, Anthropic,
+        Gemini, Amazon Bedrock, LangChain, smolagents, BFCL, xLAM and API-Bank; MCP tools; documents of a BEIR corpus
+        (`_id`, `title`, `text`); APIs of ToolBench, with ids `<<tool&&api>>` as in ToolGen; and tools of Seal-Tools and
+        ToolRet.
+
+        Arguments are converted to JSON Schema. The schema of a tool's output is stored as JSON Schema in
+        `metadata["output_schema"]`, and unknown keys are stored unchanged in `metadata`. Changes and omissions are
+        reported in a warning and in `changes`.
 
         Raises:
-            `ValueError`: naming the file, the line or item, and the tool that is wrong.
+            `ValueError`: naming the file, the line or item, and the invalid tool.
             `OSError`: if the file cannot be read.
         """
         path = Path(local_file(path))
@@ -313,16 +314,16 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
         repo_type: Literal["dataset", "model"] = "dataset",
         **hub_kwargs,
     ) -> ToolCatalog:
-        """Read the `catalog.jsonl` of a folder or of a repository of the Hub.
+        """Load `catalog.jsonl` from a folder or a Hub repository.
 
         Args:
             pretrained_model_name_or_path (`str`): The folder or repository.
-            repo_type (`str`, *optional*, defaults to `"dataset"`): `"model"` for the catalog beside a model.
-            hub_kwargs: As for every `from_pretrained`: `revision`, `token`, `cache_dir`, ...
+            repo_type (`str`, *optional*, defaults to `"dataset"`): `"model"` for a catalog in a model repository.
+            hub_kwargs: Hub options of `from_pretrained`, such as `revision`, `token` and `cache_dir`.
 
         Raises:
-            `ValueError`: naming the file, the line and the tool that is wrong.
-            `OSError`: if there is no such file.
+            `ValueError`: naming the file, the line and the invalid tool.
+            `OSError`: if the file does not exist.
         """
         if os.path.isdir(pretrained_model_name_or_path):
             return cls.from_file(Path(pretrained_model_name_or_path) / CATALOG_FILE)
@@ -341,27 +342,27 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
         self.to_jsonl(Path(folder) / CATALOG_FILE)
 
     def to_jsonl(self, path: str | os.PathLike) -> None:
-        """Write the catalog, one tool a line, as [`ToolCatalog.from_file`] reads it back."""
+        """Write the catalog as JSON Lines, one tool per line, for [`ToolCatalog.from_file`]."""
         with atomic_write(path) as partial, open(partial, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(tool.to_dict(), ensure_ascii=False) + "\n" for tool in self)
 
 
 def encoder_texts(tools: Iterable[Tool], tokenizer: Tokenizer, max_tokens: int) -> tuple[list[str], list[str]]:
-    """Return the texts by which an encoder embeds tools: their documents, or what tells tools apart in long ones.
+    """Return the texts of the tools for an encoder: their documents, shortened to the encoder's maximum length.
 
-    Where an encoder would cut a document, the description is cut instead, and the names of the arguments follow it
-    without their descriptions, so that they are read as well.
+    In a document that the encoder would truncate, the description is truncated instead, so that the names of the
+    arguments are kept. Descriptions of the arguments are dropped.
 
     Args:
         tools (`Iterable[Tool]`): The tools.
         tokenizer (`tokenizers.Tokenizer`): The encoder's tokenizer.
-        max_tokens (`int`): Number of tokens that the encoder reads, special ones included.
+        max_tokens (`int`): Maximum sequence length of the encoder, including special tokens.
 
     Returns:
-        `tuple[list[str], list[str]]`: the text of each tool, and the ids of those whose document is too long.
+        `tuple[list[str], list[str]]`: the text of each tool, and the ids of the tools with truncated documents.
     """
     tools = list(tools)
-    tokenizer = type(tokenizer).from_str(tokenizer.to_str())  # a copy, which does not cut
+    tokenizer = type(tokenizer).from_str(tokenizer.to_str())  # a copy without truncation
     tokenizer.no_truncation()
     tokenizer.no_padding()
     texts, cut = [], []
@@ -380,7 +381,7 @@ def encoder_texts(tools: Iterable[Tool], tokenizer: Tokenizer, max_tokens: int) 
 
 
 def _read_tools(rows: Iterable[Row], changes: dict[str, list[str]]) -> Iterator[Tool]:
-    """Turn rows into tools; an error says in which place it is."""
+    """Convert rows to tools; errors name the row's place."""
     read: dict[str, tuple[str, Tool]] = {}
     for row in rows:
         try:
@@ -416,7 +417,7 @@ def _of_server(tool: Tool, server: str) -> Tool:
 
 
 def _warn(source: str, changes: dict[str, list[str]]) -> None:
-    """Tell in one warning what reading has changed."""
+    """Log one warning with all changes made while reading."""
     if changes:
         said = (
             f"{change} ({len(tools):,} of the tools, such as {', '.join(map(repr, tools[:3]))})"

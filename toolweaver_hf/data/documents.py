@@ -1,4 +1,4 @@
-"""JSON, lines of JSON, and YAML: files of tools as Python's values."""
+"""Parsing of JSON, JSON Lines and YAML files."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import yaml
 
 LINES = (".jsonl", ".ndjson")
 YAML = (".yaml", ".yml")
-MAX_ALIASED = 1_000_000  # values that the aliases of a YAML file may stand for
+MAX_ALIASED = 1_000_000  # values that the aliases of a YAML file may expand to
 
 
 def read_documents(text: str, path: Path) -> Iterator[tuple[str, Any]]:
-    """Parse a file: one document, or one a line. Yields each with its place."""
+    """Parse a file of one document, or of one document per line. Yields each document with its place."""
     if path.suffix.lower() in LINES:
         yield from _json_lines(text, path)
     elif path.suffix.lower() in YAML:
@@ -28,13 +28,13 @@ def read_documents(text: str, path: Path) -> Iterator[tuple[str, Any]]:
         except (ValueError, RecursionError) as error:
             if not is_json(text.lstrip().partition("\n")[0]):
                 raise ValueError(f"{path} is not valid JSON: {error}") from None
-            yield from _json_lines(text, path)  # as some benchmarks name them
+            yield from _json_lines(text, path)  # some benchmarks name JSON Lines files .json
         else:
             yield f"{path}", document
 
 
 def is_json(text: str) -> bool:
-    """Whether a text is JSON."""
+    """Whether a text is valid JSON."""
     try:
         json.loads(text)
     except (ValueError, RecursionError):
@@ -52,7 +52,7 @@ def _json_lines(text: str, path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parse_yaml(text: str, path: Path) -> Any:
-    """Parse YAML that JSON could say as well, with anchors and merges in it."""
+    """Parse JSON-compatible YAML; anchors and merge keys are resolved."""
     try:
         loader = _JsonLikeLoader(text)
         try:
@@ -68,7 +68,7 @@ def _parse_yaml(text: str, path: Path) -> Any:
 
 
 class _JsonLikeLoader(yaml.CSafeLoader):
-    """Reads plain words as JSON does: `no` and dates are texts."""
+    """Resolves plain scalars as JSON would: `no` and dates are strings."""
 
 
 _JsonLikeLoader.yaml_implicit_resolvers = {
@@ -81,8 +81,8 @@ _JsonLikeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:
 
 
 def _check_aliases(root: yaml.Node) -> None:
-    """Refuse aliases that lead round in a circle, and few lines that stand for more than fits into memory."""
-    sizes: dict[int, int] = {}  # how many values a node stands for; 0 while they are counted
+    """Reject cyclic aliases, and aliases whose expansion would not fit into memory."""
+    sizes: dict[int, int] = {}  # number of values that a node expands to; 0 while they are being counted
 
     def size(node: yaml.Node) -> int:
         if id(node) not in sizes:
@@ -91,9 +91,9 @@ def _check_aliases(root: yaml.Node) -> None:
             parts = [part for pair in inner for part in pair] if isinstance(node, yaml.MappingNode) else inner
             sizes[id(node)] = 1 + sum(map(size, parts))
         if sizes[id(node)] == 0:
-            raise ValueError("an alias leads round in a circle")
+            raise ValueError("an alias is cyclic")
         return sizes[id(node)]
 
     total = size(root)
     if total - len(sizes) > MAX_ALIASED:
-        raise ValueError(f"its aliases stand for more than {MAX_ALIASED} values")
+        raise ValueError(f"its aliases expand to more than {MAX_ALIASED} values")

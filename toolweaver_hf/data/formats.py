@@ -1,4 +1,4 @@
-"""The formats of tools that other projects write: documents, rows and their fields."""
+"""Formats of tool catalogs of other projects: documents, rows and fields."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from .schemas import Change, arguments_schema, is_object_schema, to_json_schema
 
 
 class Row(NamedTuple):
-    """A tool as a document has it."""
+    """An unconverted tool of a document."""
 
     place: str
-    """Where it stands, for messages."""
+    """Its place in the file, for error messages."""
     fields: Any
     server: str | None = None
-    """The server that it belongs to, whose name comes before its id."""
+    """The server that the tool belongs to, which prefixes its id."""
     foreign: bool = False
-    """Whether a server or a crawl wrote it, so that what it lacks is no mistake of the user's."""
+    """Whether a server or a benchmark wrote it, so that a missing description is not the user's mistake."""
     listed_by: str | None = None
-    """The row of a benchmark that lists it; several may list the same tool."""
+    """The benchmark row that lists it; several rows may list the same tool."""
     changes: list[str] | None = None
-    """What reading has changed, where `fields` are those of a [`Tool`] already."""
+    """The changes made while reading, if `fields` are already those of a [`Tool`]."""
 
 
 def document_rows(
@@ -36,8 +36,8 @@ def document_rows(
 
     Args:
         documents (`Iterable[tuple[str, Any]]`): The documents, each with its place.
-        path (`Path`): The file, beside which an OpenAPI document may have others.
-        leave_out (`Callable[[str, str], None]`): Told what is left out, by its place and why.
+        path (`Path`): The file. References of an OpenAPI document are relative to it.
+        leave_out (`Callable[[str, str], None]`): Called with the place of each omitted operation and the reason.
     """
     for place, document in documents:
         if isinstance(document, dict) and ("openapi" in document or "swagger" in document):
@@ -47,11 +47,11 @@ def document_rows(
             yield from find_rows(place, document)
         else:
             raise ValueError(
-                "it holds no tools: give a list of tools, an object with a list 'tools' or 'servers', or OpenAPI"
+                "it holds no tools; expected a list of tools, an object with a list 'tools' or 'servers', or OpenAPI"
             )
 
 
-# Where an object may hold tools, or objects that hold them.
+# Keys under which an object may hold tools, or objects that hold tools.
 CONTAINERS = ("tools", "functions", "function", "functionDeclarations", "function_declarations", "api_list")
 
 
@@ -68,7 +68,7 @@ def find_rows(place: str, value: Any, server: str | None = None, foreign: bool =
         yield Row(place, value, server, foreign)
         return
     held = json.loads(value[key]) if isinstance(value[key], str) else value[key]
-    if key == "api_list" and "tool_name" in value:  # a file of ToolBench
+    if key == "api_list" and "tool_name" in value:  # a ToolBench file
         about = {name: value.get(name) for name in ("tool_name", "tool_description", "category_name")}
         held = [{**about, "api_name": api.get("name"), **api} if isinstance(api, dict) else api for api in held]
     foreign = foreign or key in ("servers", "result", "api_list") or _is_instruction(value)
@@ -89,7 +89,7 @@ def _container(value: Any) -> str | None:
     """Return the key under which an object holds tools."""
     if not isinstance(value, dict):
         return None
-    if isinstance(value.get("result"), dict) and "tools" in value["result"]:  # a JSON-RPC answer of an MCP server
+    if isinstance(value.get("result"), dict) and "tools" in value["result"]:  # a JSON-RPC response of an MCP server
         return "result"
     servers = value.get("servers")
     if servers and all(
@@ -113,7 +113,7 @@ def _container(value: Any) -> str | None:
 
 
 def _is_instruction(value: dict[str, Any]) -> bool:
-    """Whether an object is a benchmark's row: what a user says, and the tools at hand."""
+    """Whether an object is a benchmark row: a query with its candidate tools."""
     return "query" in value or "question" in value
 
 
@@ -128,7 +128,7 @@ def _server_name(item: dict[str, Any]) -> str | None:
     return next((name for name in names if isinstance(name, str) and name.strip()), None)
 
 
-# How the formats call what a tool has, the first that is there.
+# Names of each field in the supported formats; the first that is present is read.
 NAMES = ("name", "api_name", "tool_name", "function_name")
 DESCRIPTIONS = ("description", "api_description", "desc")
 ARGUMENTS = (
@@ -141,14 +141,14 @@ OUTPUTS = (
 )
 SERVERS_ARGUMENTS = ("inputSchema", "input_schema")  # an MCP server's
 WRAPPERS = ("function", "toolSpec")  # OpenAI's and Amazon Bedrock's
-# What formats are known to have besides, and is kept in the metadata.
+# Other known keys, which are stored in the metadata without a warning.
 KEPT = (
     *("title", "annotations", "_meta", "meta", "icons", "execution", "strict", "cache_control", "tool_description"),
     *("method", "url", "template_response", "statuscode", "schema"),
 )
 
 Take = Callable[..., Any]
-"""Takes the value of the first key that is there out of a row; a key whose value is empty comes last."""
+"""Pops the value of the first present key from a row; keys with empty values come last."""
 
 
 def _function_fields(take: Take) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def _toolbench_fields(take: Take) -> dict[str, Any]:
     tool, api = take("tool_name"), take("api_name")
     if not isinstance(tool, str) or not isinstance(api, str):
         raise ValueError("an API of ToolBench needs a 'tool_name' and an 'api_name'")
-    take("name")  # the api_name once more
+    take("name")  # repeats the api_name
     parameters = []
     for kind in ("required_parameters", "optional_parameters"):
         declared = take(kind) or []
@@ -189,13 +189,13 @@ def _toolbench_fields(take: Take) -> dict[str, Any]:
     return {
         "id": f"<<{tool}&&{api}>>",
         "name": f"{tool}: {api}",
-        "description": description or f"{api} of {tool}",  # many APIs of ToolBench are described by name alone
+        "description": description or f"{api} of {tool}",  # many ToolBench APIs have only a name
         "parameters": parameters,
         "category": take("category_name") or None,
     }
 
 
-# What a row must have to be of a format; the first whose keys are there reads it.
+# The keys that identify each format, with its reader; the first match reads the row.
 DIALECTS: tuple[tuple[tuple[str, ...], Callable[[Take], dict[str, Any]]], ...] = (
     (("_id", "text"), _beir_fields),
     (("tool_name", "api_name"), _toolbench_fields),
@@ -206,7 +206,7 @@ DIALECTS: tuple[tuple[tuple[str, ...], Callable[[Take], dict[str, Any]]], ...] =
 
 
 def _with_required(parameters: Any, take: Take) -> Any:
-    """Put a list of the required arguments that stands beside their mapping into it."""
+    """Move a list of required arguments from beside `parameters` into it."""
     if not isinstance(parameters, dict) or "required" in parameters:
         return parameters
     required = take("required", only=list)
@@ -214,15 +214,15 @@ def _with_required(parameters: Any, take: Take) -> Any:
 
 
 def tool_fields(row: Any, change: Change, foreign: bool = False) -> dict[str, Any]:
-    """Return the fields of a [`Tool`] for a row of any format.
+    """Convert a row of any supported format to the fields of a [`Tool`].
 
     Args:
         row (`dict`): The row.
-        change (`Callable[[str], None]`): Told what is not kept as it was written.
-        foreign (`bool`): Whether a description that is missing is made of the tool's name.
+        change (`Callable[[str], None]`): Called with a description of each change.
+        foreign (`bool`): Whether a missing description is derived from the tool's name.
 
     Raises:
-        `ValueError`: for what is of none of the formats, naming the tool and the key that is not understood.
+        `ValueError`: for an unsupported format, naming the tool and the invalid key.
     """
     if not isinstance(row, dict):
         raise ValueError(f"a tool must be a JSON object, not {type(row).__name__}")
@@ -278,14 +278,14 @@ def tool_fields(row: Any, change: Change, foreign: bool = False) -> dict[str, An
 
 
 def _unwrapped(schema: Any) -> Any:
-    """Take the schema out of Amazon Bedrock's `{"json": {...}}`."""
+    """Unwrap a schema from Amazon Bedrock's `{"json": {...}}`."""
     if isinstance(schema, dict) and schema.keys() == {"json"} and isinstance(schema["json"], dict):
         return schema["json"]
     return schema
 
 
 def _output_schema(value: Any) -> dict[str, Any] | None:
-    """Return the schema of a tool's answers, `None` for what is none, `{}` for one that says nothing."""
+    """Return the schema of a tool's output; `None` if it is not a schema, `{}` if it is empty."""
     if isinstance(value, str):
         value = {"type": value}
     if not isinstance(value, dict):
@@ -305,6 +305,6 @@ def _output_schema(value: Any) -> dict[str, Any] | None:
 
 
 def name_words(name: str) -> str:
-    """Write a tool's name, such as `listRoots` or `list_roots`, as words."""
+    """Split a tool's name, such as `listRoots` or `list_roots`, into words."""
     words = re.sub(r"[\W_]+|(?<=[a-z0-9])(?=[A-Z])", " ", name).strip()
     return words[:1].upper() + words[1:] if words else name

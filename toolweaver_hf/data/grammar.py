@@ -1,4 +1,4 @@
-"""What a grammar can say of a JSON Schema, and what is left to a check afterwards."""
+"""Grammars of JSON Schemas for constrained decoding, without the keywords that a grammar cannot express."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Any
 from .schemas import MANY, NAMED, ONE
 
 
-# As json.dumps writes, and so as the training data has it.
+# The separators of json.dumps, as in the training data.
 JSON_FORMAT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 FindError = Callable[[str], str]
-"""Says why llguidance cannot compile a grammar; an empty string if it can."""
+"""Returns llguidance's error for a grammar, or an empty string if it compiles."""
 
 
 def expressible_grammar(schema: dict[str, Any], find_error: FindError, start: str = "") -> tuple[str, list[str]]:
-    """Return a grammar of the JSON that a schema of an object allows, for llguidance.
+    """Convert the JSON Schema of an object to a grammar for llguidance.
 
-    What no grammar can say, such as `uniqueItems`, a pattern that looks ahead or a type that does not exist, is left
-    out, keyword by keyword; everything around it stays.
+    Keywords that a grammar cannot express, such as `uniqueItems`, a pattern with lookahead or an unknown type, are
+    omitted one by one; the rest of the schema is kept.
 
     Args:
         schema (`dict`): The schema.
         find_error (`Callable[[str], str]`): `LLMatcher.validate_grammar`.
-        start (`str`, *optional*): What comes before the object, in the grammar's syntax.
+        start (`str`, *optional*): Prefix of the object, in the grammar's syntax.
 
     Returns:
-        `tuple[str, list[str]]`: the grammar, and the keywords that it leaves out. Formats among them, such as
-        `format: snowflake`, are notes to the reader that no validator checks.
+        `tuple[str, list[str]]`: the grammar, and the omitted keywords. Omitted formats, such as `format: snowflake`,
+        are annotations that no validator checks.
     """
 
     def compile_schema(candidate: dict[str, Any], **options: bool) -> tuple[str, str]:
@@ -48,12 +48,12 @@ def expressible_grammar(schema: dict[str, Any], find_error: FindError, start: st
     relaxed = _relax(closed, closed, fails, left_out)
     if not fails(relaxed):
         return compile_schema(relaxed)[0], left_out
-    # Alternatives of which exactly one must hold are taken as any of them.
+    # Treat oneOf as anyOf.
     grammar, error = compile_schema(relaxed, coerce_one_of=True)
     if not error:
         return grammar, [*left_out, "oneOf"]
     properties = relaxed.get("properties")
-    if isinstance(properties, dict):  # what does not go together, though each keyword can be said
+    if isinstance(properties, dict):  # expressible keywords may still fail in combination
         around = {key: relaxed[key] for key in ("$defs", "definitions") if key in relaxed}
         kept = {
             name: {} if compile_schema({**around, "properties": {name: inner}}, coerce_one_of=True)[1] else inner
@@ -66,11 +66,11 @@ def expressible_grammar(schema: dict[str, Any], find_error: FindError, start: st
 
 
 def _relax(schema: Any, root: dict[str, Any], fails: Callable[[dict[str, Any]], bool], left_out: list[str]) -> Any:
-    """Copy a schema without the keywords that no grammar can say. Each is tried without the schemas inside of it."""
+    """Copy a schema without inexpressible keywords. Each keyword is tested without its nested schemas."""
     if not isinstance(schema, dict):
         return schema
     result: dict[str, Any] = {}
-    own: dict[str, Any] = {}  # the schema's keywords with nothing inside
+    own: dict[str, Any] = {}  # the schema's keywords without nested schemas
     for key, value in schema.items():
         if key in NAMED and isinstance(value, dict):
             result[key] = {name: _relax(inner, root, fails, left_out) for name, inner in value.items()}
@@ -87,7 +87,7 @@ def _relax(schema: Any, root: dict[str, Any], fails: Callable[[dict[str, Any]], 
                 left_out.append(key)
         else:
             result[key] = own[key] = value
-    own.pop("oneOf", None)  # whether its alternatives exclude each other is seen only with what is in them
+    own.pop("oneOf", None)  # only the nested schemas show whether the alternatives are disjoint
     own = {key: value for key, value in own.items() if key not in ("$defs", "definitions")}
     if fails(own):
         kept: dict[str, Any] = {}
@@ -101,7 +101,7 @@ def _relax(schema: Any, root: dict[str, Any], fails: Callable[[dict[str, Any]], 
 
 
 def _resolves(reference: Any, root: dict[str, Any]) -> bool:
-    """Whether a reference leads to a schema within the same schema."""
+    """Whether a reference resolves within the root schema."""
     if reference == "#":
         return True
     if not isinstance(reference, str) or not reference.startswith("#/"):
@@ -119,10 +119,10 @@ def _resolves(reference: Any, root: dict[str, Any]) -> bool:
 
 
 def close_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    """Copy a JSON Schema of an object so that no property is allowed that it does not declare.
+    """Copy the JSON Schema of an object and disallow undeclared properties.
 
-    Objects inside that declare properties are closed as well. A schema that says itself what other properties may be,
-    is composed of others, or requires properties that it does not declare, stays as it is.
+    Nested objects that declare properties are closed as well. A schema is unchanged if it has `additionalProperties`
+    or `patternProperties`, is composed of other schemas, or requires undeclared properties.
     """
     closed = dict(schema)
     if isinstance(closed.get("properties"), dict):

@@ -1,4 +1,4 @@
-"""From an OpenAPI document to the rows of a catalog: one tool for each operation."""
+"""Conversion of OpenAPI documents to catalog rows, one tool per operation."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from .schemas import MANY, NAMED, ONE, to_json_schema
 
 METHODS = ("get", "put", "post", "delete", "patch", "head", "options", "trace")
 BODY = "body"  # argument name for a request body that is not an object, or whose property names clash with parameters
-OWN_HEADERS = ("accept", "content-type", "authorization")  # no parameters, by the specification
-MAX_DEFINITIONS = 1000  # schemas that one operation may refer to
-ANNOTATIONS = ("example", "xml", "externalDocs", "discriminator")  # of OpenAPI's schemas; JSON Schema has none of them
-NO_SCHEMA = ("name", "in", "description", "required", "allowEmptyValue", "collectionFormat")  # Swagger's parameters
+OWN_HEADERS = ("accept", "content-type", "authorization")  # not parameters, by the specification
+MAX_DEFINITIONS = 1000  # maximum number of schemas referenced by one operation
+ANNOTATIONS = ("example", "xml", "externalDocs", "discriminator")  # OpenAPI keywords without a meaning in JSON Schema
+# Keys of a Swagger parameter that are not part of its schema.
+NO_SCHEMA = ("name", "in", "description", "required", "allowEmptyValue", "collectionFormat")
 
 
 class Node(NamedTuple):
-    """A value of a document, and the file in which its references start."""
+    """A value of a document, with the base URI of its references."""
 
     value: Any
     base: str
@@ -34,30 +35,30 @@ class Node(NamedTuple):
 def openapi_tools(
     document: dict[str, Any], path: Path | None = None, leave_out: Callable[[str, str], None] | None = None
 ) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
-    """Turn a description in OpenAPI 3.0 or 3.1, or in Swagger 2.0, into rows of a catalog.
+    """Convert an OpenAPI 3.0, OpenAPI 3.1 or Swagger 2.0 description to rows of a catalog.
 
-    An operation's id is the tool's id, or method and path where it has none or another has it. Its parameters, and the
-    properties of its request body, are the tool's arguments; schemas that are referred to stand under `$defs`.
-    `metadata` tells how to send them: `method`, `path`, the body's `content_type` (JSON where there is a choice), and
-    for each argument its place (`path`, `query`, `header`, `cookie`, `body`). Where two arguments have one name, each
-    gets its place before it, and `names` tells what the operation calls them. The headers `Accept`, `Content-Type` and
-    `Authorization` are no parameters, as the specification has it.
+    The tool's id is the `operationId`, or the method and path if it is missing or not unique. The tool's arguments are
+    the operation's parameters and the properties of its request body; referenced schemas are placed under `$defs`.
+    `metadata` describes the request: `method`, `path`, the body's `content_type` (JSON if available), and in
+    `arguments` the location of each argument (`path`, `query`, `header`, `cookie` or `body`). Arguments with the same
+    name are prefixed with their location, and `names` maps them to their original names. The headers `Accept`,
+    `Content-Type` and `Authorization` are not parameters, by the specification.
 
-    References may lead to files beside the document, inside its folder, but not over the network. Of schemas, what
-    says nothing to JSON Schema is left out: `example`, `xml`, `externalDocs`, `discriminator` and extensions (`x-`).
+    References are resolved within the document's folder, and never over the network. Keywords without a meaning in
+    JSON Schema are removed: `example`, `xml`, `externalDocs`, `discriminator` and extensions (`x-`).
 
     Args:
-        document (`dict`): The document, of JSON or YAML.
-        path (`Path`, *optional*): Where it lies. Without it, no reference leaves the document.
-        leave_out (`Callable[[str, str], None]`, *optional*): Called with the place of an operation that cannot be read
-            and why, in place of an error.
+        document (`dict`): The parsed document.
+        path (`Path`, *optional*): The document's file. Without it, references to other files are errors.
+        leave_out (`Callable[[str, str], None]`, *optional*): Called with the place of an invalid operation and the
+            reason. Without it, an invalid operation is an error.
 
     Returns:
-        `Iterator[tuple[str, dict, list[str]]]`: the place of each operation, such as `GET /pets`, its row, and what
-        JSON Schema cannot say of it.
+        `Iterator[tuple[str, dict, list[str]]]`: for each operation its place, such as `GET /pets`, its row, and the
+        changes made by the conversion to JSON Schema.
 
     Raises:
-        `ValueError`: naming the operation or reference that is wrong, or the version that is not read.
+        `ValueError`: naming the invalid operation or reference, or the unsupported version.
     """
     version = str(document.get("openapi", document.get("swagger")))
     if not version.startswith("2." if "swagger" in document else "3."):
@@ -96,7 +97,7 @@ def openapi_tools(
 
 
 class _Reader:
-    """Reads operations, and follows the references in them."""
+    """Reads operations and resolves their references."""
 
     def __init__(self, document: dict[str, Any], path: Path | None):
         self.document = document
@@ -106,18 +107,18 @@ class _Reader:
         self.found: dict[tuple[str, str], Node] = {}
         self.files: dict[str, Resource] = {}
         self.registry = Registry(retrieve=self.retrieve).with_resource(self.base, _resource(document))
-        self.names: dict[Any, str] = {}  # under `$defs`, of the schemas that are referred to
-        # By name: a schema as JSON Schema, the names that it refers to, and what could not be said.
+        self.names: dict[Any, str] = {}  # names of referenced schemas under `$defs`
+        # By name: the JSON Schema, the names it references, and the changes made by its conversion.
         self.definitions: dict[str, tuple[Any, list[str], list[str]]] = {}
         self.waiting: dict[str, tuple[Node, Any, Any]] = {}
 
     def retrieve(self, uri: str) -> Resource:
-        """Read a file beside the document."""
+        """Read a file of the document's folder."""
         if uri not in self.files:
             parts = urlsplit(uri)
             if self.folder is None or parts.scheme != "file" or parts.netloc:
                 where = "over the network" if parts.scheme not in ("", "file") else "out of the document"
-                raise ValueError(f"leads {where}, where it is not followed: put the file beside the document")
+                raise ValueError(f"leads {where} and is not followed: put the file next to the document")
             path = Path(url2pathname(parts.path)).resolve()
             if not path.is_relative_to(self.folder):
                 raise ValueError("leads out of the document's folder")
@@ -130,7 +131,7 @@ class _Reader:
         return self.files[uri]
 
     def look_up(self, reference: str, base: str) -> Node:
-        """Find what a reference in a file leads to."""
+        """Resolve a reference against a base URI."""
         if (reference, base) not in self.found:
             try:
                 resolved = self.registry.resolver(base).lookup(reference)
@@ -142,7 +143,7 @@ class _Reader:
         return self.found[reference, base]
 
     def follow(self, node: Node) -> Node:
-        """Follow the reference of an object, where it is one."""
+        """Resolve an object that is a reference; return any other node unchanged."""
         for _ in range(20):
             if not isinstance(node.value, dict) or not isinstance(node.value.get("$ref"), str):
                 return node
@@ -150,7 +151,7 @@ class _Reader:
         raise ValueError(f"the reference {node.value['$ref']!r} leads round in a circle")
 
     def operations(self, node: Node) -> list[tuple[list[Node], str]]:
-        """List the operations of a path: for each the objects that describe the path, and the method."""
+        """List the operations of a path: for each, the objects that describe the path, and the method."""
         beside = {key: value for key, value in _object(node.value, "a path").items() if key != "$ref"}
         item = [Node(beside, node.base)]
         if len(beside) < len(node.value):
@@ -163,7 +164,7 @@ class _Reader:
         _object(operation.value, "the operation")
         body = Node(operation.value.get("requestBody") or {}, operation.base)
         media = None
-        # An operation's parameter takes the place of its path's parameter of the same name.
+        # Parameters of the operation override those of the path.
         declared: dict[tuple[str, str], Node] = {}
         for part in (*reversed(item), operation):
             for value in _list(part.value, "parameters"):
@@ -174,7 +175,7 @@ class _Reader:
                 if place != "header" or name.lower() not in OWN_HEADERS:
                     declared[name, place] = parameter
 
-        arguments: list[tuple[str, str, Any, bool]] = []  # name, place, schema and whether it is required
+        arguments: list[tuple[str, str, Any, bool]] = []  # name, location, schema, required
         used: list[str] = []
         for (name, place), parameter in declared.items():
             value = parameter.value
@@ -234,7 +235,7 @@ class _Reader:
     def body_arguments(
         self, content: Node, body: dict[str, Any], arguments: list[tuple[str, str, Any, bool]], used: list[str]
     ) -> list[tuple[str, str, Any, bool]]:
-        """Turn a request body into arguments: its properties, or the whole where it is not a plain object."""
+        """Convert a request body to arguments: one per property, or a single one unless it is a plain object."""
         resolved = self.follow(content)
         schema = _object(resolved.value, "the request body's schema")
         inside, is_required = schema.get("properties"), bool(body.get("required"))
@@ -249,7 +250,7 @@ class _Reader:
         return [(BODY, "body", whole, is_required)]
 
     def swagger_media(self, operation: dict[str, Any], wanted: tuple[str, ...]) -> str:
-        """Choose among the media types that an operation consumes."""
+        """Choose one of the media types that an operation consumes."""
         consumes = [
             *_list(operation, "consumes"),
             *([] if "consumes" in operation else _list(self.document, "consumes")),
@@ -259,9 +260,9 @@ class _Reader:
         return str(found[0]) if found else default
 
     def plain(self, node: Node, root: Any, used: list[str]) -> Any:
-        """Copy a schema without OpenAPI's annotations, and with references to `$defs`, whose names are added to `used`.
+        """Copy a schema without OpenAPI's annotations and with references to `$defs`, whose names are added to `used`.
 
-        What only looks like a schema, such as a default value, stays as it is.
+        Values that only look like schemas, such as defaults, are unchanged.
         """
         if not isinstance(node.value, dict):
             return node.value
@@ -274,7 +275,7 @@ class _Reader:
                 used.append(name)
                 value = f"#/$defs/{name}"
             elif key in ("$defs", "definitions") and isinstance(value, dict):
-                continue  # those that are referred to are collected
+                continue  # referenced definitions are collected separately
             elif key in NAMED and isinstance(value, dict):
                 value = {name: self.plain(Node(inner, node.base), root, used) for name, inner in value.items()}
             elif key in (*ONE, *MANY) and isinstance(value, list):
@@ -285,14 +286,14 @@ class _Reader:
         return result
 
     def definition(self, reference: str, base: str, root: Any) -> str:
-        """Return the name under `$defs` of the schema that a reference leads to."""
+        """Return the name of the referenced schema under `$defs`."""
         uri, fragment = urldefrag(urljoin(base, reference))
         fragment = unquote(fragment)
         key: Any = (uri, fragment)
         local = re.fullmatch(r"/(\$defs|definitions)/([^/]+)", fragment)
         inner = root.get(local[1]) if local and reference.startswith("#") and isinstance(root, dict) else None
         inside = isinstance(inner, dict) and local[2] in inner
-        if inside:  # of the schema itself, as code generators write them
+        if inside:  # the schema's own definitions, as code generators write them
             key = (id(root), fragment)
         if key not in self.names:
             node = Node(inner[local[2]], base) if inside else self.look_up(reference, base)
@@ -307,11 +308,11 @@ class _Reader:
                 node,
                 root if inside else node.value,
                 root,
-            )  # the last keeps its id from being reused
+            )  # root is kept alive so that its id() is not reused
         return self.names[key]
 
     def collect(self, used: list[str], changes: list[str]) -> dict[str, Any]:
-        """Return the schemas of the names, and of those that they refer to."""
+        """Return the definitions of the names and, transitively, of the names they reference."""
         definitions: dict[str, Any] = {}
         open_names = list(used)
         while open_names:
@@ -337,7 +338,7 @@ class _Content(NamedTuple):
 
 
 def _content(holder: Node) -> _Content:
-    """Return the content of a request body or parameter: JSON where there is a choice, else what has a schema."""
+    """Return the content of a request body or parameter, preferring media types with a schema, then JSON."""
     content = holder.value.get("content")
     media = {
         name: value
@@ -355,7 +356,7 @@ def _content(holder: Node) -> _Content:
 
 
 def _distinct_names(arguments: list[tuple[str, str, Any, bool]]) -> list[str]:
-    """Name the arguments; of those that share a name, each gets its place before it."""
+    """Return unique names; arguments that share a name are prefixed with their location."""
     given = [name for name, *_ in arguments]
     names: list[str] = []
     for name, place, *_ in arguments:
@@ -378,7 +379,7 @@ def join_sentences(*texts: Any) -> str:
 
 
 def _described(schema: Any, description: Any) -> Any:
-    """Give a parameter's schema the parameter's description where it has none of its own."""
+    """Add the parameter's description to its schema, unless the schema has one."""
     if isinstance(schema, dict) and "description" not in schema and _is_text(description):
         return {**schema, "description": description.strip()}
     return schema

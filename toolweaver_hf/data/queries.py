@@ -1,4 +1,4 @@
-"""Queries and the tools that they need, in the formats of files."""
+"""Queries with their ground-truth tools, and readers of their file formats."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .trajectories import ATOMIC_TOKEN, read_messages
 
 @dataclass(frozen=True)
 class Query:
-    """A query and the tools that it needs.
+    """A query with its ground-truth tools.
 
     Args:
-        id (`str`): Identifier, unique among its queries.
-        text (`str`): What the user says.
+        id (`str`): Unique identifier.
+        text (`str`): The text of the query.
         tools (`tuple[str, ...]`): Ids of the ground-truth tools, at least one.
-        group (`str`, *optional*): A group to report on its own, such as ToolBench's I1, I2 and I3.
-        place (`str`, *optional*): The file and line that it was read from, for error messages.
+        group (`str`, *optional*): A group that is reported separately, such as ToolBench's I1, I2 and I3.
+        place (`str`, *optional*): The file and line of the query, for error messages.
     """
 
     id: str
@@ -37,19 +37,19 @@ def load_queries(
 
     Args:
         path (`str`):
-            JSONL file with rows `{"id", "text", "tools"}`, or a BEIR queries file with rows `{"_id", "text"}`, or
-            ToolGen's rows for memorization and retrieval: `conversations` of a user's text and the tool's token
-            `<<tool&&api>>`. Also, as JSONL or as a JSON list: ToolBench's instructions with their `relevant APIs`,
-            Seal-Tools' rows with their `calling`, ToolRet's with their `labels`; of these benchmarks, rows without a
-            relevant tool are left out. A row may name its `group` (or `split`).
+            A JSONL file with rows `{"id", "text", "tools"}`; a BEIR queries file with rows `{"_id", "text"}`; or
+            ToolGen's rows for memorization and retrieval, whose `conversations` have a user message and the tool's
+            token `<<tool&&api>>`. Also, as JSONL or a JSON list: ToolBench's instructions with `relevant APIs`,
+            Seal-Tools' rows with `calling`, and ToolRet's rows with `labels`; rows of these benchmarks without a
+            relevant tool are skipped. A row may have a `group` (or `split`).
         qrels (`str`, *optional*):
-            For a BEIR queries file, the tab-separated file of `query-id`, `corpus-id` and `score` (a header line,
-            scores above 0 are relevant). Queries without a relevant tool are left out.
+            The relevance file of a BEIR queries file: tab-separated `query-id`, `corpus-id` and `score` with a header
+            line; scores above 0 are relevant. Queries without a relevant tool are skipped.
         bad_rows (`list[str]`, *optional*):
-            Where it is given, a row that cannot be read is left out, and what is wrong with it is added to this list.
+            If given, invalid rows are skipped and their error messages are appended to this list.
 
     Raises:
-        `ValueError`: naming the file and line that is wrong, or the id that occurs twice.
+        `ValueError`: naming the invalid file and line, or the duplicate id.
     """
     relevant = _read_qrels(qrels) if qrels is not None else None
     queries: dict[str, Query] = {}
@@ -71,7 +71,7 @@ def load_queries(
 
 
 def _read_query(place: str, row: dict[str, Any], relevant: dict[str, list[str]] | None) -> Query | None:
-    """Read one row; `None` for a query without a relevant tool in a format that has those."""
+    """Convert one row; `None` if it has no relevant tool, in a format that allows this."""
     row = _query_row(place, row)
     query_id, text = _as_id(row.get("id", row.get("_id"))), row.get("text")
     if not isinstance(query_id, str) or not isinstance(text, str) or not text.strip():
@@ -87,16 +87,16 @@ def _read_query(place: str, row: dict[str, Any], relevant: dict[str, list[str]] 
 
 
 def _as_id(value: Any) -> Any:
-    """Return a number that stands for an id as its text."""
+    """Convert an integer id to a string."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _query_row(place: str, row: dict[str, Any]) -> dict[str, Any]:
-    """Bring a row of another format to `id`, `text` and `tools`."""
+    """Convert a row of another format to `id`, `text` and `tools`."""
     if "conversations" in row:
         return _query_of_conversation(place, row)
     try:
-        if "relevant APIs" in row:  # ToolBench, whose own ground truth is what `api_list` has of them
+        if "relevant APIs" in row:  # ToolBench, whose ground truth is limited to its `api_list`
             listed = [[api["tool_name"], api["api_name"]] for api in row.get("api_list") or ()] or row["relevant APIs"]
             tools = [f"<<{tool}&&{api}>>" for tool, api in row["relevant APIs"] if [tool, api] in listed]
         elif "calling" in row:  # Seal-Tools
@@ -112,7 +112,7 @@ def _query_row(place: str, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _query_of_conversation(place: str, row: dict[str, Any]) -> dict[str, Any]:
-    """Read a conversation that is no more than a text and the tool that it stands for."""
+    """Convert a conversation of a user message and its tools."""
     try:
         *_, question, answer = read_messages(row)
     except ValueError as error:

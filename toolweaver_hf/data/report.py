@@ -1,4 +1,4 @@
-"""What was read of a catalog's file, for its user to see before training."""
+"""Report on a catalog file, to be checked before training."""
 
 from __future__ import annotations
 
@@ -14,17 +14,22 @@ from .grammar import expressible_grammar
 
 
 def describe_catalog(catalog: ToolCatalog, encoder: str | None = None) -> dict[str, Any]:
-    """Count what a catalog holds.
+    """Collect statistics and possible problems of a catalog.
 
     Args:
         catalog ([`ToolCatalog`]): The catalog.
-        encoder (`str`, *optional*): Folder of a sentence-transformers model, whose length cuts long documents.
+        encoder (`str`, *optional*): Folder of a sentence-transformers model, which truncates long documents.
 
     Returns:
-        `dict`: `tools`, `arguments`, the tools `without_description` of their own (which the words of their names
-        stand for) and `without_arguments`, the `longest` documents in characters, the `changes` that reading made, with
-        the tools of each, the keywords that no grammar of the arguments can say (`relaxed`; without llguidance
-        `None`), each with its tools, and the tools whose document is `cut` by the encoder (`None` without one).
+        `dict`:
+
+        - `tools` and `arguments`: their numbers.
+        - `without_description`: ids of the tools whose description is derived from their name.
+        - `without_arguments`: ids of the tools without arguments.
+        - `longest`: the longest documents with their length in characters.
+        - `changes`: the changes made while reading, each with its tools.
+        - `relaxed`: the schema keywords that a grammar cannot express, each with its tools; `None` without llguidance.
+        - `cut`: ids of the tools whose document the encoder truncates; `None` without `encoder`.
     """
     arguments = {tool.id: len(tool.parameters.get("properties") or {}) for tool in catalog}
     lengths = sorted(((len(tool.document), tool.id) for tool in catalog), reverse=True)
@@ -41,7 +46,7 @@ def describe_catalog(catalog: ToolCatalog, encoder: str | None = None) -> dict[s
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """Write what [`describe_catalog`] returns as lines to read."""
+    """Format the result of [`describe_catalog`] as lines of text."""
     longest = ", ".join(f"{tool_id} ({length:,})" for tool_id, length in report["longest"].items())
     lines = [
         f"{report['tools']:,} tools, {report['arguments']:,} arguments",
@@ -51,15 +56,13 @@ def format_report(report: dict[str, Any]) -> str:
     ]
     lines += [f"{change}: {_some(tools)}" for change, tools in report["changes"].items()]
     if report["relaxed"] is None:
-        lines.append(
-            'what a grammar of the arguments cannot say: needs llguidance, pip install "toolweaver-hf[grammar]"'
-        )
+        lines.append('keywords that a grammar cannot express: needs llguidance, pip install "toolweaver-hf[grammar]"')
     else:
         for keyword, tools in sorted(report["relaxed"].items(), key=lambda pair: -len(pair[1])):
             when = "not checked at all" if keyword.startswith("format: ") else "checked only after generation"
             lines.append(f"{keyword}, which no grammar can say, is {when}: {_some(tools)}")
     if report["cut"] is not None:
-        lines.append(f"longer than the encoder reads, and cut: {_some(report['cut'])}")
+        lines.append(f"longer than the encoder's maximum length, and truncated: {_some(report['cut'])}")
     return "\n".join(lines)
 
 
@@ -86,18 +89,18 @@ def _cut(catalog: ToolCatalog, encoder: str) -> list[str]:
         tokenizer = Tokenizer.from_file(str(Path(encoder) / "tokenizer.json"))
         settings = json.loads((Path(encoder) / "sentence_bert_config.json").read_text(encoding="utf-8"))
         max_tokens = int(settings["max_seq_length"])
-    except Exception as error:  # tokenizers raises no narrower kind
+    except Exception as error:  # tokenizers raises plain Exception
         raise ValueError(
-            f"{encoder} is no folder of a sentence-transformers model that says its length: {error}"
+            f"{encoder} is not a sentence-transformers folder with a maximum sequence length: {error}"
         ) from None
     return encoder_texts(catalog, tokenizer, max_tokens)[1]
 
 
 def print_catalog_report(path: str | os.PathLike, encoder: str | None = None) -> None:
-    """Print the report of a catalog's file."""
+    """Print the report on a catalog file."""
     catalog_logger = logging.getLogger(ToolCatalog.__module__)
     level = catalog_logger.level
-    catalog_logger.setLevel(logging.ERROR)  # the report tells what the warning does
+    catalog_logger.setLevel(logging.ERROR)  # the report repeats the warning
     try:
         catalog = ToolCatalog.from_file(path)
     finally:

@@ -1,4 +1,4 @@
-"""The ways in which projects write a tool's arguments, all turned into JSON Schema."""
+"""Conversion of argument declarations in various formats to JSON Schema."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 JSON_TYPES = ("string", "integer", "number", "boolean", "array", "object", "null")
 
-# Type names of Python, Java, JavaScript, SQL and OpenAPI in lower case, each with its JSON Schema.
+# The JSON Schema of each type name of Python, Java, JavaScript, SQL and OpenAPI, in lower case.
 TYPES: dict[str, dict[str, Any]] = {
     name: {"type": json_type}
     for json_type, names in {
@@ -29,7 +29,7 @@ TYPES |= {name: {"type": "string", "format": name} for name in ("date", "date-ti
 TYPES |= {"datetime": TYPES["date-time"], "url": TYPES["uri"], "file": {"type": "string", "format": "binary"}}
 TYPES |= {name: {} for name in ("any", "mixed", "json", "unknown", "type_unspecified", "")}
 
-# Keywords whose value is one schema (or a list of them in older drafts), a list of schemas, or schemas by name.
+# Keywords whose value is one schema (a list in older drafts), a list of schemas, or a mapping of names to schemas.
 ONE = (
     *("items", "additionalProperties", "additionalItems", "not", "if", "then", "else", "contains", "propertyNames"),
     *("unevaluatedItems", "unevaluatedProperties", "contentSchema"),
@@ -42,27 +42,27 @@ BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipl
 ANNOTATIONS = ("description", "title", "format", "pattern", "nullable", "required", "optional", "deprecated")
 KEYWORDS = {*ONE, *MANY, *NAMED, *DATA, *COUNTS, *BOUNDS, *ANNOTATIONS, "type", "$ref", "uniqueItems"}
 
-# As Google's Python SDK writes the keywords.
+# Google's Python SDK writes the keywords in snake case.
 SNAKE_CASE = {re.sub("[A-Z]", lambda match: f"_{match[0].lower()}", name): name for name in (*ONE, *MANY, *COUNTS)}
 SNAKE_CASE["property_ordering"] = "propertyOrdering"
 
 Change = Callable[[str], None]
-"""Is told what a schema says that JSON Schema cannot."""
+"""Called with a description of each part of a schema that is lost in the conversion to JSON Schema."""
 
 
 def arguments_schema(value: Any, change: Change) -> dict[str, Any]:
-    """Return the JSON Schema of a tool's arguments, whichever way they are written.
+    """Convert the declaration of a tool's arguments to JSON Schema.
 
     Args:
         value:
-            JSON Schema, with the type names of JSON, of Python (`dict`, `List[str]`, `int, optional`) or of Gemini
-            (`OBJECT`); a mapping of the arguments' names to their types, descriptions or schemas; a list of arguments,
-            each with its `name`; or any of these as a text of JSON.
+            A JSON Schema, with type names of JSON, Python (`dict`, `List[str]`, `int, optional`) or Gemini (`OBJECT`);
+            a mapping of argument names to types, descriptions or schemas; a list of arguments with a `name` each; or
+            any of these as a JSON string.
         change (`Callable[[str], None]`):
-            Called with a sentence for each thing that could not be said in JSON Schema.
+            Called with a description of each part that JSON Schema cannot express.
 
     Raises:
-        `ValueError`: naming the key that is not understood.
+        `ValueError`: naming the unknown key.
     """
     if isinstance(value, str):
         try:
@@ -82,7 +82,7 @@ def arguments_schema(value: Any, change: Change) -> dict[str, Any]:
         change("its schema stands where the properties belong: it is read as the schema")
         value = inside
     schema = to_json_schema(value, change)
-    if re.search("draft-0[34]", str(schema.get("$schema"))):  # which has another form of exclusive bounds
+    if re.search("draft-0[34]", str(schema.get("$schema"))):  # drafts 3 and 4 write exclusive bounds differently
         schema["$schema"] = "http://json-schema.org/draft-07/schema#"
     if isinstance(schema.get("type"), list) and "object" in schema["type"]:
         schema["type"] = "object"
@@ -94,7 +94,7 @@ def arguments_schema(value: Any, change: Change) -> dict[str, Any]:
 
 
 def to_json_schema(schema: Any, change: Change) -> Any:
-    """Return a schema as JSON Schema. One that is JSON Schema already stays as it is."""
+    """Convert a schema to JSON Schema. A schema that is already JSON Schema is unchanged."""
     if isinstance(schema, str):
         return _type_schema(schema, change)
     if not isinstance(schema, dict):
@@ -103,7 +103,7 @@ def to_json_schema(schema: Any, change: Change) -> Any:
     for key, value in schema.items():
         name = SNAKE_CASE.get(key, key)
         if value is None and name not in DATA:
-            continue  # says nothing
+            continue  # a null has no meaning here
         if name in NAMED and isinstance(value, dict):
             value = {inner_name: _named_schema(inner_name, inner, change) for inner_name, inner in value.items()}
         elif name in (*ONE, *MANY) and isinstance(value, list):
@@ -119,7 +119,7 @@ def to_json_schema(schema: Any, change: Change) -> Any:
         _allow_null(result)
     if isinstance(result.get("nullable"), bool):
         del result["nullable"]
-    for bound in ("minimum", "maximum"):  # draft 4 and OpenAPI 3.0 say by true or false whether a bound is exclusive
+    for bound in ("minimum", "maximum"):  # in draft 4 and OpenAPI 3.0, exclusive bounds are booleans
         name = f"exclusive{bound.title()}"
         if isinstance(result.get(name), bool) and result.pop(name) and bound in result:
             result[name] = result.pop(bound)
@@ -138,7 +138,7 @@ def _named_schema(name: str, schema: Any, change: Change) -> Any:
 
 
 def _is_schema(value: dict[str, Any]) -> bool:
-    """Tell a schema of an object from a mapping of arguments' names, of which one may be `type` or `properties`."""
+    """Whether a value is an object schema, not a mapping of argument names such as `type` or `properties`."""
     properties = value.get("properties")
     if isinstance(properties, dict) and all(isinstance(inner, (dict, bool)) for inner in properties.values()):
         return True
@@ -146,7 +146,7 @@ def _is_schema(value: dict[str, Any]) -> bool:
     if isinstance(kind, list) or (isinstance(kind, str) and TYPES.get(kind.strip().lower()) == TYPES["object"]):
         return True
     if isinstance(kind, str) and all(key in KEYWORDS for key in value):
-        return True  # of another type than 'object', which the tool refuses
+        return True  # not of type 'object': `Tool` will reject it
     if any(isinstance(value.get(key), str) for key in ("$ref", "$schema")):
         return True
     if any(isinstance(value.get(key), list) for key in MANY):
@@ -155,7 +155,7 @@ def _is_schema(value: dict[str, Any]) -> bool:
 
 
 def is_object_schema(value: Any) -> bool:
-    """Whether a value is for certain the schema of an object with properties."""
+    """Whether a value is certainly an object schema with properties."""
     properties = value.get("properties") if isinstance(value, dict) else None
     return bool(properties) and isinstance(properties, dict) and all(isinstance(p, dict) for p in properties.values())
 
@@ -167,13 +167,13 @@ def _looks_like_schema(value: Any) -> bool:
 
 
 def _read_mapping(entries: dict[str, Any], change: Change) -> dict[str, Any]:
-    """Read a mapping of arguments' names to what is known of each."""
+    """Convert a mapping of argument names to their declarations."""
     entries = dict(entries)
     listed = entries.get("required")
     if isinstance(listed, list):
         del entries["required"]
     properties: dict[str, Any] = {}
-    marks: dict[str, bool] = {}  # whether an argument must be given, where that is said
+    marks: dict[str, bool] = {}  # arguments that are explicitly marked as required or optional
     optional = set()
     for name, entry in entries.items():
         if entry is None or isinstance(entry, bool):
@@ -224,7 +224,7 @@ def _unnamed(entry: Any) -> Any:
 
 
 def _lift_required(schema: dict[str, Any]) -> None:
-    """Write `"required": true` of single properties, as older drafts have it, as the list of their object."""
+    """Convert `"required": true` of single properties (older drafts) to the object's list `required`."""
     properties = schema.get("properties")
     if not isinstance(properties, dict):
         return
@@ -263,7 +263,7 @@ def _number(text: str) -> Any:
 
 
 def _read_type(schema: dict[str, Any], change: Change) -> None:
-    """Replace the type names of other languages."""
+    """Replace type names of other languages by their schemas."""
     kind = schema.get("type")
     if isinstance(kind, list) and all(isinstance(name, str) for name in kind):
         if not all(name in JSON_TYPES for name in kind):
@@ -275,7 +275,7 @@ def _read_type(schema: dict[str, Any], change: Change) -> None:
 
 
 def _merge(schema: dict[str, Any], said: dict[str, Any]) -> None:
-    """Add what a type name says, at the front and without changing what the schema says itself."""
+    """Prepend the keywords of a type name; the schema's own keywords take precedence."""
     own = dict(schema)
     schema.clear()
     schema.update({**said, **own})
@@ -290,14 +290,14 @@ def _type_schema(name: str, change: Change) -> dict[str, Any]:
 
 
 def _strip_optional(name: str) -> tuple[str, bool]:
-    """Take off what says that an argument may be left out: `int, optional`, `Optional[int]`, `optional int`."""
+    """Remove the mark of an optional argument: `int, optional`, `Optional[int]`, `optional int`."""
     stripped = re.sub(r"\s*[,(]\s*optional\s*\)?\s*$|^\s*optional\s*,?\s+", "", name, flags=re.IGNORECASE)
     stripped = re.sub(r",\s*default(s|\s|=).*$", "", stripped, flags=re.IGNORECASE)
     return stripped, stripped != name or bool(re.match(r"\s*(typing\.)?optional\s*\[", name, re.IGNORECASE))
 
 
 def _parse_type(name: str) -> dict[str, Any] | None:
-    """Return the schema of a type's name, `None` where it is not known."""
+    """Return the schema of a type name, or `None` if it is unknown."""
     name = name.strip().removeprefix("typing.")
     if name.lower() in TYPES:
         return dict(TYPES[name.lower()])
@@ -352,7 +352,7 @@ def _union(schemas: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _split(text: str, separator: str) -> Iterator[str]:
-    """Split a type's name where it is not within brackets or quotes."""
+    """Split a type name at separators outside of brackets and quotes."""
     depth, start, quote = 0, 0, ""
     for position, letter in enumerate(text):
         if quote:

@@ -1,4 +1,4 @@
-"""Trajectories: conversations with tool calls, as files have them and as a model writes them."""
+"""Trajectories: conversations with tool calls, in their file formats and as a model generates them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ logger = logging.get_logger(__name__)
 
 
 ATOMIC_TOKEN = re.compile(r"<<(?:(?!<<).)+?(?:&&(?:(?!<<).)+?)?>>(?!>)")
-"""How ToolGen writes a tool: one token, `<<tool&&api>>`."""
+"""ToolGen's token of a tool, `<<tool&&api>>`."""
 
 
 ROLES = {
-    "developer": "system",  # as OpenAI's newer models call it
+    "developer": "system",  # OpenAI's newer name
     "human": "user",  # ShareGPT's
     "gpt": "assistant",
     "function": "tool",
@@ -43,42 +43,42 @@ TRAJECTORY_PROMPT = "Think, call tools by their code with JSON arguments, then a
 
 
 def load_trajectories(path: str | os.PathLike, bad_rows: list[str] | None = None) -> list[dict[str, Any]]:
-    """Read trajectories, or any other conversations.
+    """Read trajectories, or conversations without tool calls.
 
-    A row has `messages` in the conversational format of TRL, with `tools` beside it or not, or `conversations` as
-    ShareGPT has them, of `from` and `value` or `role` and `content`. A message's content is a text, or a list of text
-    parts, which are joined.
+    A row has either `messages` in TRL's conversational format, optionally with `tools`, or ShareGPT's `conversations`,
+    of `from` and `value` or `role` and `content`. A message's content is a string or a list of text parts, which are
+    joined.
 
-    A tool call stands in an assistant message's `tool_calls` as `{"type": "function", "function": {"name": TOOL_ID,
-    "arguments": {...}}}`, with the thought as its `content`; or, in older forms, in its `function_call`, in ShareGPT's
-    turn `function_call`, or in its text as ToolGen's token `<<tool&&api>>` or Hermes' `<tool_call>`. The results follow as messages of the role
-    `tool`. A result belongs to the call whose `id` is its `tool_call_id`; where there are no ids, the first to the
-    first. A row of Seal-Tools becomes the query, a turn for each call of its `calling`, observed by the call's
-    `responses`, and an empty answer, which ends the run.
+    A tool call is an item `{"type": "function", "function": {"name": TOOL_ID, "arguments": {...}}}` of an assistant
+    message's `tool_calls`, with the thought as the message's `content`. Older formats are also supported: a
+    `function_call`, ShareGPT's turn `function_call`, and calls in the text as ToolGen's token `<<tool&&api>>` or
+    Hermes' `<tool_call>`. Results follow as messages of the role `tool`. A result is matched to its call by
+    `tool_call_id`, or by order if there are no ids. A row of Seal-Tools is converted to the query, one turn per call
+    of its `calling` with the call's `responses` as the observation, and an empty final answer.
 
-    What a model thought stands in `reasoning_content` (or `reasoning`, or `thinking`), or at the start of its text as
-    `<think>...</think>`. A message of the assistant may say by `loss`, true or false (or by OpenAI's `weight`, 1 or 0),
-    whether it is to be learned.
+    The model's reasoning is in `reasoning_content` (or `reasoning`, or `thinking`), or at the start of its text as
+    `<think>...</think>`. An assistant message may set `loss` (true or false), or OpenAI's `weight` (1 or 0), to
+    include it in the training loss or not.
 
     Args:
         path (`str`):
-            A JSONL file, or a JSON file that holds a list.
+            A JSONL file, or a JSON file with a list.
         bad_rows (`list[str]`, *optional*):
-            Where it is given, a row that cannot be read is left out, and what is wrong with it is added to this list.
+            If given, invalid rows are skipped and their error messages are appended to this list.
 
     Returns:
-        `list[dict]`: rows of an `id`, `messages`, and the `place` in the file. Their `tools` are left out: the model
+        `list[dict]`: rows with `id`, `messages` and the `place` in the file. `tools` are dropped, because the model
         knows the tools by their codes.
 
     Raises:
-        `ValueError`: naming the file and line of a row that is not of that form, that calls a tool that its `tools`
-            lack, or holds a result without a call.
+        `ValueError`: naming the file and line of a row that has an invalid format, calls a tool that is missing in its
+            `tools`, or has a result without a call.
     """
     rows = []
     for place, row in read_rows(path, bad_rows):
         try:
             rows.append({"id": str(row.get("id", place)), "messages": read_messages(row), "place": place})
-        except (ValueError, TypeError, AttributeError) as error:  # also of a value of another type than is asked for
+        except (ValueError, TypeError, AttributeError) as error:  # the latter two for values of a wrong type
             if bad_rows is None:
                 raise ValueError(f"{place}: {error}") from None
             bad_rows.append(f"{place}: {error}")
@@ -86,7 +86,7 @@ def load_trajectories(path: str | os.PathLike, bad_rows: list[str] | None = None
 
 
 def read_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Check a row's conversation and return it with `role` and `content`, and with arguments that are objects."""
+    """Validate a row's conversation and return its messages with `role`, `content` and arguments as objects."""
     if "calling" in row:  # Seal-Tools
         turns: list[dict[str, Any]] = [{"role": "user", "content": row.get("query")}]
         for call in row["calling"]:
@@ -118,9 +118,9 @@ def _read_message(message: Any, names: set[str] | None) -> dict[str, Any]:
             logger.warning_once(f"the field {name!r} of messages is not read")
     content = content_text(message.get("content", message.get("value")))
     calls = list(message.get("tool_calls") or [])
-    if message.get("function_call"):  # as OpenAI's API had it
+    if message.get("function_call"):  # OpenAI's deprecated format
         calls.append({"function": message["function_call"]})
-    if role == "assistant" and "<tool_call>" in content:  # as Hermes writes them in its text
+    if role == "assistant" and "<tool_call>" in content:  # Hermes' format
         calls += [{"function": call} for text in TOOL_CALL.findall(content) for call in _read_json_calls(text)]
         content = TOOL_CALL.sub("", content).strip()
     if said == "function_call":  # ShareGPT's
@@ -159,18 +159,18 @@ def _read_json_calls(text: str) -> list[Any]:
 
 
 def find_results(messages: Sequence[dict[str, Any]]) -> dict[tuple[int, int], int]:
-    """Find the result of each tool call in a conversation.
+    """Match the results of a conversation to its tool calls.
 
     Returns:
-        `dict[tuple[int, int], int]`: for the place of a message and that of a call in its `tool_calls` the place of
-        the message that holds the result. Calls without a result are left out.
+        `dict[tuple[int, int], int]`: maps each call, by the index of its message and its index in `tool_calls`, to the
+        index of the message with its result. Calls without a result are omitted.
 
     Raises:
         `ValueError`: for a result without a call.
     """
     results: dict[tuple[int, int], int] = {}
-    waiting: dict[tuple[int, int], str | None] = {}  # calls without a result so far, with their ids
-    last = -1  # the last message of the assistant
+    waiting: dict[tuple[int, int], str | None] = {}  # calls that still have no result, with their ids
+    last = -1  # index of the last assistant message
     for place, message in enumerate(messages):
         if message["role"] == "assistant":
             last = place
@@ -191,10 +191,10 @@ def find_results(messages: Sequence[dict[str, Any]]) -> dict[tuple[int, int], in
 
 
 def content_text(content: Any) -> str:
-    """Return a message's content as one text: `{"type": "text", "text": ...}` parts, as chat APIs have them, are joined.
+    """Return a message's content as one string; parts `{"type": "text", "text": ...}` of chat APIs are joined.
 
     Raises:
-        `ValueError`: naming the kind of a part that is no text, such as an image.
+        `ValueError`: naming the type of a part that is not text, such as an image.
     """
     if content is None or isinstance(content, str):
         return content or ""
@@ -215,7 +215,7 @@ def _read_call(call: Any, names: set[str] | None) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError("a tool call needs a 'function' with the 'name' of the tool")
     name, arguments = function["name"], function.get("arguments", {})
-    if isinstance(arguments, str):  # OpenAI's API gives them as text
+    if isinstance(arguments, str):  # OpenAI's API returns a JSON string
         try:
             arguments = json.loads(arguments)
         except ValueError:
@@ -229,8 +229,11 @@ def _read_call(call: Any, names: set[str] | None) -> dict[str, Any]:
 
 
 def asked_in_trajectories(trajectories: Iterable[dict[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Return for each turn that calls tools what was asked, the user's last message and the turn's thought, and the ids
-    of the tools. ToolGen's tokens name a tool by both of their spellings."""
+    """Return a query and the tool ids for each turn that calls tools.
+
+    The query is the user's last message and the turn's thought. A ToolGen token counts as two ids, with and without its
+    angle brackets.
+    """
     asked = []
     for row in trajectories:
         said = ""
@@ -248,7 +251,7 @@ def asked_in_trajectories(trajectories: Iterable[dict[str, Any]]) -> list[tuple[
 
 
 def code_text(tool_id: str, tokenizer: ToolWeaverTokenizer) -> str:
-    """Return a tool's code as text, such as `<a_12><b_5>`. ToolGen's token `<<tool&&api>>` names a tool, too."""
+    """Return a tool's code as text, such as `<a_12><b_5>`. The tool id may also be ToolGen's token `<<tool&&api>>`."""
     if ATOMIC_TOKEN.fullmatch(tool_id) and not tokenizer.has_tool(tool_id):
         tool_id = tool_id[2:-2]
     return "".join(tokenizer.convert_ids_to_tokens(tokenizer.encode_tool(tool_id)))
@@ -256,20 +259,20 @@ def code_text(tool_id: str, tokenizer: ToolWeaverTokenizer) -> str:
 
 def _atomic_to_code(token: str, tokenizer: ToolWeaverTokenizer) -> str:
     is_tool = "&&" in token or tokenizer.has_tool(token) or tokenizer.has_tool(token[2:-2])
-    return code_text(token, tokenizer) if is_tool else token  # such as <<Finish>>, or a shift in C++
+    return code_text(token, tokenizer) if is_tool else token  # not a tool: <<Finish>>, or a shift operator in C++
 
 
 def render_calls(messages: Sequence[dict[str, Any]], tokenizer: ToolWeaverTokenizer) -> list[dict[str, Any]]:
-    """Write the tool calls of a conversation as the model generates them.
+    """Render the tool calls of a conversation in the format that the model generates.
 
-    Every message comes out with a plain `content`: a call becomes the tool's code and its arguments as one JSON object,
-    on a line of its own; ToolGen's tokens in the assistant's text become codes. The thought is the
-    `reasoning_content`; where a call has none, the text before it is. Several calls of one assistant message become
-    turns of their own, each followed by its result if there is one. A conversation without a system message gets
-    `TRAJECTORY_PROMPT`.
+    Every returned message has a string as its `content`. A call is rendered on its own line as the tool's code,
+    followed by its arguments as a JSON object; ToolGen's tokens in the assistant's text are replaced by codes. The
+    thought is the `reasoning_content`, or the text before a call without one. Parallel calls of one assistant message
+    are split into consecutive turns, each followed by its result if there is one. `TRAJECTORY_PROMPT` is prepended to a
+    conversation without a system message.
 
     Raises:
-        `ValueError`: if a call names a tool that has no code.
+        `ValueError`: if a call names a tool without a code.
     """
     messages = [
         {

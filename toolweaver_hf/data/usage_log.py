@@ -1,4 +1,4 @@
-"""The log of real use: what was searched for, what was called then, and how it went."""
+"""The usage log of a gateway: queries, calls and their outcomes."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from .trajectories import read_messages
 
 logger = logging.getLogger(__name__)
 
-MAX_LOG_BYTES = 256 * 2**20  # of all files of a folder
+MAX_LOG_BYTES = 256 * 2**20  # total size of a folder
 MAX_FILE_BYTES = 16 * 2**20
-MAX_TEXT = 2000  # characters of an outcome
+MAX_TEXT = 2000  # maximum characters of a result
 REDACTED = "[redacted]"
 
 
 class UsageLog:
     """Writes queries and calls to a folder as trajectories in the format of [`~data.load_trajectories`].
 
-    A call is one line of `trajectories-*.jsonl`, whole before the caller gets its answer: the query that it serves,
-    the call, and its outcome. A query is one line of `queries-*.jsonl`, with the tools that were found. `catalog.jsonl`
-    has all tools of late. A process has files of its own, so that several may share a folder; the oldest files go when
-    the folder grows too large. [`load_usage`] puts the calls of a query together again.
+    Each call is one line of `trajectories-*.jsonl` with its query, the call and its outcome, written before the caller
+    receives the result. Each query is one line of `queries-*.jsonl` with the retrieved tools. `catalog.jsonl` has all
+    tools seen so far. Each process writes its own files, so that several may share a folder; the oldest files are
+    deleted when the folder exceeds `max_bytes`. [`load_usage`] groups the calls by query.
 
     Args:
         folder (`str`):
-            The folder; made if it does not exist.
+            The folder; created if it does not exist.
         redact (`bool`, *optional*, defaults to `False`):
-            Whether arguments and outcomes are left out.
+            Whether to replace arguments and results by a placeholder.
         clean (`Callable`, *optional*):
-            Applied to each row, such as to take secrets out.
+            Applied to each row, for example to remove secrets.
         max_bytes (`int`, *optional*, defaults to 256 MiB):
-            Size of all files together.
+            Maximum total size of the files.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class UsageLog:
         self._process = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.getpid()}"
 
     def save_catalog(self, tools: Sequence[Tool]) -> None:
-        """Write the tools of now, beside those that the folder knows from before."""
+        """Merge the current tools into the folder's catalog."""
         path = self.folder / CATALOG_FILE
         known = {tool.id: tool for tool in ToolCatalog.from_file(path)} if path.exists() else {}
         merged = known | {tool.id: tool for tool in tools}
@@ -62,7 +62,7 @@ class UsageLog:
             ToolCatalog(merged.values()).to_jsonl(path)
 
     def add_query(self, session: str, number: int, query: str, found: Sequence[str]) -> None:
-        """Note a query and the ids of the tools that were found for it."""
+        """Log a query and the ids of the retrieved tools."""
         self._append("queries", {"id": f"{session}/{number}", "time": _now(), "query": query, "found": list(found)})
 
     def add_call(
@@ -75,15 +75,15 @@ class UsageLog:
         result: dict[str, Any] | None,
         outcome: str,
     ) -> None:
-        """Note a call.
+        """Log a call.
 
         Args:
             session (`str`): The session's id.
-            number (`int`): The number of the query in it that the call serves.
-            query (`str`, *optional*): The query; `None` where none came before.
+            number (`int`): Number of the call's query in the session.
+            query (`str`, *optional*): The query; `None` for a call without a query.
             tool_id (`str`): The tool.
             arguments (`dict`): The call's arguments.
-            result (`dict`, *optional*): The MCP result; `None` where there is none.
+            result (`dict`, *optional*): The MCP result; `None` if there is none.
             outcome (`str`): `"ok"`, `"error"`, `"no answer"` or `"cancelled"`.
         """
         texts = [part.get("text", "") for part in (result or {}).get("content", []) if part.get("type") == "text"]
@@ -112,10 +112,10 @@ class UsageLog:
                 self._make_room()
             file = os.open(path, os.O_APPEND | os.O_CREAT | os.O_WRONLY, 0o600)
             try:
-                os.write(file, line)  # one write: the line is there, or it is not, whenever the process is killed
+                os.write(file, line)  # a single write, so that a killed process leaves no partial line
             finally:
                 os.close(file)
-        except OSError as error:  # a full disk is no reason not to answer
+        except OSError as error:  # a full disk must not fail the request
             logger.warning("the log cannot be written: %s", error)
 
     def _path(self, kind: str) -> Path:
@@ -132,20 +132,20 @@ class UsageLog:
 
 
 def load_usage(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """Read the trajectories of a log: for each query one, with all calls that served it.
+    """Read the trajectories of a usage log, one per query with all of its calls.
 
-    A call that failed stays in its trajectory with `loss` false, so that it is not learned; a trajectory without a call
-    that went well is left out, as is a line that a killed process did not finish.
+    Failed calls are kept with `loss` set to false, which excludes them from the training loss. Trajectories without a
+    successful call are omitted, as are incomplete last lines of killed processes.
 
     Args:
-        folder (`str`): The folder that a [`UsageLog`] wrote.
+        folder (`str`): A folder written by [`UsageLog`].
 
     Returns:
-        `list[dict]`: rows of an `id` and `messages`, in the order of their queries.
+        `list[dict]`: rows with `id` and `messages`, in the order of their queries.
 
     Raises:
-        `ValueError`: naming the file and line that is no trajectory.
-        `OSError`: if there is no log in the folder.
+        `ValueError`: naming the file and line of an invalid trajectory.
+        `OSError`: if the folder has no log.
     """
     paths = sorted(Path(folder).glob("trajectories-*.jsonl"))
     if not paths:
@@ -154,7 +154,7 @@ def load_usage(folder: str | os.PathLike) -> list[dict[str, Any]]:
     good: set[str] = set()
     for path in paths:
         lines = path.read_bytes().split(b"\n")
-        for number, line in enumerate(lines[:-1], start=1):  # what follows the last line break was not finished
+        for number, line in enumerate(lines[:-1], start=1):  # the text after the last line break is incomplete
             try:
                 row = json.loads(line)
                 messages = read_messages(row)
