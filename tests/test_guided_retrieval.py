@@ -208,15 +208,21 @@ def test_weights_are_fitted_by_likelihood(guided):
     from toolweaver_hf.data.queries import Query
 
     model, tokenizer, expert = guided
-    queries = [
-        Query(str(i), text, (tool,))
-        for i, (tool, text) in enumerate(zip(expert.tool_ids, expert.documents, strict=True))
-    ]
+    pairs = zip(expert.tool_ids, expert.documents, strict=True)
+    queries = [Query(str(i), text, (tool,)) for i, (tool, text) in enumerate(pairs)]
     queries.append(Query("x", "rain", ("unknown",)))
-    fitted = fit_guidance(ToolRetriever(model, tokenizer, expert), queries)
-    assert fitted["loss"] < fitted["loss_before"] and fitted["queries"] == 40
-    # An untrained model says nothing of these, and each document is its own query.
-    assert expert.model_weight < 0.7 and expert.bm25_weight > 1
+    retriever = ToolRetriever(model, tokenizer, expert)
+    fitted = fit_guidance(retriever, queries)
+    # Each document is its own query, of which an untrained model knows nothing: it is not trusted at all.
+    assert fitted["queries"] == 40 and expert.cosine_weight > 15 and expert.model_weight == 0
+    assert fitted["loss"] == fitted["search_loss"]
+    assert retriever(QUERIES) == ToolRetriever(text_expert=expert)(QUERIES)
+    # Queries whose words tell nothing, but which are remembered in other words, are what the memory is for.
+    asked = [f"{'abcdefghijklmnopqrstuvwxyz'[i % 26] * 9} {'xyzw'[i // 26] * 5}" for i in range(40)]
+    expert.remember([f"{text} now" for text in asked], [[tool] for tool in expert.tool_ids])
+    riddles = [Query(str(i), text, (tool,)) for i, (tool, text) in enumerate(zip(expert.tool_ids, asked, strict=True))]
+    fitted = fit_guidance(retriever, riddles)
+    assert expert.memory_weight > 0.1 and fitted["loss"] < fitted["search_loss"] - 0.5
     with pytest.raises(ValueError, match="no text expert"):
         fit_guidance(ToolRetriever(model, tokenizer), queries)
     with pytest.raises(ValueError, match="none of the queries"):

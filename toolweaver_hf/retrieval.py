@@ -311,7 +311,8 @@ class ToolRetriever:
         num_beams = self._num_beams(top_k, num_beams)
         if exhaustive and self.trie is not None:
             num_beams, batch_size = max(self.trie.level_sizes), 1
-        prompts = [[] if self.trie is None else self.encode_query(query) for query in queries]
+        searches = self._searches()
+        prompts = [[] if searches else self.encode_query(query) for query in queries]
         # Queries of like length share a batch, so that little of it is padding.
         by_length = sorted(range(len(queries)), key=lambda i: len(prompts[i]))
         results: list[list[RetrievedTool]] = [[] for _ in queries]
@@ -319,7 +320,7 @@ class ToolRetriever:
         for batch in tqdm(batches, desc="Retrieving", disable=not show_progress_bar):
             logits = None if self.text_expert is None else self.text_expert.logits([queries[i] for i in batch])
             mask = None if allowed is None else self._allowed_mask([allowed[i] for i in batch])
-            if self.trie is None:
+            if searches:
                 found = self._search(logits, mask, top_k)
             else:
                 longest = max(len(prompts[i]) for i in batch)
@@ -403,7 +404,7 @@ class ToolRetriever:
         """
         allowed = self._allowed_rows(allowed_tools, len(input_ids))
         mask = None if allowed is None else self._allowed_mask(allowed)
-        if self.trie is None:
+        if self.trie is None or (expert_logits is not None and self._searches()):
             return self._search(expert_logits, mask, top_k)
         num_beams = self._num_beams(top_k, num_beams)
         return self._beam_search(input_ids, attention_mask, expert_logits, mask, num_beams, top_k)
@@ -430,7 +431,7 @@ class ToolRetriever:
         allowed = self._allowed_rows(None if allowed_tools is None else [list(allowed_tools)], 1)
         mask = None if allowed is None else self._allowed_mask(allowed)
         expert_logits = None if self.text_expert is None else self.text_expert.logits([query])
-        if self.trie is None:
+        if self._searches():
             return self.name_tools(*self._search(expert_logits, mask, top_k))[0]
         found = self._beam_search(None, None, expert_logits, mask, num_beams, top_k, state.fork(), logits)
         return self.name_tools(*found)[0]
@@ -441,6 +442,10 @@ class ToolRetriever:
             [RetrievedTool(self.tool_ids[r], s) for r, s in zip(row, score, strict=True) if s > -torch.inf]
             for row, score in zip(rows.tolist(), scores.tolist(), strict=True)
         ]
+
+    def _searches(self) -> bool:
+        """Whether the text expert ranks alone: without a model, or with one that is not to be trusted."""
+        return self.trie is None or (self.text_expert is not None and self.text_expert.model_weight == 0)
 
     @staticmethod
     def _num_beams(top_k: int, num_beams: int | None) -> int:

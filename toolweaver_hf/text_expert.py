@@ -84,7 +84,7 @@ class TextExpert:
             \\(\tau\\), the weight of the cosine.
         bm25_weight (`float`, *optional*, defaults to 0.4):
             \\(\nu\\), the weight of BM25.
-        memory_weight (`float`, *optional*, defaults to 1.2):
+        memory_weight (`float`, *optional*, defaults to 0.5):
             \\(\mu\\), the weight of the memory.
         model_weight (`float`, *optional*, defaults to 0.5):
             The weight \\(w\\) of an aligned model's log-probabilities beside the expert, where there is one: see
@@ -114,7 +114,7 @@ class TextExpert:
         encoder: str | None = None,
         cosine_weight: float = 15.0,
         bm25_weight: float = 0.4,
-        memory_weight: float = 1.2,
+        memory_weight: float = 0.5,
         model_weight: float = 0.5,
         learned: Iterable[str] | None = None,
     ):
