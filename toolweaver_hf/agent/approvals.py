@@ -1,4 +1,4 @@
-"""`Approvals`: what each tool was when it was approved, so that a later change is seen."""
+"""`Approvals`: checksums of approved tools, to detect later changes."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ APPROVALS_VERSION = 1
 
 
 class Approvals:
-    """The checksums of approved tools, in a file.
+    """The checksums of approved tools, stored in a file.
 
-    A tool that is seen for the first time is approved. One whose description, schema or annotations are others than
-    approved is reported, since a model would follow the new text as it did the old, and, with `pin`, held back until
-    it is approved anew.
+    A tool is approved when it is first seen. If its description, schema or annotations change later, the change is
+    logged, because a model would follow the new text as it did the old one. With `pin`, changed tools are held back
+    until they are approved again.
 
     Args:
         path (`str`):
             The file.
         pin (`bool`, *optional*, defaults to `False`):
-            Whether tools that have changed are held back.
+            Whether to hold back changed tools.
         approve (`bool`, *optional*, defaults to `False`):
-            Whether to approve every tool as it is now.
+            Whether to approve all tools in their current version.
 
     Raises:
-        `ValueError`: naming the file, if it is not one of approvals.
+        `ValueError`: naming the file, if it is not an approvals file.
     """
 
     def __init__(self, path: str | os.PathLike, pin: bool = False, approve: bool = False):
@@ -52,7 +52,7 @@ class Approvals:
             self._approved = tools
 
     def check(self, tools: Mapping[str, types.Tool]) -> set[str]:
-        """Compare tools with what was approved, and approve those that are new.
+        """Compare tools with their approved checksums, and approve new tools.
 
         Args:
             tools (`Mapping[str, mcp.types.Tool]`): The tools by id.

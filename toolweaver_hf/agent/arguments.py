@@ -1,4 +1,4 @@
-"""Arguments that obey a tool's JSON Schema, by grammar-constrained decoding."""
+"""Grammar-constrained decoding of arguments that conform to a tool's JSON Schema."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ logger = logging.get_logger(__name__)
 
 class ToolArgumentsLogitsProcessor(LogitsProcessor):
     r"""
-    [`LogitsProcessor`] that constrains what follows a tool's code to one JSON object that obeys the tool's JSON Schema,
-    then to the end of the turn.
+    [`LogitsProcessor`] that constrains the tokens after a tool's code to one JSON object that conforms to the tool's
+    JSON Schema, followed by the end of the turn.
 
-    It goes beside a [`ToolCodeLogitsProcessor`] in the mode `"trajectory"`. Properties come in the order of the schema,
-    none that it does not declare. What a grammar cannot express, such as `uniqueItems` or `not`, is left to a later
-    check (see [`ToolArgumentsLogitsProcessor.is_exact`]). Like the code's, its state is read from the `input_ids`.
+    Use it together with a [`ToolCodeLogitsProcessor`] in the mode `"trajectory"`. Properties are generated in the order
+    of the schema, without undeclared ones. Keywords that a grammar cannot express, such as `uniqueItems` or `not`, are
+    not enforced (see [`ToolArgumentsLogitsProcessor.is_exact`]). The state is derived from the `input_ids`, as in
+    [`ToolCodeLogitsProcessor`].
 
     Needs llguidance: `pip install "toolweaver-hf[grammar]"`.
 
@@ -37,15 +38,15 @@ class ToolArgumentsLogitsProcessor(LogitsProcessor):
         tokenizer ([`ToolWeaverTokenizer`]):
             The tokenizer.
         tools (`Mapping[str, Tool]`):
-            The tools by id, such as a [`ToolCatalog`]. Those that it lacks may get any JSON object.
+            The tools by id, such as a [`ToolCatalog`]. The arguments of other tools may be any JSON object.
         eos_token_id (`int` or `Sequence[int]`):
-            The tokens that end a turn, of which one follows the object.
+            The tokens that end a turn; one of them follows the object.
         prompt_length (`int`, *optional*, defaults to 0):
-            Number of tokens in the (padded) prompt, where no code is looked for.
+            Number of tokens in the (padded) prompt, which is not searched for codes.
 
     Raises:
-        `ImportError`: without llguidance.
-        `ValueError`: for a tokenizer that llguidance cannot read.
+        `ImportError`: if llguidance is not installed.
+        `ValueError`: if llguidance does not support the tokenizer.
 
     Example:
 
@@ -79,16 +80,16 @@ class ToolArgumentsLogitsProcessor(LogitsProcessor):
                 json.dumps(_text_tokenizer(tokenizer)), n_vocab=len(tokenizer), eos_token=tokenizer.eos_token_id
             )
         except Exception as error:
-            raise ValueError(f"llguidance cannot read this tokenizer: {error}") from None
+            raise ValueError(f"llguidance does not support this tokenizer: {error}") from None
         self._grammars: dict[str, tuple[str, bool]] = {}
-        self._matchers: dict[tuple[int, ...], Any] = {}  # of the last step's rows; saves work, holds no state
+        self._matchers: dict[tuple[int, ...], Any] = {}  # matchers of the last step's rows: a cache, not state
 
     def is_exact(self, tool_id: str) -> bool:
-        """Whether the grammar of a tool's arguments expresses all of its JSON Schema."""
+        """Whether the grammar of a tool's arguments expresses its whole JSON Schema."""
         return self._grammar(tool_id)[1]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Mask the scores of the tokens that may not come next.
+        """Mask the scores of invalid continuations.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size * num_beams, sequence_length)`): The tokens so far.
@@ -107,13 +108,13 @@ class ToolArgumentsLogitsProcessor(LogitsProcessor):
         return scores.masked_fill(~allowed.to(scores.device), float("-inf"))
 
     def is_complete(self, new_ids: Sequence[int]) -> bool:
-        """Whether the tokens of a turn end with a whole call, to which nothing can be added."""
+        """Whether the tokens of a turn end with a complete call."""
         call = self._call(new_ids)
         matcher = None if call is None else self._follow(call, {})
         return matcher is not None and matcher.is_accepting() and matcher.is_stopped()
 
     def _call(self, new_ids: Sequence[int]) -> tuple[int, ...] | None:
-        """The last whole code of a turn with what follows it; `None` in free text or inside a code."""
+        """Return the last complete code of a turn with the tokens after it; `None` in free text or inside a code."""
         first = self.tokenizer.level_offsets[0]
         starts = range(first, first + self.tokenizer.codebook_sizes[0])
         start = next((i for i in range(len(new_ids) - 1, -1, -1) if new_ids[i] in starts), None)
@@ -122,7 +123,7 @@ class ToolArgumentsLogitsProcessor(LogitsProcessor):
         return tuple(new_ids[start:])
 
     def _follow(self, call: tuple[int, ...], matchers: dict[tuple[int, ...], Any]) -> Any:
-        """The matcher after a call's tokens; `None` where they do not follow the grammar, as after its end."""
+        """Return the matcher advanced by a call's tokens; `None` if they violate the grammar, as after its end."""
         levels = len(self.tokenizer.codebook_sizes)
         matcher = matchers.get(call) or self._matchers.get(call)
         if matcher is None and call[:-1] in self._matchers:
@@ -148,7 +149,7 @@ class ToolArgumentsLogitsProcessor(LogitsProcessor):
         return allowed
 
     def _grammar(self, tool_id: str) -> tuple[str, bool]:
-        """A grammar of a tool's arguments, and whether it expresses all of the schema."""
+        """Return the grammar of a tool's arguments, and whether it expresses the whole schema."""
         if tool_id not in self._grammars:
             schema = self.tools[tool_id].parameters if tool_id in self.tools else {"type": "object"}
             grammar, left_out = expressible_grammar(
@@ -157,16 +158,16 @@ class ToolArgumentsLogitsProcessor(LogitsProcessor):
                 start='" " ' if self.tokenizer.opens_with_space else "",
             )
             if left_out:
-                logger.info(f"of the schema of {tool_id!r} a grammar cannot say: {', '.join(left_out)}")
+                logger.info(f"the grammar of {tool_id!r} cannot express these keywords: {', '.join(left_out)}")
             self._grammars[tool_id] = grammar, all(keyword.startswith("format: ") for keyword in left_out)
         return self._grammars[tool_id]
 
 
 def _text_tokenizer(tokenizer: ToolWeaverTokenizer) -> dict[str, Any]:
-    """Return the content of a `tokenizer.json` that tokenizes every text as text.
+    """Return the content of a `tokenizer.json` that never parses code tokens or control tokens in a text.
 
-    Code tokens, markers of roles and the like keep their ids, as special tokens that no string can hold, and lose
-    their spelling: what a schema says is never taken for them. A control character, which JSON escapes, stands in it.
+    Code tokens, role markers and other added tokens keep their ids but become special tokens with a new spelling, so
+    that no text of a schema matches them. The new spelling has a control character, which JSON strings always escape.
     """
     document = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     names = {}
@@ -185,5 +186,5 @@ def _text_tokenizer(tokenizer: ToolWeaverTokenizer) -> dict[str, Any]:
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         model["merges"] = [pair for pair in pairs if not {*pair, "".join(pair)} & names.keys()]
     if (document["pre_tokenizer"] or {}).get("add_prefix_space"):
-        document["pre_tokenizer"]["add_prefix_space"] = False  # else each piece that must come gets a space
+        document["pre_tokenizer"]["add_prefix_space"] = False  # else each forced piece would get a space
     return document | {"post_processor": None}

@@ -1,4 +1,4 @@
-"""`Gateway`: the tools of many MCP servers, found and called by name."""
+"""`Gateway`: search and calls over the tools of many MCP servers."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STARTS_AT_ONCE = 16
-FIRST_ANSWER_SECONDS = 3.0  # that a first query waits for servers that are still starting
+FIRST_ANSWER_SECONDS = 3.0  # how long the first query waits for starting servers
 RESERVED_NAMES = ("find_tools", "call_tool")
 
 
 class Gateway:
-    """Stands before many MCP servers: `find_tools` searches their tools and `call_tool` calls one.
+    """A gateway to many MCP servers: `find_tools` searches their tools and `call_tool` calls one.
 
-    Servers are started at once, watched and started again. While one is down, its tools are not found, and calls to
-    them fail with a clear error; the others are not affected.
+    The servers are started concurrently, monitored and restarted. While a server is down, its tools are not found and
+    calls to them fail with a clear error; other servers are not affected.
 
     Needs the `mcp` package: `pip install "toolweaver-hf[mcp]"`.
 
@@ -45,24 +45,24 @@ class Gateway:
         servers (`Sequence[ServerConfig]`):
             The servers, as [`read_mcp_config`] reads them.
         search ([`GatewaySearch`]):
-            The search over their tools.
+            The search over the tools.
         redact ([`Redactor`], *optional*):
-            What takes the secrets out of all that is shown. Defaults to one of the secrets of `servers`.
+            Removes secrets from logs and results. Defaults to a redactor of the secrets of `servers`.
         allow (`Sequence[str]`, *optional*, defaults to `("*",)`):
-            Patterns of the ids (`server.tool`) of tools that may be found and called at all.
+            Patterns of tool ids (`server.tool`). Only matching tools can be found and called.
         direct (`Sequence[str]`, *optional*):
-            Patterns of the ids of tools that are listed as they are, beside the two.
+            Patterns of the ids of tools that are listed directly, next to `find_tools` and `call_tool`.
         time_limit (`float`, *optional*, defaults to 60.0):
-            Seconds that a server may take for a call.
+            Time limit of a call, in seconds.
         approvals ([`Approvals`], *optional*):
-            What each tool was when it was approved. One that has changed is reported, or held back.
+            The approved tools. Changed tools are reported or held back.
         on_index (`Callable`, *optional*):
-            Called in a thread with the tools that can be found, whenever they have changed.
+            Called in a thread with the searchable tools whenever they change.
 
     Attributes:
         upstreams (`dict[str, Upstream]`): The servers by name.
-        tasks (`TaskGroup`): What runs while the gateway runs.
-        on_direct_change (`Callable`): Awaited when other tools are listed as they are.
+        tasks (`TaskGroup`): The background tasks of the running gateway.
+        on_direct_change (`Callable`): Awaited when the directly listed tools change.
 
     Example:
 
@@ -94,17 +94,17 @@ class Gateway:
         self._approvals, self._on_index = approvals, on_index
         self.on_direct_change: Callable[[], Awaitable[None]] | None = None
         self._changed = anyio.Event()
-        self._found_any = anyio.Event()  # the tools of a server can be found, or no server has any
-        self._indexed = anyio.Event()  # all servers have started or failed to, and what they list can be found
-        self._documents: dict[str, Tool] = {}  # what can be called, by id
-        self._searched: dict[str, Tool] = {}  # what can be found
+        self._found_any = anyio.Event()  # set once any tools are searchable, or no server has any
+        self._indexed = anyio.Event()  # set once every server has started or failed, and all tools are searchable
+        self._documents: dict[str, Tool] = {}  # callable tools by id
+        self._searched: dict[str, Tool] = {}  # searchable tools by id
         self._names = Names({})
         self._available: frozenset[str] = frozenset()
         self._held_back: frozenset[str] = frozenset()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Gateway]:
-        """Run the servers behind the gateway for as long as the context is open."""
+        """Run the servers while the context is open."""
         async with anyio.create_task_group() as tasks:
             self.tasks = tasks
             for upstream in self.upstreams.values():
@@ -117,23 +117,23 @@ class Gateway:
                 tasks.cancel_scope.cancel()
 
     async def ready(self) -> None:
-        """Wait until each server has started or failed to, and what they list can be found."""
+        """Wait until every server has started or failed, and all tools are searchable."""
         await self._indexed.wait()
 
-    # What can be found and called
+    # The index
 
     def _on_change(self) -> None:
         self._changed.set()
 
     async def _keep_index(self) -> None:
-        """Take over what the servers list now, again and again; many changes at once are one."""
+        """Update the index whenever the servers' tools change; changes in quick succession are batched."""
         while True:
             await self._changed.wait()
             self._changed = anyio.Event()
             settled = all(upstream.state != "starting" for upstream in self.upstreams.values())
             try:
                 await self._index()
-            except Exception as error:  # the search as it was is better than none
+            except Exception as error:  # keep the previous index
                 logger.error("the tools could not be indexed: %s", self.redact(f"{type(error).__name__}: {error}"))
             if settled or self._searched:
                 self._found_any.set()
@@ -165,7 +165,7 @@ class Gateway:
         )
         if self.on_direct_change is not None and self.direct_tools() != before:
             await self.on_direct_change()
-        # Tools can be called from here on, and be found after what follows, which may take a while.
+        # The tools are callable from here on, and searchable after the update below, which may take a while.
         if documents != self._searched:
             await self.search.update(list(documents.values()))
             self._searched = documents
@@ -173,7 +173,7 @@ class Gateway:
                 await to_thread.run_sync(self._on_index, list(documents.values()))
 
     def _describe(self, tool_id: str, tool: types.Tool) -> Tool | None:
-        """The tool as the search has it, with the server's name as its category and no secret in it."""
+        """Convert a tool for the search, with the server as its category and without secrets."""
         server, name = tool_id.split(".", 1)
         row = self.redact(tool.model_dump(mode="json", by_alias=True, exclude_none=True))
         annotated = (row.get("annotations") or {}).get("title")
@@ -191,17 +191,17 @@ class Gateway:
         return all(any(fnmatchcase(tool_id, pattern) for pattern in several) for several in patterns)
 
     def may_use_server(self, server: str, client: ClientConfig | None = None) -> bool:
-        """Whether a client may use any tool of a server, and with it what else the server has."""
+        """Whether a client may use any tool of a server, and thus its resources and prompts."""
         patterns = [self._allow] if client is None else [self._allow, client.allow]
         return all(any(fnmatchcase(server, pattern.split(".", 1)[0]) for pattern in several) for several in patterns)
 
     def id_of(self, name: str) -> str:
-        """Return the id of the tool that a name means, or the name itself."""
+        """Return the id of a tool by its name, or the name itself if it is not unique or unknown."""
         ids = self._names.resolve(name)
         return ids[0] if len(ids) == 1 else name
 
     def direct_tools(self, client: ClientConfig | None = None) -> dict[str, dict[str, Any]]:
-        """Return the tools that a client sees as they are: for each name what its server lists under it."""
+        """Return the tools that are listed directly to a client: the servers' definitions by name."""
         tools = {}
         for tool_id in sorted(self._available):
             if any(fnmatchcase(tool_id, pattern) for pattern in self._direct) and self._may(tool_id, client):
@@ -218,16 +218,16 @@ class Gateway:
         """Search the tools of all servers that are up.
 
         Args:
-            query (`str`): What is to be done.
-            k (`int`, *optional*, defaults to 5): How many tools to return at most.
-            client ([`ClientConfig`], *optional*): Who asks.
+            query (`str`): The query.
+            k (`int`, *optional*, defaults to 5): Maximum number of tools to return.
+            client ([`ClientConfig`], *optional*): The client.
 
         Returns:
             `dict`: the `tools`, best first, each with its `name`, `description`, `inputSchema` and `probability`, and
-            the servers that are `unavailable`, if any.
+            the names of `unavailable` servers, if any.
 
         Raises:
-            `UpstreamError`: No server is ready yet.
+            `UpstreamError`: if no server is ready yet.
         """
         with anyio.move_on_after(FIRST_ANSWER_SECONDS):
             await self._indexed.wait()
@@ -266,39 +266,39 @@ class Gateway:
         ask: Ask | None = None,
         extra: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Call a tool and return the result of its server as it is.
+        """Call a tool and return the server's result unchanged; secrets are removed from errors.
 
         Args:
             name (`str`): The tool's name or id.
-            arguments (`dict`): Its arguments, checked against its schema before the server gets them.
-            client ([`ClientConfig`], *optional*): Who calls.
+            arguments (`dict`): The arguments, validated against the tool's schema before the request.
+            client ([`ClientConfig`], *optional*): The client.
             meta (`dict`, *optional*): The `_meta` of the request.
-            on_progress (`Callable`, *optional*): Gets the server's reports of progress.
-            ask ([`Ask`], *optional*): How the client is asked what the server wants to know.
-            extra (`dict`, *optional*): Further fields of the request, such as the answers to a server's questions.
+            on_progress (`Callable`, *optional*): Called with the server's progress notifications.
+            ask ([`Ask`], *optional*): Forwards the server's questions (sampling, elicitation) to the client.
+            extra (`dict`, *optional*): Additional fields of the request, such as answers to a server's questions.
 
         Raises:
-            `mcp.MCPError`: The error that the server answered.
-            `UpstreamError`: There is no such tool, the arguments are wrong, or the server gave no answer.
+            `mcp.MCPError`: if the server responds with an error.
+            `UpstreamError`: if there is no such tool, the arguments are invalid, or the server does not respond.
         """
         from mcp import types
 
-        if self.id_of(name) not in self._documents:  # its server may be starting
+        if self.id_of(name) not in self._documents:  # its server may still be starting
             with anyio.move_on_after(START_SECONDS):
                 for upstream in self.upstreams.values():
                     await upstream.settled()
-                await anyio.sleep(0.1)  # for its tools to be taken over
+                await anyio.sleep(0.1)  # until its tools are indexed
         tool_id = self._resolve(name, client)
         server, tool_name = tool_id.split(".", 1)
         problem = find_error(arguments, self._documents[tool_id].parameters)
         if problem is not None:
-            raise UpstreamError(f"the arguments of {name!r} break its inputSchema: {problem}")
+            raise UpstreamError(f"the arguments of {name!r} do not match its inputSchema: {problem}")
         params = types.CallToolRequestParams(name=tool_name, arguments=arguments, _meta=meta or None, **(extra or {}))
         result = await self.upstreams[server].request(types.CallToolRequest(params=params), on_progress, ask)
         return self.redact(result) if result.get("isError") else result
 
     def _resolve(self, name: str, client: ClientConfig | None) -> str:
-        """The id of a tool that a client names."""
+        """Return the id of the tool that a client calls by name or id."""
         candidates = self._names.resolve(name)
         if len(candidates) > 1:
             raise UpstreamError(f"several servers have a tool {name!r}: call one of {', '.join(candidates)}")
@@ -314,7 +314,7 @@ class Gateway:
 
 
 class Names:
-    """What tools are called: by their own name where it is theirs alone, else by their id, `server.tool`.
+    """Public names of tools: the tool's own name if it is unique, otherwise its id (`server.tool`).
 
     Args:
         tool_ids (`Iterable[str]`): The ids of all tools.
@@ -327,11 +327,11 @@ class Names:
             self._ids_of.setdefault(tool_id.split(".", 1)[1], []).append(tool_id)
 
     def of(self, tool_id: str) -> str:
-        """Return what a tool is called."""
+        """Return the public name of a tool."""
         name = tool_id.split(".", 1)[1]
         unique = len(self._ids_of.get(name, ())) == 1 and name not in self._ids and name not in RESERVED_NAMES
         return name if unique else tool_id
 
     def resolve(self, name: str) -> list[str]:
-        """Return the ids of the tools that a name may mean: an id means itself."""
+        """Return the ids of the tools with a name. An id resolves to itself."""
         return [name] if name in self._ids else self._ids_of.get(name, [])

@@ -1,4 +1,4 @@
-"""`GatewaySearch`: the search of a gateway, whose tools come and go while it answers."""
+"""`GatewaySearch`: search over the changing tools of a gateway."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ MAX_BATCH = 32
 
 
 class GatewaySearch:
-    """Ranks tools that change.
+    """Ranks the tools of a gateway, which may change at any time.
 
-    It answers by BM25 at once, and by meaning as well as soon as the tools are embedded, which happens in the
-    background: see [`GatewaySearch.keep_embedded`]. With an aligned model the model ranks, too, and abstains on tools
-    that it has not learned.
+    Tools are ranked by BM25 immediately, and additionally by embeddings once they are computed in the background (see
+    [`GatewaySearch.keep_embedded`]). An aligned model also contributes to the ranking, and abstains on tools that it
+    was not trained on.
 
     Args:
         model (`str`, *optional*):
             Folder or repository of an aligned model.
         encoder (`str`, *optional*):
-            The sentence-transformers model without an aligned model. Defaults to [`~text_expert.default_encoder`].
+            The sentence-transformers model, used without an aligned model. Defaults to
+            [`~text_expert.default_encoder`].
         cache_dir (`str`, *optional*):
-            Folder that keeps the embeddings.
+            Cache folder of the embeddings.
         embed (`bool`, *optional*, defaults to `True`):
-            Whether tools are embedded. With `False` BM25 answers alone.
+            Whether to embed the tools. If `False`, tools are ranked without embeddings.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class GatewaySearch:
     ):
         self.model, self.encoder, self.cache_dir, self.embed = model, encoder, cache_dir, embed
         self.retriever: ToolRetriever | None = None
-        self._lock = anyio.Lock()  # one search, or one change, at a time
+        self._lock = anyio.Lock()  # one search or one update at a time
         self._changed = anyio.Event()
         self._waiting: list[_Query] = []
 
@@ -59,10 +60,10 @@ class GatewaySearch:
         return expert is not None and expert.embeddings is not None
 
     async def update(self, tools: Sequence[Tool]) -> None:
-        """Search among these tools from now on.
+        """Replace the searchable tools.
 
         Args:
-            tools (`Sequence[Tool]`): All of them.
+            tools (`Sequence[Tool]`): All tools.
 
         Raises:
             `ValueError` or `OSError`: if the model or the encoder cannot be loaded.
@@ -79,22 +80,22 @@ class GatewaySearch:
             self.retriever = ToolRetriever.from_pretrained(self.model)
         expert = None if self.retriever is None else self.retriever.text_expert
         if self.retriever is not None and expert is None:
-            return  # codes alone know what was learned
+            return  # without a text expert, only the tools with codes can be ranked
         known = {} if expert is None else dict(zip(expert.tool_ids, expert.documents, strict=True))
         documents = {tool.id: tool.document for tool in tools}
         gone = [tool_id for tool_id, document in known.items() if documents.get(tool_id) != document]
         if self.model is None and len(gone) == len(known):
             self.retriever = ToolRetriever.from_catalog(tools, self.encoder, embed=False)
         else:
-            expert.embeddings = None  # until they are made, or read from the cache
+            expert.embeddings = None  # until they are computed or read from the cache
             self.retriever.add([tool for tool in tools if tool.id not in known])
             if len(expert) > len(gone):
                 self.retriever.remove(*gone)
                 self.retriever.add([tool for tool in tools if tool.id in gone])
-        self.retriever([""], top_k=1)  # builds what the first query needs
+        self.retriever([""], top_k=1)  # builds the index before the first query
 
     async def keep_embedded(self) -> None:
-        """Embed in the background what has changed, again and again, until cancelled."""
+        """Embed changed tools in the background, until cancelled."""
         while self.embed:
             await self._changed.wait()
             self._changed = anyio.Event()
@@ -105,15 +106,15 @@ class GatewaySearch:
                 await to_thread.run_sync(expert.embed, self.cache_dir, abandon_on_cancel=True)
                 logger.info("%d tools are embedded", len(expert))
             except (ValueError, OSError, ImportError, RuntimeError) as error:
-                logger.warning("the tools are found by their words alone, without embeddings: %s", error)
+                logger.warning("the tools are ranked without embeddings: %s", error)
 
     async def __call__(self, query: str, k: int, tool_ids: Sequence[str]) -> list[RetrievedTool]:
-        """Rank tools for a query. Queries that wait at the same time are ranked together.
+        """Rank tools for a query. Concurrent queries are batched.
 
         Args:
             query (`str`): The query.
-            k (`int`): How many tools to return at most.
-            tool_ids (`Sequence[str]`): The only ones that may be found.
+            k (`int`): Maximum number of tools to return.
+            tool_ids (`Sequence[str]`): The candidate tools.
 
         Returns:
             `list[RetrievedTool]`: the tools, best first.
@@ -124,7 +125,7 @@ class GatewaySearch:
             async with self._lock:
                 if waiting in self._waiting:
                     batch, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
-                    with anyio.CancelScope(shield=True):  # others wait for the batch, too
+                    with anyio.CancelScope(shield=True):  # other queries wait for the batch
                         await to_thread.run_sync(self._answer, batch)
         finally:
             if waiting in self._waiting:
@@ -137,7 +138,7 @@ class GatewaySearch:
         try:
             for query, tools in zip(batch, self._rank(batch), strict=True):
                 query.found = tools
-        except Exception as error:  # whoever waits gets it
+        except Exception as error:  # raised to every query of the batch
             for query in batch:
                 query.error = error
 

@@ -1,4 +1,4 @@
-"""`GatewayServer`: a gateway as the MCP server that clients talk to."""
+"""`GatewayServer`: the MCP server of a gateway."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ CALL_TOOL_SCHEMA = {
 
 @dataclass
 class Session:
-    """What is remembered of one client's session."""
+    """The state of a client's session."""
 
     key: str
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
@@ -71,21 +71,21 @@ class Session:
 
 
 class GatewayServer:
-    """Answers the requests of MCP clients with what a [`Gateway`] finds and calls.
+    """Handles the requests of MCP clients with a [`Gateway`].
 
-    Resources, resource templates, prompts and completions of the servers are passed through, as are progress,
-    cancellation, and, to clients that can be asked, sampling and elicitation.
+    Resources, resource templates, prompts and completions of the servers are forwarded, as are progress notifications,
+    cancellation, and, for clients that support them, sampling and elicitation.
 
     Args:
         gateway ([`Gateway`]):
             The gateway.
         clients (`Mapping[str, ClientConfig]`, *optional*):
-            The clients that may connect by HTTP, by name. Without any, every client may.
+            The clients that may connect over HTTP, by name. If empty, any client may connect.
         usage_log ([`UsageLog`], *optional*):
-            Where queries, calls and their outcomes are written.
+            Log of queries, calls and their outcomes.
 
     Attributes:
-        server (`mcp.server.lowlevel.Server`): The server, to be run while the gateway runs.
+        server (`mcp.server.lowlevel.Server`): The MCP server, which needs a running gateway.
 
     Example:
 
@@ -130,16 +130,16 @@ class GatewayServer:
         self.options = self.server.create_initialization_options(NotificationOptions(tools_changed=True))
         gateway.on_direct_change = self._tell_clients
 
-    # Who asks
+    # Clients and sessions
 
     def client_of(self, authorization: str | None) -> ClientConfig | None:
-        """Return the client that shows a token, as the header `Authorization` has it."""
+        """Return the client that an `Authorization` header authenticates, if any."""
         scheme, _, token = (authorization or "").partition(" ")
         return self._clients.get(_digest(token.strip())) if scheme.lower() == "bearer" else None
 
     @property
     def needs_token(self) -> bool:
-        """`bool`: Whether a client that connects by HTTP must show a token."""
+        """`bool`: Whether HTTP clients must authenticate with a token."""
         return bool(self._clients)
 
     def _client(self, context: ServerRequestContext) -> ClientConfig | None:
@@ -164,7 +164,7 @@ class GatewayServer:
 
         await self._bus.publish(ToolsListChanged())
         for session in list(self._sessions.values()):
-            with anyio.move_on_after(1), contextlib.suppress(Exception):  # a client that is gone or does not listen
+            with anyio.move_on_after(1), contextlib.suppress(Exception):  # the client may be gone
                 await session.notify()
 
     # Tools
@@ -218,7 +218,7 @@ class GatewayServer:
             found = await self.gateway.find_tools(arguments["query"], arguments.get("k", 5), client)
         except UpstreamError as error:
             return _error(str(error))
-        except Exception as error:  # the next query may go well
+        except Exception as error:  # a failed search must not stop the server
             logger.exception("a search failed")
             return _error(self.gateway.redact(f"the search failed: {error}"))
         session.num_queries += 1
@@ -280,10 +280,10 @@ class GatewayServer:
                 )
         return result
 
-    # What else servers have
+    # Resources, prompts and completions
 
     def _servers(self, context: ServerRequestContext, capability: str) -> list[Upstream]:
-        """The servers that are up, have a capability and are not wholly forbidden to the client."""
+        """Return the running servers with a capability that the client may use."""
         return [
             upstream
             for upstream in self.gateway.upstreams.values()
@@ -294,7 +294,7 @@ class GatewayServer:
     async def _list(
         self, context: ServerRequestContext, capability: str, make_request: Callable[[Any], Any], key: str
     ) -> list[tuple[Upstream, dict[str, Any]]]:
-        """All items of a kind with their servers; one that cannot list its own is left out."""
+        """List the items of all servers with a capability, with their servers; failing servers are skipped."""
         from mcp import MCPError
         from mcp.types import PaginatedRequestParams
 
@@ -346,7 +346,7 @@ class GatewayServer:
         request = types.ReadResourceRequest(params=_without_envelope(params))
         servers = self._servers(context, "resources")
         owner = self._resource_owners.get(str(params.uri))
-        if owner in servers:  # else each is asked in turn, as the resource may be one of a template
+        if owner in servers:  # otherwise each server is tried, as the URI may come from a template
             servers = [owner]
         return await self._first_answer(context, servers, request, f"no server has the resource {params.uri}")
 
@@ -404,7 +404,7 @@ class GatewayServer:
 
 
 async def _ask(context: ServerRequestContext, params: Any) -> Any:
-    """Ask the client behind a request what a server wants to know."""
+    """Forward a server's question to the client of a request."""
     from mcp.shared.message import ServerMessageMetadata
     from mcp.types import ErrorData
 
@@ -418,7 +418,7 @@ async def _ask(context: ServerRequestContext, params: Any) -> Any:
 async def _ask_later(
     context: ServerRequestContext, ask: Callable[[dict[str, Any]], Awaitable[Any]], params: Any
 ) -> Any:
-    """Ask a client that calls again with its answer."""
+    """Ask a client that repeats its call with the answer."""
     from mcp.types import INVALID_REQUEST, ErrorData
 
     request, answer = _question(context, params)
@@ -431,7 +431,7 @@ async def _ask_later(
 
 
 def _question(context: ServerRequestContext, params: Any) -> tuple[Any, Any]:
-    """The request that asks a client, and the type of its answer; an error for a client that cannot be asked."""
+    """Return the request for the client, or an error if it does not support it, and the type of the answer."""
     from mcp import types
 
     if isinstance(params, types.CreateMessageRequestParams):
@@ -445,7 +445,7 @@ def _question(context: ServerRequestContext, params: Any) -> tuple[Any, Any]:
 
 
 def _passed_meta(meta: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What of a request's `_meta` is not between client and gateway alone."""
+    """Return the part of a request's `_meta` that is forwarded to servers."""
     return {
         key: value
         for key, value in (meta or {}).items()
@@ -458,7 +458,7 @@ def _without_envelope(params: Any) -> Any:
 
 
 def _answer(handler: Callable[..., Awaitable[dict[str, Any]]]) -> Callable[..., Awaitable[dict[str, Any]]]:
-    """Add to results what the protocol's newer version demands; the SDK leaves it out for an older one."""
+    """Add the result fields that newer protocol versions require; the SDK drops them for older versions."""
 
     async def answer(context: Any, params: Any) -> dict[str, Any]:
         return {"resultType": "complete", "ttlMs": 0, "cacheScope": "private"} | await handler(context, params)

@@ -1,4 +1,4 @@
-"""The multi-turn loop: think, choose a tool, fill its arguments, observe, answer."""
+"""The agent loop: think, choose a tool, generate its arguments, observe the result, answer."""
 
 from __future__ import annotations
 
@@ -33,36 +33,34 @@ logger = logging.get_logger(__name__)
 class ToolAgent:
     """Answers queries by calling tools, with a model that `recipes/sft.py` aligned on trajectories.
 
-    A turn is generated token by token. Once the model writes the first token of a code, the rest of it is constrained
-    to tools that exist and are allowed; then the arguments to the tool's JSON Schema, where llguidance is installed
-    (`pip install "toolweaver-hf[grammar]"`). Arguments that still break the schema are generated once more, with the
-    error before them. A call that fails is answered by an observation `{"error": ...}`, and the model goes on.
+    Once the model generates the first token of a code, decoding is constrained to the codes of allowed tools, and then
+    to arguments that match the tool's JSON Schema if llguidance is installed (`pip install "toolweaver-hf[grammar]"`).
+    Arguments that still violate the schema are generated once more, given the error. A failed call results in the
+    observation `{"error": ...}`, and the run continues.
 
-    What tools return and users say is tokenized as text: it can neither hold a code nor a marker of roles. What the
-    model generated stays as it was generated; nothing of a conversation is tokenized again.
+    User messages and tool results are tokenized as plain text, so they cannot contain codes or role markers. Generated
+    tokens are kept as they are; the conversation is never tokenized again.
 
     Args:
         model ([`PreTrainedModel`]): The aligned model.
         tokenizer ([`ToolWeaverTokenizer`]): Its tokenizer.
         catalog ([`ToolCatalog`]): The tools, with the schemas of their arguments.
         functions (`Mapping[str, Callable]`):
-            For each tool id the function to call with the arguments as keywords, plain or `async`, such as
-            [`MCPTools`]; it returns something that JSON can hold. Only these tools can be chosen.
-        max_steps (`int`, *optional*, defaults to 5): Most turns of the assistant in one run.
-        max_new_tokens (`int`, *optional*, defaults to 256): Most tokens of one turn.
-        max_total_tokens (`int`, *optional*): Most tokens that the model generates in one run.
-        time_limit (`float`, *optional*, defaults to 60): Seconds that a call may take; `None` for any time.
-        do_sample (`bool`, *optional*, defaults to `False`): Whether to sample tokens, or take the most probable.
+            Maps tool ids to functions, plain or `async`, such as [`MCPTools`]. They are called with the arguments as
+            keywords and return a JSON-serializable value. Only these tools can be chosen.
+        max_steps (`int`, *optional*, defaults to 5): Maximum number of assistant turns per run.
+        max_new_tokens (`int`, *optional*, defaults to 256): Maximum number of generated tokens per turn.
+        max_total_tokens (`int`, *optional*): Maximum number of generated tokens per run.
+        time_limit (`float`, *optional*, defaults to 60): Time limit of a call in seconds; `None` for no limit.
+        do_sample (`bool`, *optional*, defaults to `False`): Whether to use sampling; greedy decoding otherwise.
         text_expert ([`TextExpert`], *optional*):
-            Guides the choice of tools, as in [`ToolRetriever`], by the user's last message and the thought before the
-            code. Where the model opens a code, the product of model and expert chooses whose.
-        text_expert ([`TextExpert`], *optional*): Guides the choice of tools, as in [`ToolRetriever`]: where the model
-            opens a code, the product of model and expert chooses whose. The expert reads the user's last message and
-            the thought before the code. [`ToolAgent.from_pretrained`] loads the one that is saved with the model.
-        logits_processor (`LogitsProcessorList`, *optional*): Applied before the constraints, such as a temperature.
+            Text expert for the choice of tools, as in [`ToolRetriever`]. When the model starts a code, the tool is
+            chosen by the product of model and expert. The expert's query is the user's last message and the thought
+            before the code. [`ToolAgent.from_pretrained`] loads the expert that is saved with the model.
+        logits_processor (`LogitsProcessorList`, *optional*): Applied before the constraints, for example a temperature.
 
     Raises:
-        `ValueError`: for functions of tools that the catalog lacks or that have no code.
+        `ValueError`: if a function's tool is missing in the catalog or has no code.
 
     Example:
 
@@ -98,7 +96,7 @@ class ToolAgent:
                 "a catalog that holds them, or give functions without them"
             )
         self.model = model.eval()
-        can_use_cache(self.model)  # refuses what is no causal language model
+        can_use_cache(self.model)  # raises for anything but a causal language model
         self.tokenizer = tokenizer
         self.catalog = catalog
         self.functions = functions
@@ -120,7 +118,7 @@ class ToolAgent:
         try:
             self._grammar = ToolArgumentsLogitsProcessor(tokenizer, catalog, self._end_ids)
         except (ImportError, ValueError) as error:
-            logger.warning_once(f"The arguments of calls are checked, but not constrained: {error}")
+            logger.warning_once(f"The arguments of calls are validated, but not constrained: {error}")
             self._grammar = None
 
     @classmethod
@@ -131,14 +129,14 @@ class ToolAgent:
         catalog: ToolCatalog | None = None,
         **kwargs,
     ) -> ToolAgent:
-        """Load model, tokenizer and catalog from a folder that `recipes/sft.py` wrote, or a repository of the Hub.
+        """Load model, tokenizer and catalog from an output folder of `recipes/sft.py` or a Hub repository.
 
         Args:
             pretrained_model_name_or_path (`str`): The folder or repository.
-            functions (`Mapping[str, Callable]`): For each tool id the function to call.
-            catalog ([`ToolCatalog`], *optional*): The tools as they are now, such as [`MCPTools.catalog`], in place of
-                the folder's.
-            kwargs: As for the class; those that say where from, such as `revision` and `token`, hold for all files.
+            functions (`Mapping[str, Callable]`): Maps tool ids to functions.
+            catalog ([`ToolCatalog`], *optional*): The current tools, such as [`MCPTools.catalog`]. Defaults to the
+                catalog saved with the model.
+            kwargs: Arguments of [`ToolAgent`], and Hub options such as `revision` and `token`, used for all files.
         """
         hub_kwargs, settings = split_hub_kwargs(kwargs)
         if "text_expert" not in settings and cached_file(
@@ -154,7 +152,7 @@ class ToolAgent:
         )
 
     def __call__(self, query: str | Sequence[dict[str, Any]], allowed_tools: Iterable[str] | None = None) -> AgentRun:
-        """Answer a query. The arguments are those of [`ToolAgent.stream`]."""
+        """Answer a query. See [`ToolAgent.stream`] for the arguments."""
         run = AgentRun()
         for _ in self.stream(query, run, allowed_tools=allowed_tools):
             pass
@@ -167,18 +165,18 @@ class ToolAgent:
         allowed_tools: Iterable[str] | None = None,
         stream_tokens: bool = False,
     ) -> Iterator[dict[str, Any] | str]:
-        """Answer a query and yield every message as soon as it is complete, the user's first.
+        """Answer a query and yield each message once it is complete, starting with the user's.
 
         Args:
             query (`str` or `Sequence[dict]`):
-                What the user says, or a conversation that ends with it.
+                The user's message, or a conversation that ends with it.
             run ([`AgentRun`], *optional*):
                 Receives the messages and the stop reason, and can be cancelled.
             allowed_tools (`Iterable[str]`, *optional*):
-                The only tools that this run may choose. Defaults to all that have a function.
+                The tools that this run may choose. Defaults to all tools with a function.
             stream_tokens (`bool`, *optional*, defaults to `False`):
-                Whether to yield what the model writes, too, as pieces of text before the message that they make up;
-                arguments that are tried once more come twice.
+                Whether to also yield the generated text, in pieces, before each complete message. Retried arguments
+                are yielded twice.
 
         Raises:
             `ValueError`: for an allowed tool without a function.
@@ -198,7 +196,7 @@ class ToolAgent:
             if turn.tool_id is None or turn.stop_reason:
                 run.stop_reason = turn.stop_reason or "answer"
                 run.token_ids = turn.ids + turn.new_ids
-                run.messages.append({"role": "assistant", **turn.said})  # without a call that was cut off
+                run.messages.append({"role": "assistant", **turn.said})  # without an incomplete call
                 yield run.messages[-1]
                 return
             call = {"type": "function", "function": {"name": turn.tool_id, "arguments": turn.arguments}}
@@ -214,7 +212,7 @@ class ToolAgent:
             yield run.messages[-1]
 
     def _observe(self, turn: Turn, run: AgentRun) -> str | None:
-        """Call the tool that was chosen and return the observation as JSON; `None` if the run was cancelled."""
+        """Call the chosen tool and return the observation as JSON; `None` if the run was cancelled."""
         if turn.arguments_error:
             return as_json({"error": turn.arguments_error})
         result: Future = Future()
@@ -223,10 +221,10 @@ class ToolAgent:
             try:
                 value = self.functions[turn.tool_id](**copy.deepcopy(turn.arguments))
                 result.set_result(asyncio.run(value) if inspect.iscoroutine(value) else value)
-            except BaseException as error:  # whatever a tool raises is an observation
+            except BaseException as error:  # any error of a tool becomes an observation
                 result.set_exception(error)
 
-        # A daemon: a call that hangs keeps neither the agent nor the end of the program waiting.
+        # A daemon thread, so that a hanging call blocks neither the agent nor the exit of the program.
         threading.Thread(target=call, name=f"tool {turn.tool_id}", daemon=True).start()
         wait([result, run._cancelled], timeout=self.time_limit, return_when=FIRST_COMPLETED)
         if run._cancelled.done():

@@ -1,4 +1,4 @@
-"""`MCPTools`: the tools of an MCP server as functions that an agent calls."""
+"""`MCPTools`: the tools of MCP servers as functions for an agent."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ if TYPE_CHECKING:
 
 
 class MCPTools(Mapping[str, Callable[..., Any]]):
-    """The tools of MCP servers: for each tool's id a function that calls it there, as [`ToolAgent`] takes them.
+    """A mapping of tool ids to functions that call the tools of MCP servers, for [`ToolAgent`].
 
-    Used as a context manager, it starts or reaches the server and lists its tools. From within an event loop, a session
-    that is already open is wrapped by [`MCPTools.from_session`].
+    As a context manager, it connects to the server and lists its tools. Within an event loop, wrap an open session with
+    [`MCPTools.from_session`].
 
     Needs the `mcp` package: `pip install "toolweaver-hf[mcp]"`.
 
     Args:
         server (`StdioServerParameters` or `str`):
-            How to start a server that speaks on its standard input and output, or the URL of one that is reached by
-            HTTP. Whatever else `mcp.Client` connects to will do. A mapping of names to servers puts the tools of all
-            into one catalog, with ids such as `github.search` (see [`ToolCatalog.from_servers`]).
+            Command of a stdio server, URL of an HTTP server, or any other argument of `mcp.Client`. The tools of a
+            mapping of names to servers are merged into one catalog, with ids such as `github.search` (see
+            [`ToolCatalog.from_servers`]).
         time_limit (`float`, *optional*):
-            Seconds that the server may take to answer.
+            Time limit of a request, in seconds.
 
     Attributes:
-        catalog ([`ToolCatalog`]): The tools as the servers describe them.
+        catalog ([`ToolCatalog`]): The tools of the servers.
 
     Raises:
-        `ImportError`: without the `mcp` package.
-        `ValueError`: for a server without tools, or one whose description of a tool is not valid.
+        `ImportError`: if the `mcp` package is not installed.
+        `ValueError`: if a server has no tools or an invalid tool.
 
     Example:
 
@@ -76,10 +76,9 @@ class MCPTools(Mapping[str, Callable[..., Any]]):
 
     @classmethod
     async def from_session(cls, session: Client | ClientSession | Mapping[str, Client | ClientSession]) -> MCPTools:
-        """Wrap a session that is open in the running event loop, or a mapping of servers' names to their sessions.
+        """Wrap an open session of the running event loop, or a mapping of server names to sessions.
 
-        The agent then runs in another thread, so that the loop can answer it:
-        `await asyncio.to_thread(agent, query)`.
+        Run the agent in another thread, so that the loop can serve its calls: `await asyncio.to_thread(agent, query)`.
         """
         loop = asyncio.get_running_loop()
         tools = cls(None)
@@ -108,7 +107,7 @@ class MCPTools(Mapping[str, Callable[..., Any]]):
 
 
 def _by_name(servers: Any) -> dict[str | None, Any]:
-    """Return servers by their names; a single one has none."""
+    """Return a mapping of names to servers; the name of a single server is `None`."""
     return dict(servers) if isinstance(servers, Mapping) else {None: servers}
 
 
@@ -129,7 +128,7 @@ async def _list_tools(client: Client | ClientSession) -> list[dict[str, Any]]:
 
 
 async def _call_tool(client: Client | ClientSession, name: str, arguments: dict[str, Any]) -> Any:
-    """Call a tool; return its structured content or else its text, and raise what it calls an error."""
+    """Call a tool and return its structured content, or else its text; raise its errors."""
     result = await client.call_tool(name, arguments)
     parts = [_read_part(part) for part in result.content]
     if all(isinstance(part, str) for part in parts):
@@ -140,7 +139,7 @@ async def _call_tool(client: Client | ClientSession, name: str, arguments: dict[
 
 
 def _read_part(part: Any) -> str | dict[str, Any]:
-    """The text of a part of a result; of images, sounds and other files what they are, without their bytes."""
+    """Return the text of a content part, or the metadata of a binary part such as an image, without its bytes."""
     resource = getattr(part, "resource", part)
     if hasattr(resource, "text"):
         return resource.text

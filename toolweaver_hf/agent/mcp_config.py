@@ -1,4 +1,4 @@
-"""`mcp.json`: the MCP servers that a gateway stands before, and the secrets among their settings."""
+"""`mcp.json`: the configuration of MCP servers and of a gateway's clients, and its secrets."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ SECRET_NAME = re.compile(r"key|token|secret|pass|pwd|auth|cred|cookie|session|si
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """How one MCP server is started or reached.
+    """The configuration of one MCP server.
 
     Args:
         name (`str`):
-            What the server is called, and the first part of its tools' ids.
+            The server's name, which prefixes the ids of its tools.
         command (`str`, *optional*):
-            The program of a server that speaks on its standard input and output.
+            The program of a stdio server.
         args (`list[str]`, *optional*):
-            Its arguments.
+            The program's arguments.
         env (`dict[str, str]`, *optional*):
-            Its environment, beside `PATH`, `HOME` and the like.
+            Environment variables, in addition to `PATH`, `HOME` and other defaults.
         cwd (`str`, *optional*):
-            The folder that it starts in.
+            The working directory.
         url (`str`, *optional*):
-            The address of a server that is reached by streamable HTTP.
+            The URL of a streamable HTTP server.
         headers (`dict[str, str]`, *optional*):
-            What is sent along with each request to it.
+            HTTP headers of each request.
     """
 
     name: str
@@ -47,7 +47,7 @@ class ServerConfig:
 
     @property
     def secrets(self) -> dict[str, str]:
-        """`dict[str, str]`: For each value that must not be shown, what is shown in its place."""
+        """`dict[str, str]`: Maps secret values to their placeholders."""
         found = {}
         for name, value in self.env.items():
             if _is_secret(name, value):
@@ -65,17 +65,17 @@ class ServerConfig:
 
 
 def _is_secret(name: str, value: str) -> bool:
-    """A value counts as secret unless it is short or plainly a word or a number, such as `debug`, under a plain name."""
+    """Whether a setting is secret: by its name, or unless its value is short, a word such as `debug`, or a number."""
     if SECRET_NAME.search(name):
         return len(value) >= 3
     return len(value) >= 6 and not value.isalpha() and not value.isdecimal()
 
 
 class Redactor:
-    """Replaces secrets by their names, in texts and in whatever JSON holds them.
+    """Replaces secrets by placeholders, in strings and JSON values.
 
     Args:
-        secrets (`Mapping[str, str]`): For each secret what is shown in its place.
+        secrets (`Mapping[str, str]`): Maps secrets to their placeholders.
     """
 
     def __init__(self, secrets: Mapping[str, str]):
@@ -84,7 +84,7 @@ class Redactor:
         self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
     def __call__(self, value: Any) -> Any:
-        """Return a copy of a JSON value, its keys as well, without the secrets."""
+        """Return a copy of a JSON value with all secrets replaced, also in its keys."""
         if self._pattern is None:
             return value
         if isinstance(value, str):
@@ -97,7 +97,7 @@ class Redactor:
 
 
 def redactor_of(configs: Iterable[ServerConfig], others: Mapping[str, str] | None = None) -> Redactor:
-    """Make one redactor of the secrets of several servers."""
+    """Create a redactor of the secrets of several servers."""
     secrets = dict(others or {})
     for config in configs:
         secrets |= config.secrets
@@ -107,18 +107,18 @@ def redactor_of(configs: Iterable[ServerConfig], others: Mapping[str, str] | Non
 def read_mcp_config(path: str | os.PathLike) -> tuple[list[ServerConfig], dict[str, ClientConfig]]:
     """Read the `mcp.json` of Claude Desktop, Cursor or VS Code.
 
-    Its `mcpServers` (VS Code: `servers`) are read, as is what only a gateway has, `clients`: for each client's name the
-    `token` that it shows and the ids of the tools that it may `allow`. `${NAME}`, `${env:NAME}` and `${NAME:-default}`
-    stand for variables of the environment. Servers that are `disabled` are left out.
+    Servers are read from `mcpServers` (VS Code: `servers`). The gateway's own key `clients` maps client names to their
+    `token` and `allow`, the patterns of the tool ids that they may use. `${NAME}`, `${env:NAME}` and `${NAME:-default}`
+    are replaced by environment variables. Disabled servers are skipped.
 
     Args:
         path (`str`): The file.
 
     Returns:
-        `tuple`: the servers in their order, and the clients by name.
+        `tuple`: the servers in order, and the clients by name.
 
     Raises:
-        `ValueError`: naming the file and the entry that is wrong. No setting's value is in the message.
+        `ValueError`: naming the file and the invalid entry, without the values of settings.
         `OSError`: if the file cannot be read.
     """
     document = read_object(path)
@@ -146,7 +146,7 @@ def read_mcp_config(path: str | os.PathLike) -> tuple[list[ServerConfig], dict[s
 
 @dataclass(frozen=True)
 class ClientConfig:
-    """A client of the gateway: the token that it shows over HTTP and patterns of the tools that it may use."""
+    """A client of the gateway: its HTTP bearer token, and patterns of the tools that it may use."""
 
     name: str
     token: str | None = field(default=None, repr=False)
@@ -194,7 +194,7 @@ def _read_client(name: str, entry: Any, place: str) -> ClientConfig:
 
 
 def _expand(value: Any, place: str) -> Any:
-    """Put in what variables of the environment hold, and write numbers as text."""
+    """Expand environment variables, and convert numbers to strings."""
     if isinstance(value, dict):
         return {key: _expand(item, f"{place}, {key!r}") for key, item in value.items()}
     if isinstance(value, list):

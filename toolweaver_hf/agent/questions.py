@@ -1,7 +1,7 @@
-"""Calls over which a server asks the client something, for clients whose protocol has no requests of servers.
+"""Calls that wait for an answer of the client, for protocol versions without server-to-client requests.
 
-Since the protocol's version of 2026, such a client gets the question as the result of its call and calls again with the
-answer. The call to the server, which knows an older version, has to wait in between.
+Since the protocol version of 2026, the client receives a server's question as the result of its call, and repeats the
+call with the answer. In between, the call to the server, which uses an older version, stays open.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class WaitingCalls:
-    """Runs calls that may stop for a question and goes on with them when the answer comes.
+    """Runs calls that may pause for a question, and resumes them with the answer.
 
     Args:
-        tasks (`TaskGroup`): Where the calls run, from their first question on without anybody who awaits them.
-        time_limit (`float`): Seconds that an answer may take.
+        tasks (`TaskGroup`): The task group of the calls.
+        time_limit (`float`): Time limit of an answer, in seconds.
     """
 
     def __init__(self, tasks: TaskGroup, time_limit: float):
@@ -36,20 +36,20 @@ class WaitingCalls:
     async def begin(
         self, client: str, call: Callable[[Callable[[Any], Awaitable[Any]]], Awaitable[dict[str, Any]]]
     ) -> dict[str, Any]:
-        """Make a call; return its result, or a question.
+        """Start a call; return its result, or a question.
 
         Args:
-            client (`str`): Who calls.
-            call (`Callable`): Makes the call, and is given the function that asks the client.
+            client (`str`): Identifier of the client.
+            call (`Callable`): Makes the call, given a function that asks the client.
         """
         waiting = _WaitingCall(client)
         self._tasks.start_soon(waiting.run, call)
         return await self._next(waiting)
 
     async def go_on(self, client: str, state: str, answers: dict[str, Any] | None) -> dict[str, Any]:
-        """Give a waiting call its answer; return its result, or its next question."""
+        """Resume a call with an answer; return its result, or its next question."""
         waiting = self._waiting[state]
-        if waiting.client != client:  # the state of another client's call
+        if waiting.client != client:  # the state belongs to another client's call
             raise PermissionError("this call belongs to another client")
         del self._waiting[state]
         waiting.answer(next(iter((answers or {}).values()), None))
@@ -59,7 +59,7 @@ class WaitingCalls:
         try:
             question = await waiting.step()
         except BaseException:
-            waiting.scope.cancel()  # the client gave up, or the call has failed
+            waiting.scope.cancel()  # the client cancelled, or the call failed
             raise
         if question is None:
             return waiting.result
@@ -92,7 +92,7 @@ class _WaitingCall:
                 self._error = error
         if self.scope.cancelled_caught:
             self._error = TimeoutError("the call was given up")
-        # Where nobody listens any more, there is nobody to tell.
+        # The client may no longer be waiting.
         with self._turn, self._to_asker, self._answers, suppress(anyio.WouldBlock, anyio.BrokenResourceError):
             self._turn.send_nowait(None)
 
@@ -105,7 +105,7 @@ class _WaitingCall:
             self._to_asker.send_nowait(answer)
 
     async def step(self) -> dict[str, Any] | None:
-        """Wait for the next question; `None` is the end, with the result or the error that is raised."""
+        """Wait for the next question; `None` once the call has its result. Raises the call's error."""
         question = await self._steps.receive()
         if question is None:
             self._steps.close()

@@ -1,4 +1,4 @@
-"""A run of an agent: its messages, why it stopped, and how runs are saved."""
+"""The result of an agent's run, and saving runs as training trajectories."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ..files import atomic_write
 
 @dataclass
 class AgentRun:
-    """What an agent did for one query.
+    """The run of an agent on one query.
 
     Args:
         messages (`list[dict]`):
             The conversation in the format of a training trajectory (see [`~data.load_trajectories`]).
         stop_reason (`str`):
-            `"answer"`, or what came before one: `"max_steps"`, `"max_tokens"` or `"cancelled"`.
+            `"answer"`, `"max_steps"`, `"max_tokens"` or `"cancelled"`.
         token_ids (`list[int]`):
-            The conversation as the model saw it.
+            The tokens of the conversation.
         num_new_tokens (`int`):
-            Tokens that the model generated.
+            Number of generated tokens.
     """
 
     messages: list[dict[str, Any]] = field(default_factory=list)
@@ -35,17 +35,17 @@ class AgentRun:
 
     @property
     def answer(self) -> str | None:
-        """`str`: The final answer, or `None` where the run ended without one."""
+        """`str`: The final answer, or `None` if the run ended without one."""
         return self.messages[-1]["content"] if self.stop_reason == "answer" else None
 
     def cancel(self) -> None:
-        """End the run at its next token, or at once while it waits for a tool; from any thread."""
+        """Stop the run at its next token, or immediately while it waits for a tool. Thread-safe."""
         if not self._cancelled.done():
             self._cancelled.set_result(None)
 
 
 def save_trajectories(runs: Iterable[AgentRun], path: str | os.PathLike) -> None:
-    """Write runs as training trajectories, a JSONL file that [`~data.load_trajectories`] reads; whole or not at all."""
+    """Write runs as training trajectories for [`~data.load_trajectories`] (JSONL), atomically."""
     with atomic_write(path) as partial, open(partial, "w", encoding="utf-8") as file:
         for i, run in enumerate(runs):
             file.write(json.dumps({"id": f"run-{i}", "messages": run.messages}, ensure_ascii=False) + "\n")
@@ -56,4 +56,4 @@ def as_json(value: Any) -> str:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
         text = json.dumps({"error": f"what the tool returned is not JSON: {error}"}, ensure_ascii=False)
-    return text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair is no text
+    return text.encode("utf-8", "replace").decode("utf-8")  # replaces unpaired surrogates

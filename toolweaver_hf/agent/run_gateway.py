@@ -1,4 +1,4 @@
-"""A gateway as a process: where it listens, where its messages go, and how it ends.
+"""Run a gateway as a process, over stdio or HTTP.
 
 ```bash
 toolweaver gateway mcp.json
@@ -51,39 +51,39 @@ def run_gateway(
     redact: bool = False,
     cache_dir: str | os.PathLike | None = None,
 ) -> None:
-    """Run a gateway until its client leaves or a signal comes.
+    """Run a gateway until its client disconnects or a signal is received.
 
     Args:
         config (`str`):
             The servers' `mcp.json`.
         model (`str`, *optional*):
-            Folder or repository of an aligned model that finds the tools. By default words and meaning do.
+            Folder or repository of an aligned model. Without it, tools are ranked by BM25 and embeddings.
         encoder (`str`, *optional*):
-            The sentence-transformers model of the search without an aligned model.
+            The sentence-transformers model, used without an aligned model.
         port (`int`, *optional*):
-            Port to serve at by streamable HTTP; 0 for any. By default it is standard input and output.
+            Port of the streamable HTTP server; 0 for any free port. Defaults to serving over stdio.
         host (`str`, *optional*, defaults to `"127.0.0.1"`):
             Address to listen on.
         allow (`Sequence[str]`, *optional*, defaults to `("*",)`):
-            Patterns of the ids, `server.tool`, of the only tools that may be used.
+            Patterns of tool ids (`server.tool`). Only matching tools can be found and called.
         direct (`Sequence[str]`, *optional*):
-            Patterns of the ids of tools that are listed as they are, too.
+            Patterns of the ids of tools that are also listed directly.
         time_limit (`float`, *optional*, defaults to 60.0):
-            Seconds for a call.
+            Time limit of a call, in seconds.
         pin (`bool`, *optional*, defaults to `False`):
-            Whether tools that have changed since they were approved are held back.
+            Whether to hold back tools that have changed since they were approved.
         approve (`bool`, *optional*, defaults to `False`):
-            Whether to approve all tools as they are now, and end.
+            Whether to approve all tools in their current version and exit.
         log (`str`, *optional*):
-            Folder of the log of queries, calls and outcomes (see [`UsageLog`]).
+            Folder of the usage log (see [`UsageLog`]).
         redact (`bool`, *optional*, defaults to `False`):
-            Whether arguments and outcomes are left out of the log.
+            Whether to replace arguments and results in the log by a placeholder.
         cache_dir (`str`, *optional*, defaults to `"~/.cache/toolweaver"`):
-            Folder for approvals and embeddings.
+            Cache folder of approvals and embeddings.
 
     Raises:
-        `ValueError`: naming what is wrong in the file or the options, or without the `mcp` package.
-        `OSError`: if the file cannot be read, or the port is taken.
+        `ValueError`: if the file or an option is invalid, or the `mcp` package is not installed.
+        `OSError`: if the file cannot be read, or the port is in use.
     """
     if find_spec("mcp") is None:
         raise ValueError('the gateway needs the mcp package: pip install "toolweaver-hf[mcp]"')
@@ -114,14 +114,14 @@ def run_gateway(
         anyio.run(serve_stdio, gateway, clients, usage_log)
     else:
         if host not in LOOPBACK and not any(client.token for client in clients.values()):
-            logger.warning("whoever reaches %s may call every tool: give 'clients' with tokens in the file", host)
+            logger.warning("anyone who can reach %s can call every tool: add 'clients' with tokens to the file", host)
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         print(f"{len(servers)} servers at http://{host}:{listener.getsockname()[1]}/mcp", flush=True)
         anyio.run(serve_http, gateway, clients, usage_log, host, listener)
 
 
 async def serve_stdio(gateway: Gateway, clients: Mapping[str, ClientConfig], usage_log: UsageLog | None) -> None:
-    """Serve one client on standard input and output until it closes them, or a signal comes."""
+    """Serve one client over stdio until it disconnects or a signal is received."""
     from mcp.server.stdio import stdio_server
 
     done = anyio.Event()
@@ -148,7 +148,7 @@ async def serve_stdio(gateway: Gateway, clients: Mapping[str, ClientConfig], usa
             await done.wait()
         if stopped:
             sys.stderr.flush()
-            os._exit(0)  # a thread waits for a line of input that may never come
+            os._exit(0)  # a thread still blocks on reading stdin
         tasks.cancel_scope.cancel()
 
 
@@ -159,7 +159,7 @@ async def serve_http(
     host: str,
     listener: socket.socket,
 ) -> None:
-    """Serve clients by streamable HTTP until a signal comes."""
+    """Serve clients over streamable HTTP until a signal is received."""
     import uvicorn  # comes with mcp
 
     async with gateway.running():
@@ -172,7 +172,7 @@ async def serve_http(
 
 
 class _RequireToken:
-    """Turns away requests that do not show the token of a client."""
+    """Rejects requests without the token of a client."""
 
     def __init__(self, app: Any, server: GatewayServer):
         self.app, self.server = app, server
@@ -200,7 +200,7 @@ async def _approve(gateway: Gateway, approvals: Approvals) -> None:
 
 
 def _log_to_stderr(redact: Redactor) -> None:
-    """Send all messages to standard error, without secrets."""
+    """Log to standard error, with secrets redacted."""
 
     class Formatter(logging.Formatter):
         def format(self, record: logging.LogRecord) -> str:
@@ -210,7 +210,7 @@ def _log_to_stderr(redact: Redactor) -> None:
     handler.setFormatter(Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("toolweaver_hf").setLevel(logging.INFO)
-    for name in ("mcp", "client"):  # of what servers do wrong, one line is enough
+    for name in ("mcp", "client"):  # `Upstream` already logs each failure in one line
         logging.getLogger(name).setLevel(logging.CRITICAL)
     logging.captureWarnings(True)
     warnings.filterwarnings("ignore", module="mcp")

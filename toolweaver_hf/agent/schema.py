@@ -1,4 +1,4 @@
-"""Arguments checked against a tool's JSON Schema."""
+"""Validation of arguments against a tool's JSON Schema."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ logger = logging.getLogger(__name__)
 
 
 def find_error(arguments: dict[str, Any], schema: dict[str, Any]) -> str | None:
-    """Say in what arguments break a tool's JSON Schema, or return `None`.
+    """Return the error of arguments that violate a tool's JSON Schema, or `None`.
 
-    References to schemas elsewhere are not fetched. Of a schema that is broken in one place, such as by a type that
-    does not exist, everything else is checked.
+    Remote references are not fetched. If a part of the schema is invalid, such as an unknown type, only that part is
+    ignored.
     """
     try:
         validator = _forgiving(validator_for(schema, default=Draft202012Validator))(schema, registry=Registry())
         error = best_match(validator.iter_errors(arguments))
-    except Exception as broken:  # such as a reference that leads to itself
+    except Exception as broken:  # such as a reference to itself
         _warn_once(f"arguments are not checked against a broken schema: {broken}")
         return None
     if error is None:
@@ -36,7 +36,7 @@ def find_error(arguments: dict[str, Any], schema: dict[str, Any]) -> str | None:
 
 @cache
 def _forgiving(validator_class: Any) -> Any:
-    """A validator for which a keyword that cannot be checked allows everything."""
+    """Extend a validator class to ignore keywords whose check fails."""
 
     def forgive(keyword: str, check: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
         def checked(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[Any]:
@@ -44,7 +44,7 @@ def _forgiving(validator_class: Any) -> Any:
                 yield from check(validator, value, instance, schema) or ()
             except RecursionError:
                 raise
-            except Exception as broken:  # as many kinds as there are ways to break a schema
+            except Exception as broken:  # an invalid schema can raise almost any exception
                 _warn_once(f"{keyword!r} of a schema is not checked: {' '.join(str(broken).split())[:200]}")
 
         return checked

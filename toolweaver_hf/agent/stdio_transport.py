@@ -1,4 +1,4 @@
-"""A connection to an MCP server on its standard input and output that no misbehavior of the server can flood."""
+"""A stdio transport for MCP servers with bounded memory, even if a server misbehaves."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from .mcp_config import ServerConfig
 
 
-MAX_MESSAGE_BYTES = 64 * 2**20  # of one message
-MAX_GARBAGE_BYTES = 2**20  # between two messages
-MAX_STDERR_BYTES = 2000  # that are kept
-STDERR_PAUSE = 0.01  # seconds after each read: what a server can write to it is bounded by a few MB a second
+MAX_MESSAGE_BYTES = 64 * 2**20  # size of one message
+MAX_GARBAGE_BYTES = 2**20  # invalid output between two messages
+MAX_STDERR_BYTES = 2000  # end of stderr that is kept
+STDERR_PAUSE = 0.01  # seconds between two reads, which limits stderr to a few MB per second
 STOP_SECONDS = 2.0
 
 
@@ -29,15 +29,15 @@ STOP_SECONDS = 2.0
 async def stdio_transport(config: ServerConfig) -> AsyncIterator[tuple[Any, Any]]:
     """Start a server and connect to it.
 
-    What it writes to its standard error is read and its end kept. Lines on its standard output that are no messages are
-    skipped. The server ends with the context: its input is closed, and then it and its children are stopped.
+    The end of its standard error is kept for error messages. Invalid lines of its standard output are skipped. On exit
+    of the context, the server's input is closed, and the server and its children are stopped.
 
     Yields:
-        `tuple`: the streams of messages from the server and to it, as `mcp.Client` takes them.
+        `tuple`: the streams of messages from and to the server, for `mcp.Client`.
 
     Raises:
         `OSError`: if the program cannot be started.
-        `ConnectionError`: inside the context, when the server ends, or writes too much that is no message.
+        `ConnectionError`: inside the context, if the server exits or writes too much invalid output.
     """
     from mcp.client.stdio import get_default_environment
 
@@ -77,14 +77,14 @@ async def _read_messages(process: Process, to_session: Any, last_words: bytearra
         except ValueError:
             garbage += len(line) + 1
             if garbage > MAX_GARBAGE_BYTES:
-                raise ConnectionError("it floods its standard output with what is no message") from None
+                raise ConnectionError("it floods its standard output with invalid messages") from None
             continue
         garbage = 0
         try:
             await to_session.send(SessionMessage(message))
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
-            return  # the session ends first
-    with anyio.move_on_after(1):  # for its exit status and its last words
+            return  # the session has ended
+    with anyio.move_on_after(1):  # wait for the exit status and the end of stderr
         await process.wait()
         await anyio.sleep(2 * STDERR_PAUSE)
     ending = "it closed its standard output" if process.returncode is None else f"it ended ({process.returncode})"
@@ -113,7 +113,7 @@ async def _write_messages(process: Process, from_session: Any) -> None:
             text = message.message.model_dump_json(by_alias=True, exclude_unset=True)
             await process.stdin.send(text.encode("utf-8", "replace") + b"\n")
         return
-    # The server has closed its input: whoever waits for it is told so.
+    # The server has closed its input: pending requests must fail.
     raise ConnectionError("it closed its standard input")
 
 
@@ -126,7 +126,7 @@ async def _read_stderr(stream: ByteReceiveStream, last_words: bytearray) -> None
 
 
 async def _stop(process: Process) -> None:
-    """End a server as the protocol asks: close its input, wait, then stop it and its children."""
+    """Stop a server as the protocol specifies: close its input, wait, then kill it and its children."""
     with suppress(OSError, anyio.BrokenResourceError, anyio.ClosedResourceError):
         await process.stdin.aclose()
     for sign in (None, "SIGTERM", "SIGKILL"):
@@ -141,7 +141,7 @@ async def _stop(process: Process) -> None:
             await anyio.sleep(0.01)
         if process.returncode is not None:
             break
-    # Children that outlive it would keep its pipes open.
+    # Surviving children would keep the pipes open.
     if sys.platform != "win32":
         with suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""`TextStream`: the text of tokens as they come."""
+"""`TextStream`: incremental decoding of generated tokens."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class TextStream:
-    """Decodes tokens one by one, into pieces that add up to the text of all of them, without the special tokens.
+    """Decodes tokens incrementally; the pieces concatenate to the decoded text without special tokens.
 
-    A piece waits for the tokens that may still change it: the rest of a character, and what ends a run of bytes, which
-    tokenizers with byte fallback (Llama 2, Mistral, Gemma) decode as one.
+    A piece is held back while further tokens may change it: inside a multi-byte character, and within a run of byte
+    tokens, which tokenizers with byte fallback (Llama 2, Mistral, Gemma) decode together.
 
     Args:
         tokenizer ([`PreTrainedTokenizerBase`]): The tokenizer.
@@ -24,10 +24,10 @@ class TextStream:
         self.tokenizer = tokenizer
         self._special_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._ids: list[int] = []
-        self._length = 0  # of the pieces so far
+        self._length = 0  # total length of the returned pieces
 
     def put(self, token_id: int) -> str:
-        """Return the piece of text that a further token completes, which may be empty."""
+        """Add a token and return the text that it completes, which may be empty."""
         if token_id in self._special_ids:
             return ""
         self._ids.append(token_id)
@@ -36,7 +36,7 @@ class TextStream:
         return "" if waits else self._piece(text)
 
     def end(self) -> str:
-        """Return what has waited until the end."""
+        """Return the remaining text."""
         return self._piece(self._text())
 
     def _text(self) -> str:

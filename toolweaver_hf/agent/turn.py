@@ -1,4 +1,4 @@
-"""One turn of an agent: the tokens that it generates, and what they say."""
+"""The assistant turns of an agent: generation and parsing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 
 
 class Turn:
-    """The turns of one run: the conversation as tokens, the model's cache of it, and the last turn that was read."""
+    """The turns of one run: the tokens of the conversation, the model's cache, and the last parsed turn."""
 
     def __init__(self, agent: ToolAgent, run: AgentRun, allowed: list[str]):
         self.agent, self.run, self.allowed = agent, run, allowed
@@ -50,7 +50,7 @@ class Turn:
         self.new_ids: list[int] = []
 
     def _encode(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Tokenize a conversation; of one that is longer than the model reads, what was said first is left out."""
+        """Tokenize a conversation; its oldest messages are dropped if it exceeds the model's context length."""
         agent = self.agent
         positions = getattr(agent.model.config, "max_position_embeddings", None)
         room = None if positions is None else positions - min(agent.max_new_tokens, positions // 2)
@@ -61,15 +61,15 @@ class Turn:
         ids = encode(messages)
         system, later = messages[:1], [i for i, message in enumerate(messages) if i > 1 and message["role"] == "user"]
         while room is not None and len(ids) > room and later:
-            logger.warning_once("A conversation is longer than the model reads: what was said first is left out.")
+            logger.warning_once("A conversation exceeds the model's context length: its oldest messages are dropped.")
             ids = encode([*system, *messages[later.pop(0) :]])
         return cut_prompt(ids, encode([*system, {"role": "user", "content": ""}]), room)
 
     def generate(self, stream_tokens: bool, begun: Sequence[int] = ()) -> Iterator[str]:
-        """Generate one turn, from the tokens with which it has begun, and read it."""
+        """Generate one turn, optionally from its first tokens, and parse it."""
         agent, tokenizer = self.agent, self.agent.tokenizer
         self.new_ids, self.stop_reason = list(begun), None
-        self._chosen: list[int] = []  # tokens that were chosen at once
+        self._chosen: list[int] = []  # the rest of a code that was chosen as a whole
         text = TextStream(tokenizer)
         while True:
             if self.run._cancelled.done():
@@ -91,7 +91,7 @@ class Turn:
         self._read()
 
     def retry(self, stream_tokens: bool) -> Iterator[str]:
-        """Generate the arguments of the same tool once more, with the error in sight but out of the conversation."""
+        """Generate the arguments of the same tool once more, given the error, which the conversation does not keep."""
         kept, length = self.new_ids[: self._code_start() + self.num_levels], len(self.ids)
         self.close(as_json({"error": self.arguments_error}))
         yield from self.generate(stream_tokens, begun=kept)
@@ -99,14 +99,14 @@ class Turn:
         self.state = DecodingState(self.agent.model)
 
     def close(self, observation: str) -> None:
-        """Add the turn as it was generated, its end, the tool's answer as text, and the opening of the next turn."""
+        """Append the generated turn, its end, the tool's result as plain text, and the start of the next turn."""
         ends = self.agent._end_ids
         written = self.new_ids[:-1] if self.new_ids[-1] in ends else self.new_ids
         self.ids += [*written, *self.agent.tokenizer.encode_reply(observation, ends)]
 
     @torch.inference_mode()
     def _next_tokens(self) -> list[int]:
-        """Generate the next token, or, where it opens a code and a text expert guides the choice, the whole code."""
+        """Generate the next token, or the whole code if it starts one and there is a text expert."""
         input_ids = torch.tensor([self.ids + self.new_ids], device=self.agent.model.device)
         logits = self.state.read(input_ids[:, self.state.length :])
         scores = self.agent.logits_processor(input_ids, logits.float())
@@ -124,7 +124,7 @@ class Turn:
         return self.agent.tokenizer.encode_tool(found[best].tool_id)
 
     def _expert_query(self) -> str:
-        """What the text expert reads: what the user said last, and the thought before the code."""
+        """Return the text expert's query: the user's last message and the thought before the code."""
         said = next((m["content"] for m in reversed(self.run.messages) if m["role"] == "user"), "")
         thought = self.agent.tokenizer.decode(self.new_ids, skip_special_tokens=True).strip()
         return f"{said} {thought}".strip()
@@ -136,7 +136,7 @@ class Turn:
         )
 
     def _code_start(self) -> int:
-        """Where the turn's code starts; its length where there is none."""
+        """Return the position of the turn's code, or the turn's length if it has none."""
         return next((i for i, token in enumerate(self.new_ids) if token in self.first_level), len(self.new_ids))
 
     def _is_whole_call(self) -> bool:
@@ -151,7 +151,7 @@ class Turn:
         ).strip()
 
     def _read(self) -> None:
-        """Split the turn into what was thought and said, the tool chosen (`None` for an answer) and the arguments."""
+        """Parse the turn into thought, content, the chosen tool (`None` for an answer) and the arguments."""
         tokenizer, start = self.agent.tokenizer, self._code_start()
         text = [token_id for token_id in self.new_ids[:start] if token_id not in self.agent._end_ids]
         thought, content = tokenizer.split_thought(tokenizer.decode(text))

@@ -1,4 +1,4 @@
-"""`Upstream`: one MCP server behind a gateway, kept running."""
+"""`Upstream`: a supervised connection of a gateway to one MCP server."""
 
 from __future__ import annotations
 
@@ -24,39 +24,39 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-START_SECONDS = 60.0  # to start, shake hands and list the tools
-PROBE_SECONDS = 10.0  # to answer a ping, or to list the tools anew
-PROBE_PAUSE = 30.0  # between two looks at a quiet server
+START_SECONDS = 60.0  # to start, initialize and list the tools
+PROBE_SECONDS = 10.0  # to answer a ping, or to list the tools again
+PROBE_PAUSE = 30.0  # between two health checks of an idle server
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 60.0
-STEADY_SECONDS = 30.0  # after which the back-off begins anew
-QUESTION_SECONDS = 600.0  # that a client may take to answer what a server asks
-MAX_TOOLS = 10_000  # of one server
+STEADY_SECONDS = 30.0  # uptime after which the back-off is reset
+QUESTION_SECONDS = 600.0  # for a client to answer a server's question
+MAX_TOOLS = 10_000  # per server
 
 
 class UpstreamError(Exception):
-    """A server that gave no answer; the message says which one and why."""
+    """A server gave no response; the message names the server and the reason."""
 
 
 class Upstream:
-    """One MCP server: it is started, watched, and started again after it has failed, with growing pauses.
+    """An MCP server that is started, monitored, and restarted after failures with exponential back-off.
 
     Args:
         config ([`ServerConfig`]):
-            How it is started or reached.
+            The server's configuration.
         redact ([`Redactor`]):
-            What takes the secrets out of all that the server says of itself.
+            Removes secrets from the server's errors.
         on_change (`Callable`):
-            Called whenever its tools or its state have changed.
+            Called whenever the server's tools or state change.
         time_limit (`float`, *optional*, defaults to 60.0):
-            Seconds that it may take to answer a request; each report of progress begins them anew.
+            Time limit of a request in seconds; each progress notification resets it.
         starts (`anyio.CapacityLimiter`, *optional*):
-            Shared by servers so that not all start at once.
+            Limits how many servers start concurrently.
 
     Attributes:
         state (`str`): `"starting"`, `"up"` or `"down"`.
-        reason (`str`): Why it is down.
-        tools (`dict[str, mcp.types.Tool]`): Its tools by name, as it listed them last, also while it is down.
-        restarts (`int`): How often it has been started again.
+        reason (`str`): Why the server is down.
+        tools (`dict[str, mcp.types.Tool]`): The most recently listed tools by name, kept while the server is down.
+        restarts (`int`): Number of restarts.
     """
 
     def __init__(
@@ -76,10 +76,10 @@ class Upstream:
         self._on_change = on_change
         self._starts = starts or anyio.CapacityLimiter(1)
         self._client: Client | None = None
-        self._mode = "legacy"  # whose servers can ask back; what knows only the newer protocol gets "auto"
+        self._mode = "legacy"  # lets servers send requests; "auto" is for servers that only know the newer protocol
         self._wake = anyio.Event()
         self._listing_changed = False
-        self._settled = anyio.Event()  # set while it is up or down, not while it starts for the first time
+        self._settled = anyio.Event()  # set once the first start has succeeded or failed
         self._calls: list[tuple[Ask | None, anyio.CancelScope]] = []  # requests in flight
 
     async def run(self) -> None:
@@ -91,10 +91,10 @@ class Upstream:
             began = anyio.current_time()
             try:
                 await self._connect()
-            except Exception as error:  # whatever a server can make the transport raise ends this connection alone
+            except Exception as error:  # any error of the transport ends only this connection
                 self.reason = self.describe(error)
                 if self._client is None and isinstance(_first(error), MCPError):
-                    self._mode = "auto"  # it answers, but not to the older handshake
+                    self._mode = "auto"  # it responds, but not to the older handshake
             if self._client is not None and anyio.current_time() - began > STEADY_SECONDS:
                 backoff = FIRST_BACKOFF
             self._client = None
@@ -106,7 +106,7 @@ class Upstream:
             self.restarts += 1
 
     async def _connect(self) -> None:
-        """Hold one connection, from its handshake to its end."""
+        """Open one connection and keep it until it ends."""
         from mcp import Client
 
         async with AsyncExitStack() as turn:
@@ -136,7 +136,7 @@ class Upstream:
         return _http_transport(self.config)
 
     async def _watch(self, client: Client) -> None:
-        """Look after a server that is up: it answers, and its tools are what it lists. Raises when it does not."""
+        """Check periodically that the server responds, and update its tools. Raises if it does not respond."""
         while True:
             with anyio.move_on_after(PROBE_PAUSE * random.uniform(0.75, 1.25)):
                 await self._wake.wait()
@@ -185,7 +185,7 @@ class Upstream:
             self._wake.set()
 
     async def _on_question(self, context: Any, params: Any) -> Any:
-        """Hand what the server asks (for sampling or elicitation) to the client whose request it works on."""
+        """Forward a server's question (sampling or elicitation) to the client whose request it is handling."""
         from mcp.types import INVALID_REQUEST, ErrorData
 
         asking = {ask.client: (ask, scope) for ask, scope in self._calls if ask is not None}
@@ -193,7 +193,7 @@ class Upstream:
             who = "no client" if not asking else "more than one client"
             return ErrorData(code=INVALID_REQUEST, message=f"{who} of the gateway waits for this server now")
         ((ask, scope),) = asking.values()
-        scope.deadline = anyio.current_time() + QUESTION_SECONDS  # people take their time
+        scope.deadline = anyio.current_time() + QUESTION_SECONDS  # users need time to answer
         try:
             with anyio.fail_after(QUESTION_SECONDS):
                 return await ask.ask(params)
@@ -203,12 +203,12 @@ class Upstream:
             scope.deadline = anyio.current_time() + self.time_limit
 
     async def settled(self) -> None:
-        """Wait until its first start has succeeded or failed."""
+        """Wait until the first start has succeeded or failed."""
         await self._settled.wait()
 
     @property
     def capabilities(self) -> types.ServerCapabilities | None:
-        """`ServerCapabilities`: What it can do; `None` while it is not up."""
+        """`ServerCapabilities`: The server's capabilities; `None` while it is not up."""
         return None if self._client is None else self._client.server_capabilities
 
     async def request(
@@ -217,18 +217,18 @@ class Upstream:
         on_progress: Callable[[float, float | None, str | None], Awaitable[None]] | None = None,
         ask: Ask | None = None,
     ) -> dict[str, Any]:
-        """Send a request and return the server's answer as it is.
+        """Send a request and return the server's result unchanged.
 
-        It is sent once: a request whose server dies over it is not repeated, as it may have had its effect.
+        The request is never repeated if the server fails, because it may already have taken effect.
 
         Args:
             request (`mcp.types.ClientRequest`): The request.
-            on_progress (`Callable`, *optional*): Gets the server's reports of progress.
-            ask ([`Ask`], *optional*): How the client is asked that the request comes from.
+            on_progress (`Callable`, *optional*): Called with the server's progress notifications.
+            ask ([`Ask`], *optional*): Forwards the server's questions to the client of the request.
 
         Raises:
-            `mcp.MCPError`: The error that the server answered.
-            `UpstreamError`: The server is down, ended, was too slow, or answered what is no answer.
+            `mcp.MCPError`: if the server responds with an error.
+            `UpstreamError`: if the server is down, exits, exceeds the time limit, or sends an invalid response.
         """
         from mcp import MCPError
         from mcp.types import CONNECTION_CLOSED
@@ -254,9 +254,9 @@ class Upstream:
         except MCPError as error:
             if error.code != CONNECTION_CLOSED:
                 if self.config.url:
-                    self._wake.set()  # by HTTP, the transport words its own failures so
+                    self._wake.set()  # the HTTP transport also reports its own failures as MCPError
                 raise MCPError(error.code, self.redact(error.message), self.redact(error.data)) from None
-            reason = "it ended before it answered; the request may have had its effect"
+            reason = "it ended before it answered; the request may have taken effect"
         except ValidationError:
             reason = "its answer is not valid MCP"
         except (anyio.ClosedResourceError, anyio.BrokenResourceError, RuntimeError, OSError) as error:
@@ -265,11 +265,11 @@ class Upstream:
             reason = f"it did not answer within {self.time_limit:g} s"
         finally:
             self._calls.remove(call)
-        self._wake.set()  # see at once whether it still lives
+        self._wake.set()  # check its health immediately
         raise UpstreamError(f"the server {self.name!r} failed: {reason}")
 
     def describe(self, error: BaseException) -> str:
-        """Say what an error was in one line without secrets."""
+        """Return a one-line description of an error, without secrets."""
         error = _first(error)
         if isinstance(error, FileNotFoundError) and error.filename:
             return self.redact(f"there is no such program or folder: {error.filename}")
@@ -278,11 +278,11 @@ class Upstream:
 
 
 class Ask:
-    """How a client of the gateway is asked what a server wants to know.
+    """Forwards a server's questions to a client of the gateway.
 
     Args:
-        client (`Hashable`): Who it is.
-        ask (`Callable`): Takes the parameters of the server's request and returns the client's answer.
+        client (`Hashable`): Identifier of the client.
+        ask (`Callable`): Sends the parameters of the server's request to the client and returns its answer.
     """
 
     def __init__(self, client: Any, ask: Callable[[Any], Awaitable[Any]]):
@@ -291,7 +291,7 @@ class Ask:
 
 
 async def _ping(client: Client) -> None:
-    """Raise unless the server answers, be it that it knows no ping."""
+    """Raise unless the server responds; an error because it does not support ping counts as a response."""
     from mcp import MCPError
     from mcp.types import INVALID_PARAMS, METHOD_NOT_FOUND
 
@@ -307,7 +307,7 @@ async def _http_transport(config: ServerConfig) -> AsyncIterator[tuple[Any, Any]
     import httpx2  # comes with mcp
     from mcp.client.streamable_http import streamable_http_client
 
-    timeout = httpx2.Timeout(START_SECONDS, read=None)  # each request has a limit of its own
+    timeout = httpx2.Timeout(START_SECONDS, read=None)  # each request has its own time limit
     async with (
         httpx2.AsyncClient(headers=config.headers, timeout=timeout, verify=_ssl_context()) as http_client,
         streamable_http_client(config.url, http_client=http_client) as streams,
@@ -317,12 +317,12 @@ async def _http_transport(config: ServerConfig) -> AsyncIterator[tuple[Any, Any]
 
 @cache
 def _ssl_context() -> ssl.SSLContext:
-    """One for all servers: to read the certificates takes longer than to shake hands."""
+    """Shared by all servers, because loading the certificates is slow."""
     return ssl.create_default_context()
 
 
 def _first(error: BaseException) -> BaseException:
-    while exceptions := getattr(error, "exceptions", None):  # a group's
+    while exceptions := getattr(error, "exceptions", None):  # an ExceptionGroup
         error = exceptions[0]
     return error
 
