@@ -1,4 +1,4 @@
-"""What a training run records of itself, for the card of its model."""
+"""The record of a training run, for the model card."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ TRAINING_VERSION = 1  # its schema_version
 
 
 def record_training(trainer: Trainer, base_model: str, **settings: Any) -> None:
-    """Write `training.json` into the trainer's output folder: what the card says of the training.
+    """Write `training.json` with the settings and results of a run to the trainer's output folder.
 
-    A run that starts from another one's folder goes on with that one's record.
+    If `base_model` is the output folder of an earlier run, the run is appended to that run's record.
 
     Args:
-        trainer ([`Trainer`]): The trainer, after the training.
+        trainer ([`Trainer`]): The trainer, after training.
         base_model (`str`): Id or folder of the model that the run started from.
-        settings: What else describes the run, such as its stages.
+        settings: Additional settings of the run, such as its stages.
     """
     args, state = trainer.args, trainer.state
     earlier = Path(base_model, TRAINING_FILE)
     record = read_json(earlier, TRAINING_VERSION) if earlier.exists() else {"base_model": base_model, "runs": []}
     if os.path.exists(record["base_model"] or ""):
-        record["base_model"] = None  # a folder of this machine says nothing to others
+        record["base_model"] = None  # a local path is meaningless to others
     summary = next((entry for entry in reversed(state.log_history) if "train_loss" in entry), {})
     run = {
         **settings,
