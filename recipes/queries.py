@@ -1,12 +1,12 @@
-"""Write training queries for a catalog that has none: a language model writes them, a text expert checks them.
+"""Generate training queries for a catalog with a language model, and filter them by search.
 
 ```bash
 toolweaver queries --catalog tools.jsonl --generator HuggingFaceTB/SmolLM2-135M-Instruct --output queries.train.jsonl
 toolweaver queries --catalog tools.jsonl --generator http://localhost:8000/v1 --generator_model Qwen/Qwen3-8B
 ```
 
-Each query tells in `source` which prompt and seed it comes from, and in `group` how vague it is. The same command goes
-on with a run that was cut off.
+The prompt and seed of each query are stored in `source`, and its vagueness in `group`. The same command continues an
+interrupted run.
 """
 
 from __future__ import annotations
@@ -25,62 +25,62 @@ if TYPE_CHECKING:
 
 @dataclass
 class QueryArguments:
-    """What to write queries for, and who writes them.
+    """Arguments of the generation of queries.
 
     Args:
         catalog (`str`):
             The catalog, in any of the formats that [`ToolCatalog.from_file`] reads.
         generator (`str`):
-            Id or path of an instruction-tuned causal language model, or the URL of an OpenAI-compatible endpoint, up to
-            where `/chat/completions` follows; its key is the environment's `OPENAI_API_KEY`.
+            Id or path of an instruction-tuned causal language model, or the base URL of an OpenAI-compatible endpoint
+            (without `/chat/completions`), whose key is read from the environment variable `OPENAI_API_KEY`.
         generator_model (`str`, *optional*):
-            Name of the model at an endpoint.
+            Name of the endpoint's model.
         output (`str`, *optional*, defaults to `"queries.train.jsonl"`):
-            File for the training queries. Beside it come the validation queries (`queries.validation.jsonl`), all that
-            was written (`queries.candidates.jsonl`), and the embeddings of the catalog's documents.
+            File for the training queries. Validation queries (`queries.validation.jsonl`), all generated queries
+            (`queries.candidates.jsonl`) and the embeddings of the catalog's documents are written to the same folder.
         trajectories (`str`, *optional*):
-            File for trajectories of the training queries as well: calls whose arguments obey the tools' schemas and
-            stand in the query's words, what the tools answer, and an answer.
+            File for trajectories of the training queries: calls with schema-conforming arguments that occur in the
+            query, the tools' results, and an answer. Not written by default.
         recordings (`str`, *optional*):
-            Recorded answers of tools for these (see [`SimulatedTools`]). What is not recorded is made up by the tool's
-            output schema.
+            Recorded results of tools for the trajectories (see [`SimulatedTools`]). Other results are simulated from
+            the tool's output schema.
         per_tool (`int`, *optional*, defaults to 8):
-            How many queries are written for each tool alone.
+            Number of queries to generate for each single tool.
         groups (`int`, *optional*):
-            How many pairs and triples of tools that belong together get two queries each. Defaults to half as many as
-            there are tools.
+            Number of pairs and triples of related tools, for each of which two queries are generated. Defaults to half
+            the number of tools.
         round_trip (`int`, *optional*, defaults to 5):
-            A query is kept if search finds its tool among so many. 0 keeps all.
+            Keep only queries for which search ranks the tool among the top `round_trip`. 0 keeps all queries.
         validation_share (`float`, *optional*, defaults to 0.1):
-            Share of the queries for validation; every tool keeps some for training.
+            Fraction of the queries for validation; every tool keeps some for training.
         batch_size (`int`, *optional*, defaults to 32):
-            How many queries a local model writes at once.
+            Batch size of a local model.
         encoder (`str`, *optional*):
-            sentence-transformers model that searches. Defaults to all-MiniLM-L6-v2.
+            sentence-transformers model of the search. Defaults to all-MiniLM-L6-v2.
         prices (`list[float]`, *optional*):
-            What a million prompt tokens and a million completion tokens of the generator cost.
+            The generator's price per million prompt tokens and per million completion tokens.
         seed (`int`, *optional*, defaults to 0):
-            Seed of everything random.
+            The random seed.
     """
 
     catalog: str = field(metadata={"help": "The catalog of tools (JSONL or JSON)."})
     generator: str = field(metadata={"help": "Causal language model, or URL of an OpenAI-compatible endpoint."})
-    generator_model: str | None = field(default=None, metadata={"help": "Name of the model at an endpoint."})
+    generator_model: str | None = field(default=None, metadata={"help": "Name of the endpoint's model."})
     output: str = field(default="queries.train.jsonl", metadata={"help": "File for the training queries."})
-    trajectories: str | None = field(default=None, metadata={"help": "File for trajectories of the queries as well."})
-    recordings: str | None = field(default=None, metadata={"help": "Recorded answers of tools (JSONL) for these."})
-    per_tool: int = field(default=8, metadata={"help": "Queries to write for each tool alone."})
+    trajectories: str | None = field(default=None, metadata={"help": "File for trajectories of the training queries."})
+    recordings: str | None = field(default=None, metadata={"help": "Recorded results of tools (JSONL)."})
+    per_tool: int = field(default=8, metadata={"help": "Number of queries to generate for each single tool."})
     groups: int | None = field(
-        default=None, metadata={"help": "Pairs and triples of tools to write two queries for each."}
+        default=None, metadata={"help": "Number of pairs and triples of tools, with two queries each."}
     )
-    round_trip: int = field(default=5, metadata={"help": "Keep a query if search finds its tool among so many."})
-    validation_share: float = field(default=0.1, metadata={"help": "Share of the queries for validation."})
-    batch_size: int = field(default=32, metadata={"help": "Queries that a local model writes at once."})
-    encoder: str | None = field(default=None, metadata={"help": "sentence-transformers model that searches."})
+    round_trip: int = field(default=5, metadata={"help": "Keep queries whose tool is in the top N of a search."})
+    validation_share: float = field(default=0.1, metadata={"help": "Fraction of the queries for validation."})
+    batch_size: int = field(default=32, metadata={"help": "Batch size of a local model."})
+    encoder: str | None = field(default=None, metadata={"help": "sentence-transformers model of the search."})
     prices: list[float] | None = field(
-        default=None, metadata={"help": "Cost of a million prompt and a million completion tokens."}
+        default=None, metadata={"help": "Price per million prompt tokens and per million completion tokens."}
     )
-    seed: int = field(default=0, metadata={"help": "Seed of everything random."})
+    seed: int = field(default=0, metadata={"help": "The random seed."})
 
     def __post_init__(self):
         if self.recordings and not self.trajectories:
@@ -100,7 +100,7 @@ def is_url(generator: str) -> bool:
 
 
 def load_generator(args: QueryArguments) -> Generator:
-    """Load the local model, or open the endpoint."""
+    """Load the local model, or connect to the endpoint."""
     from toolweaver_hf.evaluation.chat_endpoint import ChatEndpoint
     from toolweaver_hf.synthesis.generators import EndpointGenerator, LocalGenerator
 
@@ -110,7 +110,7 @@ def load_generator(args: QueryArguments) -> Generator:
 
 
 def output_files(output: str) -> dict[str, Path]:
-    """Return where training queries, validation queries and candidates are written."""
+    """Return the paths of the training queries, validation queries and candidates."""
     path = Path(output)
     stem = path.stem.removesuffix(".train")
     names = {"train": path.name, **{kind: f"{stem}.{kind}.jsonl" for kind in ("validation", "candidates")}}
@@ -118,7 +118,7 @@ def output_files(output: str) -> dict[str, Path]:
 
 
 def main(args: QueryArguments) -> dict[str, int]:
-    """Write the queries; print and return how many were written, kept and dropped."""
+    """Generate the queries; print and return the numbers of generated, kept and dropped queries."""
     from toolweaver_hf.data.catalog import ToolCatalog
     from toolweaver_hf.files import write_text
     from toolweaver_hf.synthesis.candidates import query_requests, read_candidates, write_candidates
@@ -135,7 +135,7 @@ def main(args: QueryArguments) -> dict[str, int]:
     num_groups = len(catalog) // 2 if args.groups is None else args.groups
     requests = query_requests(catalog, [(tool_id,) for tool_id in catalog.ids], args.per_tool, args.seed)
     groups = tool_groups(catalog, expert.embeddings, num_groups, args.seed)
-    # Two queries for each: tools that one query alone has together are not taken for related
+    # Two queries each, because tools that share only a single query do not count as related.
     requests += query_requests(catalog, groups, 2, args.seed)
 
     write_candidates(files["candidates"], requests, generator, show_progress_bar=True)
@@ -165,7 +165,7 @@ def main(args: QueryArguments) -> dict[str, int]:
 
 
 def add_trajectories(args: QueryArguments, catalog: ToolCatalog, queries: Path, generator: Generator) -> int:
-    """Write trajectories of the training queries, print and return how many are whole."""
+    """Generate trajectories of the training queries; print and return the number of complete ones."""
     from toolweaver_hf.data.queries import load_queries
     from toolweaver_hf.evaluation.simulated_tools import SimulatedTools
     from toolweaver_hf.files import write_text

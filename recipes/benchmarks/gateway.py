@@ -34,20 +34,20 @@ WAIT_SECONDS = 900
 
 @dataclass
 class BenchmarkArguments:
-    """What to time."""
+    """Arguments of the benchmark."""
 
-    catalog: str = field(metadata={"help": "Catalog whose ids are 'server.tool'."})
+    catalog: str = field(metadata={"help": "Catalog with ids 'server.tool'."})
     output_dir: str | None = field(default=None, metadata={"help": "Folder for benchmark_gateway.json."})
-    clients: list[int] = field(default_factory=lambda: [1, 8, 32], metadata={"help": "Clients at the same time."})
-    queries: int = field(default=200, metadata={"help": "Queries for each number of clients, and calls."})
+    clients: list[int] = field(default_factory=lambda: [1, 8, 32], metadata={"help": "Numbers of concurrent clients."})
+    queries: int = field(default=200, metadata={"help": "Number of queries per number of clients, and of calls."})
     tokenizer: str | None = field(
-        default=None, metadata={"help": "Tokenizer that counts what a model reads. Defaults to the encoder's."}
+        default=None, metadata={"help": "Tokenizer that counts prompt tokens. Defaults to the encoder's."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the queries."})
 
 
 def serve_upstreams(catalog: str, port: int) -> None:
-    """Answer MCP for each server of a catalog under `/SERVER/mcp`."""
+    """Serve each MCP server of a catalog under `/SERVER/mcp`."""
     import uvicorn
     from starlette.applications import Starlette
     from starlette.responses import JSONResponse, Response
@@ -81,7 +81,7 @@ def serve_upstreams(catalog: str, port: int) -> None:
 
 
 def serve_proxy(catalog: str, port: int) -> None:
-    """Serve the rival: BM25 over the catalog's documents as an MCP server with one tool."""
+    """Serve the baseline: BM25 over the catalog's documents, as an MCP server with one tool."""
     import bm25s
     import uvicorn
     from mcp.server.mcpserver import MCPServer
@@ -108,7 +108,7 @@ def listed(tool: Tool) -> dict[str, Any]:
 
 @asynccontextmanager
 async def process(*command: str, stderr: Path | None = None) -> AsyncIterator[subprocess.Popen]:
-    """Run a command; it ends with the context."""
+    """Run a command, and terminate it on exit of the context."""
     with open(stderr or os.devnull, "wb") as errors, subprocess.Popen(command, stderr=errors) as running:
         try:
             yield running
@@ -121,7 +121,7 @@ async def process(*command: str, stderr: Path | None = None) -> AsyncIterator[su
 
 
 async def connect(url: str) -> Any:
-    """Return a client that is not yet connected, once something listens at the address."""
+    """Wait until a server listens at the URL, and return an unconnected client."""
     import anyio
     from mcp import Client
 
@@ -138,7 +138,7 @@ async def connect(url: str) -> Any:
 
 
 async def search_times(url: str, queries: list[str], num_clients: int) -> dict[str, float]:
-    """Return p50 and p99 of `find_tools` in milliseconds, with so many clients at the same time."""
+    """Return p50 and p99 of `find_tools` in milliseconds, with concurrent clients."""
     import anyio
 
     times: list[float] = []
@@ -158,7 +158,7 @@ async def search_times(url: str, queries: list[str], num_clients: int) -> dict[s
 
 
 async def call_times(url: str, name: str, arguments: dict[str, Any], repeats: int) -> float:
-    """Return the median milliseconds of a call."""
+    """Return the median latency of a call in milliseconds."""
     times = []
     async with await connect(url) as client:
         for _ in range(repeats):
@@ -177,7 +177,7 @@ def megabytes(running: subprocess.Popen) -> float:
 
 
 async def time_start(command: list[str], url: str, log: Path, started: float, query: str) -> dict[str, float]:
-    """Return the seconds until the first answer, until all servers are there, and until all tools are embedded."""
+    """Return the seconds until the first answer, until all servers are up, and until all tools are embedded."""
     import anyio
 
     results = {}
@@ -201,7 +201,7 @@ async def time_start(command: list[str], url: str, log: Path, started: float, qu
 
 
 async def benchmark(args: BenchmarkArguments) -> dict[str, Any]:
-    """Time the gateway and the proxy."""
+    """Benchmark the gateway and the proxy."""
     from transformers import AutoTokenizer
 
     from toolweaver_hf.text_expert import default_encoder
