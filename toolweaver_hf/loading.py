@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from .adapter import load_adapter
+from .adapter import load_adapter, merge_adapter
 
 
 HUB_KWARGS = ("revision", "token", "cache_dir", "subfolder", "force_download", "local_files_only")
@@ -48,7 +48,7 @@ def load_aligned_model(pretrained_model_name_or_path: str | os.PathLike, **kwarg
             return AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, **kwargs)
         model = load_adapter(pretrained_model_name_or_path, hub_kwargs, model_kwargs)
         # A quantized base keeps the adapter beside it: merged, its weights would be rounded anew.
-        return model if getattr(model.get_base_model(), "is_quantized", False) else model.merge_and_unload()
+        return model if getattr(model.get_base_model(), "is_quantized", False) else merge_adapter(model)
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a malformed configuration can raise almost any exception

@@ -24,6 +24,7 @@ from datasets import concatenate_datasets
 from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, TrainerState
+from transformers.utils import logging
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from toolweaver_hf import TextExpert, Tool, ToolCatalog, ToolCodes, ToolRetriever, ToolWeaverTokenizer
@@ -613,11 +614,76 @@ def test_arguments_are_honored_or_refused(world, tmp_path):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_lora_on_a_quantized_base(world, tmp_path, bits):
+def test_lora_on_a_quantized_base(world, tmp_path, bits, caplog):
     pytest.importorskip("bitsandbytes", reason="quantizes")
     model_args = LORA | {f"load_in_{bits}bit": True, "dtype": "bfloat16"}
     output = run(world, tmp_path, "untied", model_args)
     with safe_open(output / "adapter_model.safetensors", "pt") as file:
         rows = [file.get_tensor(name) for name in file.keys() if "lora" not in name]  # noqa: SIM118
     assert {row.dtype for row in rows} == {torch.float32}  # the rows of the codes are learned in full precision
-    assert len(ToolRetriever.from_pretrained(output)("Do thing 21")[0]) == 5
+    logger = logging.get_logger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        assert len(ToolRetriever.from_pretrained(output)("Do thing 21")[0]) == 5
+        assert caplog.text.count("merged into that model in full precision") == 1
+    finally:
+        logger.removeHandler(caplog.handler)
+
+
+def write_gguf(path, model, tokenizer):
+    """Write a small Llama and its tokenizer as llama.cpp does, with the matrices in 8 bits."""
+    gguf = pytest.importorskip("gguf", reason="writes GGUF files")
+    config, backend = model.config, json.loads(tokenizer.backend_tokenizer.to_str())
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in tokenizer.all_special_tokens else 1 for token in tokens])
+    writer.add_token_merges([" ".join(merge) for merge in backend["model"]["merges"]])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        kind = gguf.GGMLQuantizationType.F32 if weight.ndim == 1 else gguf.GGMLQuantizationType.Q8_0
+        data = gguf.quants.quantize(weight.numpy(), kind)
+        writer.add_tensor(names.get_name(name, (".weight",)), data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_is_a_base(world, tmp_path):
+    base = build("smollm2")
+    model = small_llama(len(base), tie_word_embeddings=False)
+    write_gguf(tmp_path / "base.gguf", model, base)
+    with pytest.raises(ValueError, match=r'--model_init_kwargs .*"base.gguf"'):
+        run(world, tmp_path / "out", tmp_path / "base.gguf")
+    init = {"gguf_file": "base.gguf"}
+    output = run(world, tmp_path / "out", tmp_path, max_steps=1, learning_rate=0.0, model_init_kwargs=init)
+    weight = ToolRetriever.from_pretrained(output).model.model.layers[0].mlp.up_proj.weight
+    torch.testing.assert_close(weight, model.model.layers[0].mlp.up_proj.weight, atol=5e-3, rtol=0)  # 8 bits
+
+
+def test_a_model_in_several_files_is_read_and_trained_on(world, tmp_path):
+    first = run(world, tmp_path / "first", max_steps=1, guided=False)
+    expected = ToolRetriever.from_pretrained(first)("Do thing 21")[0]
+    AutoModelForCausalLM.from_pretrained(first).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    (first / "model.safetensors").unlink()
+    for path in (tmp_path / "sharded").glob("model*"):
+        shutil.copy(path, first)
+    assert len(list(first.glob("*.safetensors"))) > 1
+    assert ToolRetriever.from_pretrained(first)("Do thing 21")[0] == expected
+    kwargs = {"max_steps": 1, "guided": False, "learning_rate": 0.0, "stages": ["memorization"]}
+    second = run(world, tmp_path / "second", first, **kwargs)
+    assert ToolRetriever.from_pretrained(second)("Do thing 21")[0] == expected
+    adapter = run(world, tmp_path / "adapter", first, LORA, **kwargs)
+    assert ToolRetriever.from_pretrained(adapter)("Do thing 21")[0] == expected
