@@ -130,7 +130,7 @@ def test_evaluation_recipe(data, retrieval_dir, tmp_path, capsys):
             model=str(retrieval_dir), queries=[str(data / "queries.test.jsonl")], output_dir=str(tmp_path)
         )
     )["results"]
-    assert [*results] == ["ToolWeaver", "BM25", "dense"]
+    assert [*results] == ["ToolWeaver", "codes alone", "BM25", "dense", "search"]
     assert json.loads((tmp_path / "metrics.json").read_text())["results"] == results
     assert "| ToolWeaver |" in capsys.readouterr().out
     fields = (tmp_path / "BM25.run").read_text().splitlines()[0].split()
