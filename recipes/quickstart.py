@@ -137,7 +137,7 @@ def main(args: QuickstartArguments) -> None:
     from toolweaver_hf.data.catalog import CATALOG_FILE
     from toolweaver_hf.demo import DEMO_FOLDER, demo_functions
     from toolweaver_hf.retrieval import ToolRetriever
-    from toolweaver_hf.text_expert import encoder_dtype
+    from toolweaver_hf.text_expert import fast_dtype
 
     started = time.perf_counter()
     data, output = Path(args.data or DEMO_FOLDER), Path(args.output_dir)
@@ -175,7 +175,7 @@ def main(args: QuickstartArguments) -> None:
         "weight_decay": 0.1,
         "max_length": 512,
         "activation_checkpointing": False,
-        "bf16": recipe is PRETRAINED and encoder_dtype() == torch.bfloat16,
+        "bf16": recipe is PRETRAINED and fast_dtype() == torch.bfloat16,
         "logging_steps": 100,
         "save_strategy": "no",
         "report_to": "none",

@@ -379,7 +379,7 @@ def load_text_expert(
     from toolweaver_hf.text_expert import TEXT_EXPERT_FILE, TextExpert
 
     name, hub_kwargs = model_args.model_name_or_path, {"revision": model_args.model_revision}
-    learned = {tool_id for _, tools in asked for tool_id in tools}
+    learned = {tool_id for _, tools in asked for tool_id in tools if tool_id in catalog}
     expert = TextExpert(catalog.ids, catalog.documents, args.text_encoder, learned=learned)
     expert.embed(args.codes_dir if os.path.isdir(args.codes_dir) else None, show_progress_bar=True)
     expert.remember(*zip(*asked, strict=True) if asked else ([], []), seed=seed)

@@ -53,9 +53,9 @@ def brute_force(model, tokenizer, expert, query):
 
     num_tools = len(expert)
     share = math.log(len(learned) / num_tools)
-    by_model = torch.tensor(
-        [score(model, Restricted, query, t) + share if t in learned else -math.log(num_tools) for t in expert.tool_ids]
-    )
+    of_learned = {t: score(model, Restricted, query, t) + share for t in learned}
+    abstained = max(-math.log(num_tools), math.log(0.2) + max(of_learned.values()))
+    by_model = torch.tensor([of_learned.get(t, abstained) for t in expert.tool_ids])
     return (expert.model_weight * by_model + expert.logits([query])[0]).log_softmax(0)
 
 

@@ -17,7 +17,7 @@ from transformers.utils import cached_file, logging
 from .cache import DecodingState, DecodingTree, can_branch, can_use_cache
 from .loading import load_aligned_model, split_hub_kwargs
 from .node_states import NodeStates, NodeTree
-from .text_expert import TEXT_EXPERT_FILE, TextExpert
+from .text_expert import NEW_TOOL_SHARE, TEXT_EXPERT_FILE, TextExpert
 from .tokenization_toolweaver import ToolWeaverTokenizer
 from .tool_codes_file import TOOL_CODES_FILE
 from .trie import CodeTrie
@@ -78,8 +78,8 @@ class ToolRetriever:
       - \log Z\\).
 
       The beam search adds to what the model says of a prefix what the expert says of the tools below it. On tools
-      that the model has not learned it abstains, at the log-probability of one among all, so that they are found as
-      by search.
+      that the model has not learned it abstains: they count for a fifth of the tool that it thinks best, and for one
+      among all at least, so that the expert decides.
 
     Scores are log-probabilities: those of all tools add up to 1, and an allow list leaves the scores of its tools as
     they are. With guidance, tools below prefixes that the beams leave aside count by an estimate, so that sums are
@@ -351,7 +351,8 @@ class ToolRetriever:
 
     @torch.inference_mode()
     def model_log_probs(self, queries: Sequence[str], show_progress_bar: bool = False) -> torch.Tensor:
-        """Return what the model alone says of every tool, by exhaustive search: where it abstains, one among all.
+        """Return what the model alone says of every tool, by exhaustive search, with what tools count for on which it
+        abstains.
 
         Args:
             queries (`Sequence[str]`): The queries.
@@ -368,6 +369,7 @@ class ToolRetriever:
         for row, query in enumerate(tqdm(queries, desc="Scoring", disable=not show_progress_bar)):
             ids = torch.tensor([self.encode_query(query)])
             tools, scores = self._beam_search(ids, torch.ones_like(ids), None, None, beams, len(self.trie))
+            log_probs[row] = log_probs[row].clamp(min=float(scores.max()) + log_share + math.log(NEW_TOOL_SHARE))
             log_probs[row, tools[0].cpu()] = scores[0].cpu() + log_share
         return log_probs
 
@@ -560,6 +562,11 @@ class ToolRetriever:
         else:
             total = torch.stack([mass.logsumexp(1), *rest], dim=1).logsumexp(1, keepdim=True)
             if len(self._unlearned):
+                best = scores.max(1, keepdim=True).values
+                above = (best + math.log(NEW_TOOL_SHARE * len(self.tool_ids))).clamp(min=0)
+                abstained = abstained + guide.weight * above
+                rest[0] = rest[0] + guide.weight * above[:, 0]
+                total = torch.stack([mass.logsumexp(1), *rest], dim=1).logsumexp(1, keepdim=True)
                 ranked = torch.cat([ranked, abstained], dim=1)
                 rows = torch.cat([rows, self._unlearned.expand(batch, -1)], dim=1)
             ranked = ranked - total

@@ -12,26 +12,24 @@ one process. The baseline decodes level by level in float32, reads the whole pro
 each beam; its results are compared with those of one pass before anything is timed.
 """
 
+from __future__ import annotations
+
 import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from toolweaver_hf.cli import parse_arguments, run_command
 
-from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings
-from toolweaver_hf.cli import run_command
-from toolweaver_hf.codes.tool_codes import ToolCodes
-from toolweaver_hf.data.catalog import ToolCatalog
-from toolweaver_hf.evaluation.runs import save_tables, text_table
-from toolweaver_hf.loading import load_aligned_model
-from toolweaver_hf.recipes.tokenize_tools import default_codebook_sizes
-from toolweaver_hf.retrieval import ToolRetriever
-from toolweaver_hf.text_expert import TextExpert, fast_dtype
-from toolweaver_hf.tokenization_toolweaver import ToolWeaverTokenizer
-from toolweaver_hf.tool_codes_file import TOOL_CODES_FILE
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from toolweaver_hf.codes.tool_codes import ToolCodes
+    from toolweaver_hf.retrieval import ToolRetriever
+    from toolweaver_hf.text_expert import TextExpert
 
 
 BASELINE, ONE_PASS = "codes, level by level, float32", "codes, one pass"
@@ -88,6 +86,11 @@ def level_by_level(retriever: ToolRetriever) -> ToolRetriever:
 
 def synthetic_expert(num_tools: int, encoder: str | None) -> TextExpert:
     """Make up documents and embeddings of tools."""
+    import numpy as np
+    import torch
+
+    from toolweaver_hf.text_expert import TextExpert
+
     generator = np.random.default_rng(0)
     documents = [" ".join(words) for words in generator.choice(WORDS, (num_tools, 12))]
     expert = TextExpert([f"tool {i}" for i in range(num_tools)], documents, encoder)
@@ -99,6 +102,17 @@ def synthetic_expert(num_tools: int, encoder: str | None) -> TextExpert:
 
 def base_systems(model: str, num_tools: int, encoder: str | None) -> dict[str, ToolRetriever]:
     """Set up all systems over a synthetic catalog."""
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings
+    from toolweaver_hf.codes.tool_codes import ToolCodes
+    from toolweaver_hf.recipes.tokenize_tools import default_codebook_sizes
+    from toolweaver_hf.retrieval import ToolRetriever
+    from toolweaver_hf.text_expert import fast_dtype
+    from toolweaver_hf.tokenization_toolweaver import ToolWeaverTokenizer
+
     base, expert = AutoTokenizer.from_pretrained(model), synthetic_expert(num_tools, encoder)
     sizes = default_codebook_sizes(num_tools)
     flat = np.random.default_rng(0).choice(int(np.prod(sizes)), num_tools, replace=False)
@@ -123,6 +137,14 @@ def base_systems(model: str, num_tools: int, encoder: str | None) -> dict[str, T
 
 def aligned_systems(model: str, encoder: str | None) -> dict[str, ToolRetriever]:
     """Set up the systems that an aligned model has."""
+    import torch
+
+    from toolweaver_hf.data.catalog import ToolCatalog
+    from toolweaver_hf.loading import load_aligned_model
+    from toolweaver_hf.retrieval import ToolRetriever
+    from toolweaver_hf.text_expert import TextExpert, fast_dtype
+    from toolweaver_hf.tokenization_toolweaver import ToolWeaverTokenizer
+
     catalog = ToolCatalog.from_pretrained(model, repo_type="model")
     expert = TextExpert(catalog.ids, catalog.documents, encoder).embed()
     tokenizer = ToolWeaverTokenizer.from_pretrained(model)
@@ -149,6 +171,8 @@ def count_passes(retriever: ToolRetriever) -> float:
 
 def compare(systems: dict[str, ToolRetriever]) -> None:
     """Check that one pass in float32 finds what the baseline does."""
+    from toolweaver_hf.retrieval import ToolRetriever
+
     slow, fast = systems[BASELINE], systems[ONE_PASS]
     exact = ToolRetriever(slow.model, slow.tokenizer, fast.text_expert)
     for one, other in zip(slow(QUERIES), [exact(query)[0] for query in QUERIES], strict=True):
@@ -158,6 +182,8 @@ def compare(systems: dict[str, ToolRetriever]) -> None:
 
 def time_calls(calls: dict[str, Callable[[int], object]], repeats: int) -> dict[str, np.ndarray]:
     """Let calls take turns; return the seconds of wall clock and of CPU of each, of shape `(2, repeats)`."""
+    import numpy as np
+
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for i in range(-1, repeats):
         for name, call in calls.items():
@@ -170,6 +196,8 @@ def time_calls(calls: dict[str, Callable[[int], object]], repeats: int) -> dict[
 
 def measure(systems: dict[str, ToolRetriever], args: LatencyArguments) -> dict[str, dict[str, float]]:
     """Time single queries and batches of all systems."""
+    import numpy as np
+
     compare(systems)
     batch = (QUERIES * args.batch_size)[: args.batch_size]
     single = time_calls(
@@ -196,6 +224,11 @@ def measure(systems: dict[str, ToolRetriever], args: LatencyArguments) -> dict[s
 
 def main(args: LatencyArguments) -> dict[str, dict[str, dict]]:
     """Time everything, print tables and return the measures by catalog and threads, and system."""
+    import torch
+
+    from toolweaver_hf.evaluation.runs import save_tables, text_table
+    from toolweaver_hf.tool_codes_file import TOOL_CODES_FILE
+
     aligned = os.path.exists(os.path.join(args.model, TOOL_CODES_FILE))
     results, tables = {}, []
     for num_tools in [None] if aligned else args.num_tools:
@@ -228,7 +261,7 @@ def main(args: LatencyArguments) -> dict[str, dict[str, dict]]:
 
 
 def cli(argv: list[str] | None = None) -> None:
-    main(*HfArgumentParser(LatencyArguments).parse_args_into_dataclasses(argv))
+    main(*parse_arguments(argv, LatencyArguments))
 
 
 if __name__ == "__main__":

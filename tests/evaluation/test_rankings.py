@@ -159,7 +159,7 @@ def test_rivals_alone_in_and_out_of_domain(tmp_path, caplog):
     needed = {tool for query in load_queries(queries[1]) for tool in query.tools}
 
     everything = evaluate.main(evaluate.EvaluationArguments(queries, corpus=corpus, output_dir=str(tmp_path / "all")))
-    assert [*everything["results"]] == ["BM25", "dense"]
+    assert [*everything["results"]] == ["BM25", "dense", "search"]
     counts = {group: result["queries"] for group, result in everything["results"]["BM25"].items()}
     assert (counts["all"], counts["G1_tool"], counts["G2_tool"]) == (10, 4, 6)
     own = tmp_path / "in domain"

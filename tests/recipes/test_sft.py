@@ -339,7 +339,7 @@ def test_bad_rows_are_named_and_left_out_up_to_a_fraction(world, tmp_path, caplo
     def load(stage, max_bad_rows):
         arguments = {"codes_dir": str(world / "codes"), "stages": [stage], "max_bad_rows": max_bad_rows}
         paths = {"trajectories": str(path), "replay": str(path)}
-        return sft.load_rows(sft.AlignmentArguments(**arguments, **paths), catalog, tokenizer, 128, seed=0)
+        return sft.load_rows(sft.AlignmentArguments(**arguments, **paths), catalog, tokenizer, 128, seed=0)[0]
 
     for stage in ("trajectory", "replay"):
         caplog.clear()
@@ -353,7 +353,8 @@ def test_bad_rows_are_named_and_left_out_up_to_a_fraction(world, tmp_path, caplo
     queries = [{"id": str(i), "text": "?", "tools": ["t1" if i else "t99"]} for i in range(3)] + [{"id": "9"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in queries))
     arguments = {"codes_dir": str(world / "codes"), "queries": str(path)}
-    assert len(sft.load_rows(sft.AlignmentArguments(**arguments, max_bad_rows=0.5), catalog, tokenizer, 128, 0)) == 2
+    dataset, _ = sft.load_rows(sft.AlignmentArguments(**arguments, max_bad_rows=0.5), catalog, tokenizer, 128, 0)
+    assert len(dataset) == 2
     with pytest.raises(ValueError, match=r"2 of 4 rows .*(?s:.*)line 4: a query needs.*(?s:.*)line 1: the tool 't99'"):
         sft.load_rows(sft.AlignmentArguments(**arguments), catalog, tokenizer, 128, 0)
 

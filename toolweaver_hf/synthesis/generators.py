@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from ..data.catalog import Tool
 from ..evaluation.chat_endpoint import ChatEndpoint, Reply, find_object
-from ..text_expert import encoder_dtype
+from ..text_expert import fast_dtype
 from .prompts import INSTRUCTIONS, SET_INSTRUCTIONS, STYLES, query_messages
 
 
@@ -55,7 +55,7 @@ class LocalGenerator:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=encoder_dtype()).to(device).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=fast_dtype()).to(device).eval()
         self.sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         self.prompt_tokens = self.completion_tokens = 0
 
