@@ -560,15 +560,13 @@ class ToolRetriever:
         if mass is None:
             self._remember(leaves, ranked)
         else:
-            total = torch.stack([mass.logsumexp(1), *rest], dim=1).logsumexp(1, keepdim=True)
             if len(self._unlearned):
-                best = scores.max(1, keepdim=True).values
-                above = (best + math.log(NEW_TOOL_SHARE * len(self.tool_ids))).clamp(min=0)
-                abstained = abstained + guide.weight * above
-                rest[0] = rest[0] + guide.weight * above[:, 0]
-                total = torch.stack([mass.logsumexp(1), *rest], dim=1).logsumexp(1, keepdim=True)
-                ranked = torch.cat([ranked, abstained], dim=1)
+                most = scores.max(1, keepdim=True).values
+                above = guide.weight * (most + math.log(NEW_TOOL_SHARE * len(self.tool_ids))).clamp(min=0)
+                rest[0] = rest[0] + above[:, 0]
+                ranked = torch.cat([ranked, abstained + above], dim=1)
                 rows = torch.cat([rows, self._unlearned.expand(batch, -1)], dim=1)
+            total = torch.stack([mass.logsumexp(1), *rest], dim=1).logsumexp(1, keepdim=True)
             ranked = ranked - total
         ranked, best = ranked.topk(min(top_k, ranked.shape[1]))
         return rows.gather(1, best), ranked
