@@ -1,10 +1,11 @@
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolweaver_hf.agent.mcp_config import Redactor, read_mcp_config, redactor_of
+from toolweaver_hf.agent.mcp_config import Redactor, _read_jsonc, read_mcp_config, redactor_of
 
 
 def write(tmp_path, document):
@@ -38,9 +39,51 @@ def test_what_people_have_is_read(tmp_path, monkeypatch):
     assert server.command == "x"
 
 
+VS_CODE = r"""{
+  // Servers of this project
+  "inputs": [],
+  "servers": {
+    "files": {
+      "type": "stdio",
+      "command": "npx", /* "command": "uvx", */
+      "args": ["-y", "// no comment", "${workspaceFolder}/src", "a, }", "\"/*\"", "${unknown-thing}",],
+      "envFile": "${workspaceFolder}/.env",
+      "env": {"B": "from mcp.json", "HOME_": "${userHome}"},
+    },
+    "old": {"type": "sse", "url": "http://localhost/events"},
+    "older": {"url": "https://h/sse/"},
+    "new": {"type": "http", "url": "https://h/mcp", "headers": null},
+    "off": {"command": "x", "enabled": false},
+  },
+}"""
+
+
+def test_vs_code_writes_comments_variables_and_env_files(tmp_path):
+    (tmp_path / ".vscode").mkdir()
+    (tmp_path / ".env").write_text("# secrets\nexport A='x y' # one\nB=from .env\nC = plain#1 # two\n\nnonsense\n")
+    path = tmp_path / ".vscode" / "mcp.json"
+    path.write_text("\ufeff" + VS_CODE, encoding="utf-8")
+    files, old, older, new = read_mcp_config(path)[0]
+    assert files.args == ["-y", "// no comment", f"{tmp_path}/src", "a, }", '"/*"', "${unknown-thing}"]
+    assert files.env == {"A": "x y", "B": "from mcp.json", "C": "plain#1", "HOME_": str(Path.home())}
+    assert [server.sse for server in (files, old, older, new)] == [False, True, True, False]
+    settings = {"editor.tabSize": 2, "mcp": {"servers": {"a": {"command": "x"}}}}
+    assert read_mcp_config(write(tmp_path, settings))[0][0].command == "x"
+
+
+@given(st.recursive(st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+def test_no_text_is_taken_for_a_comment(tmp_path_factory, value):
+    path = tmp_path_factory.getbasetemp() / "mcp.json"
+    path.write_text(json.dumps({"value": value}, indent=1).replace("\n", " // , ]\n/* } */"), encoding="utf-8")
+    assert _read_jsonc(path) == {"value": value}
+
+
 @pytest.mark.parametrize(
     ("document", "message"),
     [
+        ('{"mcpServers": {\n // one\n "a" 1}}', "line 3"),
+        ({"mcpServers": {"a": {"command": "x", "env": {"K": "${input:key}"}}}}, "${input:key} is known to the editor"),
+        ({"mcpServers": {"a": {"command": "x", "envFile": "no.env"}}}, "no.env cannot be read: No such file"),
         ("{", "not valid JSON"),
         ([], "must hold a JSON object"),
         ({}, "needs 'mcpServers'"),
@@ -53,7 +96,7 @@ def test_what_people_have_is_read(tmp_path, monkeypatch):
         ({"mcpServers": {"a": {"command": "x", "env": {"K": ["geheim"]}}}}, "'env' must hold strings"),
         ({"mcpServers": {"a": {"command": "x", "env": {"K": "${MISSING_VARIABLE}"}}}}, "MISSING_VARIABLE"),
         ({"mcpServers": {"a": {"url": "ftp://geheim@h"}}}, "begin with http"),
-        ({"mcpServers": {"a": {"url": "http://h", "type": "sse"}}}, "not 'sse'"),
+        ({"mcpServers": {"a": {"url": "http://h", "type": "ws"}}}, "not 'ws'"),
         ({"mcpServers": {"a": {"url": "http://h", "headers": {"K": "geheim\r\nX: y"}}}}, "line breaks"),
         ({"mcpServers": {"a b": {"command": "x"}, "a_b": {"command": "x"}}}, "rename one"),
         ({"mcpServers": {"a": {"command": "x", "disabled": True}}}, "disabled"),

@@ -136,4 +136,6 @@ if __name__ == "__main__":
     if os.environ.get("UNRULY_CRASH"):
         print(f"no license: {os.environ['UNRULY_CRASH']}", file=sys.stderr, flush=True)
         sys.exit(4)
+    if len(sys.argv) > 2:
+        server.run(sys.argv[2], port=int(sys.argv[3]))
     server.run("stdio")

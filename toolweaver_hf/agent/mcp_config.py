@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from ..files import read_object
 
-
-VARIABLE = re.compile(r"\$\{(?:env:)?([A-Za-z_]\w*)(?::-([^}]*))?\}")
+VARIABLE = re.compile(r"\$\{(?:(env|input|command|config):(?!-))?([^}:]+)(?::-([^}]*))?\}")
+STRING = r'("(?:[^"\\]|\\.)*")'
+COMMENT = re.compile(STRING + r"|//[^\n]*|/\*.*?\*/", re.DOTALL)
+TRAILING_COMMA = re.compile(STRING + r"|,(?=\s*[}\]])")
+ENV_LINE = re.compile(r"""\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:"([^"]*)"|'([^']*)'|(.*?))\s*(?:(?<=\s)#.*)?""")
+KINDS = (None, "stdio", "http", "streamable-http", "streamableHttp", "streamable_http", "sse")
 SECRET_NAME = re.compile(r"key|token|secret|pass|pwd|auth|cred|cookie|session|signature", re.IGNORECASE)
 
 
@@ -32,9 +37,11 @@ class ServerConfig:
         cwd (`str`, *optional*):
             The working directory.
         url (`str`, *optional*):
-            The URL of a streamable HTTP server.
+            The URL of an HTTP server.
         headers (`dict[str, str]`, *optional*):
             HTTP headers of each request.
+        sse (`bool`, *optional*, defaults to `False`):
+            Whether the HTTP server uses the older HTTP+SSE transport instead of streamable HTTP.
     """
 
     name: str
@@ -44,6 +51,7 @@ class ServerConfig:
     cwd: str | None = None
     url: str | None = field(default=None, repr=False)
     headers: dict[str, str] = field(default_factory=dict, repr=False)
+    sse: bool = False
 
     @property
     def secrets(self) -> dict[str, str]:
@@ -105,11 +113,12 @@ def redactor_of(configs: Iterable[ServerConfig], others: Mapping[str, str] | Non
 
 
 def read_mcp_config(path: str | os.PathLike) -> tuple[list[ServerConfig], dict[str, ClientConfig]]:
-    """Read the `mcp.json` of Claude Desktop, Cursor or VS Code.
+    """Read the `mcp.json` of Claude Desktop, Cursor or VS Code, also with comments and trailing commas.
 
-    Servers are read from `mcpServers` (VS Code: `servers`). The gateway's own key `clients` maps client names to their
-    `token` and `allow`, the patterns of the tool ids that they may use. `${NAME}`, `${env:NAME}` and `${NAME:-default}`
-    are replaced by environment variables. Disabled servers are skipped.
+    Servers are read from `mcpServers` (VS Code: `servers`, or `mcp.servers` in its settings). The gateway's own key
+    `clients` maps client names to their `token` and `allow`, the patterns of the tool ids that they may use. `${NAME}`,
+    `${env:NAME}` and `${NAME:-default}` are replaced by environment variables, `${userHome}` and `${workspaceFolder}`
+    by folders. Disabled servers are skipped.
 
     Args:
         path (`str`): The file.
@@ -121,14 +130,16 @@ def read_mcp_config(path: str | os.PathLike) -> tuple[list[ServerConfig], dict[s
         `ValueError`: naming the file and the invalid entry, without the values of settings.
         `OSError`: if the file cannot be read.
     """
-    document = read_object(path)
-    entries = document.get("mcpServers", document.get("servers"))
+    document = _read_jsonc(path)
+    settings = document.get("mcp") if isinstance(document.get("mcp"), dict) else {}  # in VS Code's settings.json
+    entries = document.get("mcpServers", document.get("servers", settings.get("servers")))
     if not isinstance(entries, dict) or not entries:
         raise ValueError(f"{path}: it needs 'mcpServers', an object with at least one server")
     configs: dict[str, ServerConfig] = {}
+    folders = _folders(path)
     for name, entry in entries.items():
         place = f"{path}, server {name!r}"
-        config = _read_server(name, entry, place)
+        config = _read_server(name, entry, place, folders)
         if config is None:
             continue
         if config.name in configs:
@@ -153,17 +164,47 @@ class ClientConfig:
     allow: tuple[str, ...] = ("*",)
 
 
-def _read_server(name: str, entry: Any, place: str) -> ServerConfig | None:
+def _read_jsonc(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a JSON object that may have comments and trailing commas, as VS Code's files do."""
+
+    def blank(match: re.Match[str]) -> str:
+        return match[1] or re.sub(r"[^\n]", " ", match[0])  # strings stay, and errors tell the right line
+
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        document = json.loads(TRAILING_COMMA.sub(blank, COMMENT.sub(blank, text)))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(document).__name__}")
+    return document
+
+
+def _folders(path: str | os.PathLike) -> dict[str, str]:
+    """Return the variables of editors that name folders, for a file in a project's `.vscode` or `.cursor`, or in it."""
+    folder = Path(path).absolute().parent
+    workspace = folder.parent if folder.name in (".vscode", ".cursor") else folder
+    return {
+        "userHome": str(Path.home()),
+        "workspaceFolder": str(workspace),
+        "workspaceFolderBasename": workspace.name,
+        "pathSeparator": os.sep,
+        "/": os.sep,
+    }
+
+
+def _read_server(name: str, entry: Any, place: str, folders: Mapping[str, str]) -> ServerConfig | None:
     if not isinstance(entry, dict):
         raise ValueError(f"{place}: it must be an object, not {type(entry).__name__}")
-    if entry.get("disabled") is True:
+    if entry.get("disabled") is True or entry.get("enabled") is False:
         return None
     kind = entry.get("type", entry.get("transport"))
-    if kind not in (None, "stdio", "http", "streamable-http", "streamableHttp", "streamable_http"):
-        raise ValueError(f"{place}: its type must be 'stdio' or 'http' (streamable HTTP), not {kind!r}")
-    if ("command" in entry) == ("url" in entry):
+    if kind not in KINDS:
+        raise ValueError(f"{place}: its type must be 'stdio', 'http' (streamable HTTP) or 'sse', not {kind!r}")
+    if (entry.get("command") is None) == (entry.get("url") is None):
         raise ValueError(f"{place}: it needs either a 'command' or a 'url'")
-    fields = {key: entry[key] for key in ("command", "args", "env", "cwd", "url", "headers") if key in entry}
+    names = ("command", "args", "env", "envFile", "cwd", "url", "headers")
+    fields = {key: entry[key] for key in names if entry.get(key) is not None}
     for key, value in fields.items():
         wanted = {"args": list, "env": dict, "headers": dict}.get(key, str)
         if not isinstance(value, wanted) or (not value and wanted is str):
@@ -173,13 +214,32 @@ def _read_server(name: str, entry: Any, place: str) -> ServerConfig | None:
         items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         if not all(isinstance(item, str | int | float) for item in items):
             raise ValueError(f"{place}: its {key!r} must hold strings")
-        fields[key] = _expand(value, f"{place}, {key!r}")
+        fields[key] = _expand(value, f"{place}, {key!r}", folders)
+    if "envFile" in fields:
+        env_file = Path(folders["workspaceFolder"], fields.pop("envFile"))
+        fields["env"] = _read_env_file(env_file, f"{place}, 'envFile'") | fields.get("env", {})
     if "url" in fields and urlsplit(fields["url"]).scheme not in ("http", "https"):
         raise ValueError(f"{place}: its 'url' must begin with http:// or https://")
     bad = next((text for text in _texts(fields) if "\0" in text), None)
     if bad is not None or any("\n" in value or "\r" in value for value in fields.get("headers", {}).values()):
         raise ValueError(f"{place}: its settings must not hold null characters, nor its headers line breaks")
-    return ServerConfig(re.sub(r"[^A-Za-z0-9_-]+", "_", name) or "_", **fields)
+    # Where nothing else is said, the path that servers of the older transport have by convention tells them.
+    sse = kind == "sse" or (
+        kind in (None, "http") and urlsplit(fields.get("url", "")).path.rstrip("/").endswith("/sse")
+    )
+    return ServerConfig(re.sub(r"[^A-Za-z0-9_-]+", "_", name) or "_", **fields, sse=sse)
+
+
+def _read_env_file(path: Path, place: str) -> dict[str, str]:
+    """Read a file of `NAME=value` lines, also with quotes, comments and `export`."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{place}: {path} cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8'}"
+        ) from None
+    found = [ENV_LINE.fullmatch(line) for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    return {match[1]: next(text for text in match.groups()[1:] if text is not None) for match in found if match}
 
 
 def _read_client(name: str, entry: Any, place: str) -> ClientConfig:
@@ -190,22 +250,31 @@ def _read_client(name: str, entry: Any, place: str) -> ClientConfig:
         raise ValueError(f"{place}: its 'token' must be a non-empty string")
     if not isinstance(allow, list) or not all(isinstance(pattern, str) for pattern in allow):
         raise ValueError(f"{place}: its 'allow' must be a list of tools' ids, such as 'github.*'")
-    return ClientConfig(name, None if token is None else _expand(token, f"{place}, 'token'"), tuple(allow))
+    return ClientConfig(name, None if token is None else _expand(token, f"{place}, 'token'", {}), tuple(allow))
 
 
-def _expand(value: Any, place: str) -> Any:
-    """Expand environment variables, and convert numbers to strings."""
+def _expand(value: Any, place: str, folders: Mapping[str, str]) -> Any:
+    """Expand variables, and convert numbers to strings."""
     if isinstance(value, dict):
-        return {key: _expand(item, f"{place}, {key!r}") for key, item in value.items()}
+        return {key: _expand(item, f"{place}, {key!r}", folders) for key, item in value.items()}
     if isinstance(value, list):
-        return [_expand(item, place) for item in value]
+        return [_expand(item, place, folders) for item in value]
     if not isinstance(value, str):
         return str(value).lower() if isinstance(value, bool) else str(value)
 
     def replace(match: re.Match[str]) -> str:
-        found = os.environ.get(match[1], match[2])
+        kind, name, default = match.groups()
+        if kind not in (None, "env"):
+            raise ValueError(
+                f"{place}: {match[0]} is known to the editor alone: use an environment variable, ${{env:NAME}}"
+            )
+        if kind is None and name in folders:
+            return folders[name]
+        if re.fullmatch(r"[A-Za-z_]\w*", name) is None:
+            return match[0]  # not a variable
+        found = os.environ.get(name, default)
         if found is None:
-            raise ValueError(f"{place}: the environment has no variable {match[1]!r}")
+            raise ValueError(f"{place}: the environment has no variable {name!r}")
         return found
 
     return VARIABLE.sub(replace, value)

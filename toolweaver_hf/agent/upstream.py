@@ -133,7 +133,7 @@ class Upstream:
     def _transport(self) -> Any:
         if self.config.command is not None:
             return stdio_transport(self.config)
-        return _http_transport(self.config)
+        return _sse_transport(self.config) if self.config.sse else _http_transport(self.config)
 
     async def _watch(self, client: Client) -> None:
         """Check periodically that the server responds, and update its tools. Raises if it does not respond."""
@@ -313,6 +313,16 @@ async def _http_transport(config: ServerConfig) -> AsyncIterator[tuple[Any, Any]
         streamable_http_client(config.url, http_client=http_client) as streams,
     ):
         yield streams
+
+
+def _sse_transport(config: ServerConfig) -> Any:
+    import httpx2
+    from mcp.client.sse import sse_client
+
+    def make_client(**options: Any) -> httpx2.AsyncClient:
+        return httpx2.AsyncClient(**options, verify=_ssl_context())
+
+    return sse_client(config.url, config.headers, START_SECONDS, None, make_client)
 
 
 @cache
