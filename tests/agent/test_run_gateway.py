@@ -143,6 +143,24 @@ def test_no_server_outlives_the_gateway(config, tmp_path, sign):
         wait_for(lambda: not is_running(tmp_path, "p") and not is_running(tmp_path, "q"))
 
 
+def test_a_gateway_that_lists_itself_is_not_started_again_and_again(config, tmp_path):
+    document = json.loads(config.read_text())
+    document["mcpServers"]["self"] = {
+        "command": sys.executable,
+        "args": [*COMMAND[1:], str(config), "--cache-dir", str(tmp_path / "cache")],
+        "env": {"PYTHONPATH": os.environ.get("PYTHONPATH", "")},
+    }
+    config.write_text(json.dumps(document))
+    run = subprocess.run(
+        [*COMMAND, str(config), "--approve", "--cache-dir", str(tmp_path / "cache")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert "p: 5 tools approved" in run.stdout
+    assert "lists this gateway as one of its own servers" in run.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [

@@ -29,6 +29,7 @@ from .gateway import Gateway
 from .gateway_search import GatewaySearch
 from .gateway_server import GatewayServer
 from .mcp_config import ClientConfig, Redactor, read_mcp_config, redactor_of
+from .stdio_transport import GATEWAYS_VARIABLE
 
 
 logger = logging.getLogger(__name__)
@@ -89,11 +90,15 @@ def run_gateway(
         raise ValueError('the gateway needs the mcp package: pip install "toolweaver-hf[mcp]"')
     if time_limit <= 0:
         raise ValueError(f"the time limit must be positive, not {time_limit}")
+    above, real_path = os.environ.get(GATEWAYS_VARIABLE, "").split(os.pathsep), os.path.realpath(config)
+    if real_path in above:
+        raise ValueError(f"{config} lists this gateway as one of its own servers: remove that entry")
+    os.environ[GATEWAYS_VARIABLE] = os.pathsep.join([*filter(None, above), real_path])
     servers, clients = read_mcp_config(config)
     hide = redactor_of(servers, {client.token: "[token]" for client in clients.values() if client.token})
     _log_to_stderr(hide)
     cache = Path(cache_dir or "~/.cache/toolweaver").expanduser()
-    name = sha256(os.path.realpath(config).encode()).hexdigest()[:16]
+    name = sha256(real_path.encode()).hexdigest()[:16]
     approvals = Approvals(cache / f"approved-{name}.json", pin, approve)
     usage_log = UsageLog(log, redact, hide) if log else None
     gateway = Gateway(

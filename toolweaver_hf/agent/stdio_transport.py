@@ -23,6 +23,7 @@ MAX_GARBAGE_BYTES = 2**20  # invalid output between two messages
 MAX_STDERR_BYTES = 2000  # end of stderr that is kept
 STDERR_PAUSE = 0.01  # seconds between two reads, which limits stderr to a few MB per second
 STOP_SECONDS = 2.0
+GATEWAYS_VARIABLE = "TOOLWEAVER_GATEWAYS"  # tells a started server the files of the gateways above it
 
 
 @asynccontextmanager
@@ -43,7 +44,7 @@ async def stdio_transport(config: ServerConfig) -> AsyncIterator[tuple[Any, Any]
 
     process = await anyio.open_process(
         [shutil.which(config.command, path=config.env.get("PATH")) or config.command, *config.args],
-        env=get_default_environment() | config.env,
+        env=get_default_environment() | config.env | {GATEWAYS_VARIABLE: os.environ.get(GATEWAYS_VARIABLE, "")},
         cwd=config.cwd,
         start_new_session=sys.platform != "win32",
     )
