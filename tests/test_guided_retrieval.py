@@ -190,6 +190,27 @@ def test_a_memory_of_queries_scores_tools_by_a_kernel_density(guided, tmp_path):
     assert torch.allclose(loaded.scores(QUERIES), expert.scores(QUERIES), atol=2e-2)
 
 
+def test_what_is_asked_later_is_remembered_besides(guided):
+    expert = guided[2]
+    expert.remember(["snow", "a euro"], [["tool_3"], ["tool_2"]])
+    expert.add(["late", "later"], ["a chess opening", "a chess ending"])
+    expert.remember(["a euro", "a euro", "a pound"], [["tool_2"], ["tool_4"], ["late", "tool_2"]], keep=True)
+    expert.remember(["something else"], [["unknown"]], keep=True)
+    other = TextExpert(expert.tool_ids, expert.documents)
+    other._encoder_module = LetterEncoder()
+    asked = {
+        "snow": ["tool_3"],
+        "a euro": ["tool_2", "tool_4"],
+        "a pound": ["late", "tool_2"],
+    }  # each pair counts once
+    other.embed().remember([*asked], [*asked.values()])
+    scores, expected = expert.scores(QUERIES)[2], other.scores(QUERIES)[2]
+    assert torch.allclose(scores[:, :-1], expected[:, :-1], atol=1e-5)
+    assert (scores[:, -1] > expected[:, -1]).all()  # it came later, and nothing is known of it yet
+    expert.remember(["snow"], [["tool_3"]])  # in place of all others
+    assert len(expert.memory) == 1
+
+
 def test_the_next_stage_takes_over_what_is_remembered(guided):
     first = guided[2]
     first.remember(["rain today"], [["tool_1"]])

@@ -36,6 +36,7 @@ KERNEL_WIDTH = 20.0  # of remembered queries: a cosine less by 0.05 counts e tim
 KERNEL_FLOOR = 1e-5  # what a tool without a like query counts
 NEW_TOOL_SHARE = 0.2  # what a tool that was added later counts, of the best remembered one
 MAX_MEMORY = 50_000  # queries that are remembered
+SAME_QUERY = 0.999  # the cosine of a query that is remembered already
 WORD_BOUNDARY = re.compile(
     r"_|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])"
 )
@@ -180,7 +181,12 @@ class TextExpert:
         new_row = torch.full((len(self.tool_ids),), -1)
         new_row[kept] = torch.arange(len(kept))
         pairs = torch.stack([self._memory_pairs[:, 0], new_row[self._memory_pairs[:, 1]]], dim=1)
-        self._memory_pairs = pairs[pairs[:, 1] >= 0]
+        pairs = pairs[pairs[:, 1] >= 0]
+        if self.memory is not None:
+            remembered, places = pairs[:, 0].unique(return_inverse=True)
+            pairs = torch.stack([places, pairs[:, 1]], dim=1)
+            self.memory = self.memory[remembered] if len(remembered) else None
+        self._memory_pairs = pairs
         self._added_later.difference_update(tool_ids)
         self.tool_ids = [self.tool_ids[row] for row in kept]
         self.documents = [self.documents[row] for row in kept]
@@ -227,8 +233,10 @@ class TextExpert:
             _save(tensors, path, {"encoder": self.encoder})
         return self
 
-    def remember(self, queries: Sequence[str], tools: Sequence[Iterable[str]], seed: int = 0) -> None:
-        """Remember queries whose tools are known, in place of those remembered before.
+    def remember(
+        self, queries: Sequence[str], tools: Sequence[Iterable[str]], seed: int = 0, keep: bool = False
+    ) -> None:
+        """Remember queries whose tools are known.
 
         Weights must be fitted on other queries: these are known by heart.
 
@@ -237,16 +245,30 @@ class TextExpert:
             tools (`Sequence[Iterable[str]]`): For each query the ids of its tools. Those that the expert does not know
                 are left out.
             seed (`int`, *optional*, defaults to 0): Of more than 50,000 queries, a sample by this seed is remembered.
+            keep (`bool`, *optional*, defaults to `False`): Whether to keep those remembered before. Then a query that
+                is remembered for a tool already does not count twice, and none is added to 50,000.
         """
         row_of_tool = {tool_id: row for row, tool_id in enumerate(self.tool_ids)}
         rows = [[row_of_tool[tool] for tool in dict.fromkeys(needed) if tool in row_of_tool] for needed in tools]
         known = [i for i, needed in enumerate(rows) if needed]
-        if len(known) > MAX_MEMORY:
-            known = sorted(random.Random(seed).sample(known, MAX_MEMORY))
-        pairs = [(place, row) for place, i in enumerate(known) for row in rows[i]]
-        self._memory_pairs = torch.tensor(pairs, dtype=torch.long).view(-1, 2)
-        self.memory = self._encode([queries[i] for i in known], as_queries=True) if known else None
-        self._added_later, self._owners = set(), None
+        earlier = self.memory if keep else None
+        room = MAX_MEMORY - (0 if earlier is None else len(earlier))
+        if len(known) > room:
+            known = sorted(random.Random(seed).sample(known, room))
+        memory = self._encode([queries[i] for i in known], as_queries=True) if known else None
+        pairs = torch.tensor([(k, row) for k, i in enumerate(known) for row in rows[i]], dtype=torch.long).view(-1, 2)
+        if earlier is None:
+            self._added_later = set()
+        elif memory is None:
+            return
+        else:
+            counted = self._count(((memory @ earlier.T) > SAME_QUERY).float())
+            pairs = pairs[counted[pairs[:, 0], pairs[:, 1]] == 0]
+            self._added_later.difference_update(self.tool_ids[row] for row in pairs[:, 1].tolist())
+            new, places = pairs[:, 0].unique(return_inverse=True)
+            pairs = torch.stack([len(earlier) + places, pairs[:, 1]], dim=1)
+            pairs, memory = torch.cat([self._memory_pairs, pairs]), torch.cat([earlier, memory[new]])
+        self._memory_pairs, self.memory, self._owners = pairs, memory, None
 
     def take_over(self, earlier: TextExpert) -> None:
         """Go on from the expert of an earlier training stage: its weights, what its model learned, what it remembers.
@@ -300,14 +322,17 @@ class TextExpert:
         """Return the log-probabilities of the tools, of shape `(num_queries, num_tools)`."""
         return self.logits(queries).log_softmax(1)
 
-    def _recall(self, encoded: torch.Tensor) -> torch.Tensor:
+    def _count(self, weights: torch.Tensor) -> torch.Tensor:
+        """Add up weights of shape `(num_queries, num_remembered)` over the remembered queries of each tool."""
         if self._owners is None:
             rows, columns = self._memory_pairs.T.numpy()
             ones, shape = np.ones(len(rows), np.float32), (len(self.memory), len(self))
             self._owners = scipy.sparse.csr_array((ones, (rows, columns)), shape=shape).T.tocsr()
             self._late = torch.tensor([tool_id in self._added_later for tool_id in self.tool_ids])
-        kernel = ((encoded @ self.memory.T - 1) * KERNEL_WIDTH).exp()
-        density = torch.from_numpy((self._owners @ kernel.T.numpy()).T)
+        return torch.from_numpy((self._owners @ weights.T.numpy()).T)
+
+    def _recall(self, encoded: torch.Tensor) -> torch.Tensor:
+        density = self._count(((encoded @ self.memory.T - 1) * KERNEL_WIDTH).exp())
         if self._late.any():
             best = density.max(1, keepdim=True).values
             density = torch.where(self._late, NEW_TOOL_SHARE * best, density)
