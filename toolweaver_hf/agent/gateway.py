@@ -110,7 +110,7 @@ class Gateway:
             for upstream in self.upstreams.values():
                 tasks.start_soon(upstream.run)
             tasks.start_soon(self._keep_index)
-            tasks.start_soon(self.search.keep_embedded)
+            tasks.start_soon(self.search.keep_up)
             try:
                 yield self
             finally:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
@@ -19,14 +20,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_BATCH = 32
+MAX_LEARNED = 10_000  # pairs of a query and a tool that are taken from a log
+LEARNED_AT_ONCE = 32  # queries that are embedded while searches wait
 
 
 class GatewaySearch:
     """Ranks the tools of a gateway, which may change at any time.
 
     Tools are ranked by BM25 immediately, and additionally by embeddings once they are computed in the background (see
-    [`GatewaySearch.keep_embedded`]). An aligned model also contributes to the ranking, and abstains on tools that it
-    was not trained on.
+    [`GatewaySearch.keep_up`]). An aligned model also contributes to the ranking, and abstains on tools that it
+    was not trained on. Queries whose tools are known from use are remembered, which makes search better without any
+    training (see [`TextExpert.remember`]).
 
     Args:
         model (`str`, *optional*):
@@ -37,7 +41,9 @@ class GatewaySearch:
         cache_dir (`str`, *optional*):
             Cache folder of the embeddings.
         embed (`bool`, *optional*, defaults to `True`):
-            Whether to embed the tools. If `False`, tools are ranked without embeddings.
+            Whether to embed the tools. If `False`, tools are ranked without embeddings, and nothing is learned.
+        usage (`Iterable[tuple[str, str]]`, *optional*):
+            Queries, each with the id of a tool that was called for it, the latest last. The last 10,000 are remembered.
     """
 
     def __init__(
@@ -46,12 +52,17 @@ class GatewaySearch:
         encoder: str | None = None,
         cache_dir: str | os.PathLike | None = None,
         embed: bool = True,
+        usage: Iterable[tuple[str, str]] = (),
     ):
         self.model, self.encoder, self.cache_dir, self.embed = model, encoder, cache_dir, embed
         self.retriever: ToolRetriever | None = None
         self._lock = anyio.Lock()  # one search or one update at a time
         self._changed = anyio.Event()
         self._waiting: list[_Query] = []
+        self._usage: dict[str, dict[str, None]] = {}  # the queries for which each tool was called
+        self._to_learn: dict[tuple[str, str], None] = {}
+        for query, tool_id in list(usage)[-MAX_LEARNED:]:
+            self.learn(query, tool_id)
 
     @property
     def is_embedded(self) -> bool:
@@ -70,17 +81,26 @@ class GatewaySearch:
         """
         if tools:
             async with self._lock:
-                await to_thread.run_sync(self._update, tools)
+                added = await to_thread.run_sync(self._update, tools)
+            self._to_learn |= {(query, tool_id): None for tool_id in added for query in self._usage.get(tool_id, ())}
             self._changed.set()
 
-    def _update(self, tools: Sequence[Tool]) -> None:
+    def learn(self, query: str, tool_id: str) -> None:
+        """Remember that a tool was called for a query, from the next pass of [`GatewaySearch.keep_up`] on."""
+        if self.embed and query not in self._usage.setdefault(tool_id, {}):
+            self._usage[tool_id][query] = None
+            self._to_learn[query, tool_id] = None
+            self._changed.set()
+
+    def _update(self, tools: Sequence[Tool]) -> Iterable[str]:
+        """Replace the searchable tools, and return the ids of those that are new or described otherwise."""
         from ..retrieval import ToolRetriever
 
         if self.retriever is None and self.model is not None:
             self.retriever = ToolRetriever.from_pretrained(self.model)
         expert = None if self.retriever is None else self.retriever.text_expert
         if self.retriever is not None and expert is None:
-            return  # without a text expert, only the tools with codes can be ranked
+            return ()  # without a text expert, only the tools with codes can be ranked
         known = {} if expert is None else dict(zip(expert.tool_ids, expert.documents, strict=True))
         documents = {tool.id: tool.document for tool in tools}
         gone = [tool_id for tool_id, document in known.items() if documents.get(tool_id) != document]
@@ -93,20 +113,42 @@ class GatewaySearch:
                 self.retriever.remove(*gone)
                 self.retriever.add([tool for tool in tools if tool.id in gone])
         self.retriever([""], top_k=1)  # builds the index before the first query
+        return [tool_id for tool_id, document in documents.items() if known.get(tool_id) != document]
 
-    async def keep_embedded(self) -> None:
-        """Embed changed tools in the background, until cancelled."""
-        while self.embed:
+    async def keep_up(self) -> None:
+        """Embed changed tools and remember queries that were learned, in the background until cancelled."""
+        while True:
             await self._changed.wait()
             self._changed = anyio.Event()
-            expert = None if self.retriever is None else self.retriever.text_expert
-            if expert is None or expert.embeddings is not None:
-                continue
             try:
-                await to_thread.run_sync(expert.embed, self.cache_dir, abandon_on_cancel=True)
-                logger.info("%d tools are embedded", len(expert))
+                await self.catch_up()
             except (ValueError, OSError, ImportError, RuntimeError) as error:
                 logger.warning("the tools are ranked without embeddings: %s", error)
+
+    async def catch_up(self) -> None:
+        """Embed changed tools, and remember the queries that were learned since the last time.
+
+        Raises:
+            `ValueError`, `OSError` or `ImportError`: if the encoder cannot be loaded or used.
+        """
+        expert = None if self.retriever is None else self.retriever.text_expert
+        if expert is None or not self.embed:
+            return
+        if expert.embeddings is None:
+            await to_thread.run_sync(expert.embed, self.cache_dir, abandon_on_cancel=True)
+            logger.info("%d tools are embedded", len(expert))
+        number = 0
+        while self._to_learn:
+            batch = list(self._to_learn)[:LEARNED_AT_ONCE]
+            for pair in batch:
+                del self._to_learn[pair]
+            queries, tools = [query for query, _ in batch], [[tool_id] for _, tool_id in batch]
+            async with self._lock:
+                remember = self.retriever.text_expert.remember
+                await to_thread.run_sync(partial(remember, queries, tools, keep=True))
+            number += len(batch)
+        if number > 1:
+            logger.info("%d queries are remembered from use", number)
 
     async def __call__(self, query: str, k: int, tool_ids: Sequence[str]) -> list[RetrievedTool]:
         """Rank tools for a query. Concurrent queries are batched.

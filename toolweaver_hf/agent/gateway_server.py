@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import uuid
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 MAX_SESSIONS = 1024
 MAX_PAGES = 100
 MAX_RESULTS = 50
+MAX_QUERIES = 32  # of a session, whose calls may still come
 
 INSTRUCTIONS = (
     "The tools of several servers stand behind this one. Search them with find_tools, then call one by its name with "
@@ -66,8 +67,16 @@ class Session:
     key: str
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     num_queries: int = 0
-    query: str | None = None
+    queries: deque[tuple[int, str, frozenset[str]]] = field(default_factory=lambda: deque(maxlen=MAX_QUERIES))
     notify: Callable[[], Awaitable[None]] | None = None
+
+    def query_of(self, tool_id: str) -> tuple[int, str | None]:
+        """Return the number and text of the latest query that found a tool; 0 and `None` if there is none.
+
+        Clients may search for several things before they call anything, and call tools that they know from before.
+        """
+        found = ((number, query) for number, query, tool_ids in reversed(self.queries) if tool_id in tool_ids)
+        return next(found, (0, None))
 
 
 class GatewayServer:
@@ -222,10 +231,10 @@ class GatewayServer:
             logger.exception("a search failed")
             return _error(self.gateway.redact(f"the search failed: {error}"))
         session.num_queries += 1
-        session.query = arguments["query"]
+        ids = [self.gateway.id_of(tool["name"]) for tool in found["tools"]]
+        session.queries.append((session.num_queries, arguments["query"], frozenset(ids)))
         if self.usage_log is not None:
-            ids = [self.gateway.id_of(tool["name"]) for tool in found["tools"]]
-            self.usage_log.add_query(session.id, session.num_queries, session.query, ids)
+            self.usage_log.add_query(session.id, session.num_queries, arguments["query"], ids)
         return {"content": [_text(json.dumps(found, ensure_ascii=False))], "structuredContent": found}
 
     async def _pass_call(
@@ -269,15 +278,11 @@ class GatewayServer:
         finally:
             asked = result is not None and result.get("resultType") == "input_required"
             if self.usage_log is not None and not asked:
-                self.usage_log.add_call(
-                    session.id,
-                    session.num_queries,
-                    session.query,
-                    self.gateway.id_of(name),
-                    arguments,
-                    result,
-                    outcome,
-                )
+                tool_id = self.gateway.id_of(name)
+                number, query = session.query_of(tool_id)
+                self.usage_log.add_call(session.id, number, query, tool_id, arguments, result, outcome)
+                if query is not None and outcome == "ok":
+                    self.gateway.search.learn(query, tool_id)
         return result
 
     # Resources, prompts and completions

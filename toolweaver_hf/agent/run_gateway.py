@@ -23,7 +23,7 @@ from typing import Any
 
 import anyio
 
-from ..data.usage_log import UsageLog
+from ..data.usage_log import UsageLog, load_usage_queries
 from .approvals import Approvals
 from .gateway import Gateway
 from .gateway_search import GatewaySearch
@@ -76,7 +76,7 @@ def run_gateway(
         approve (`bool`, *optional*, defaults to `False`):
             Whether to approve all tools in their current version and exit.
         log (`str`, *optional*):
-            Folder of the usage log (see [`UsageLog`]).
+            Folder of the usage log (see [`UsageLog`]), from which search learns.
         redact (`bool`, *optional*, defaults to `False`):
             Whether to replace arguments and results in the log by a placeholder.
         cache_dir (`str`, *optional*, defaults to `"~/.cache/toolweaver"`):
@@ -101,9 +101,10 @@ def run_gateway(
     name = sha256(real_path.encode()).hexdigest()[:16]
     approvals = Approvals(cache / f"approved-{name}.json", pin, approve)
     usage_log = UsageLog(log, redact, hide) if log else None
+    usage = _read_usage(log) if log else []
     gateway = Gateway(
         servers,
-        GatewaySearch(model, encoder, cache / f"embeddings-{name}"),
+        GatewaySearch(model, encoder, cache / f"embeddings-{name}", usage=usage),
         hide,
         allow=allow,
         direct=direct,
@@ -123,6 +124,17 @@ def run_gateway(
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         print(f"{len(servers)} servers at http://{host}:{listener.getsockname()[1]}/mcp", flush=True)
         anyio.run(serve_http, gateway, clients, usage_log, host, listener)
+
+
+def _read_usage(folder: str | os.PathLike) -> list[tuple[str, str]]:
+    """Return the queries of a usage log, each with a tool that was called for it; none if it cannot be read."""
+    try:
+        return [(query.text, tool_id) for query in load_usage_queries(folder) for tool_id in query.tools]
+    except OSError:
+        return []  # there is none yet
+    except ValueError as error:
+        logger.warning("nothing is learned from the log: %s", error)
+        return []
 
 
 async def serve_stdio(gateway: Gateway, clients: Mapping[str, ClientConfig], usage_log: UsageLog | None) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import calendar
 import json
 import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .catalog import CATALOG_FILE, Tool, ToolCatalog
+from .queries import Query
 from .trajectories import read_messages
 
 
@@ -20,6 +23,8 @@ MAX_LOG_BYTES = 256 * 2**20  # total size of a folder
 MAX_FILE_BYTES = 16 * 2**20
 MAX_TEXT = 2000  # maximum characters of a result
 REDACTED = "[redacted]"
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
+MAX_PAUSE = 1800  # seconds without a call after which tools are no longer used together
 
 
 class UsageLog:
@@ -79,8 +84,8 @@ class UsageLog:
 
         Args:
             session (`str`): The session's id.
-            number (`int`): Number of the call's query in the session.
-            query (`str`, *optional*): The query; `None` for a call without a query.
+            number (`int`): Number of the query in the session that found the tool; 0 if none did.
+            query (`str`, *optional*): The query; `None` if none found the tool.
             tool_id (`str`): The tool.
             arguments (`dict`): The call's arguments.
             result (`dict`, *optional*): The MCP result; `None` if there is none.
@@ -135,13 +140,14 @@ def load_usage(folder: str | os.PathLike) -> list[dict[str, Any]]:
     """Read the trajectories of a usage log, one per query with all of its calls.
 
     Failed calls are kept with `loss` set to false, which excludes them from the training loss. Trajectories without a
-    successful call are omitted, as are incomplete last lines of killed processes.
+    successful call are omitted, as are calls of tools that no query found, and incomplete last lines of killed
+    processes.
 
     Args:
         folder (`str`): A folder written by [`UsageLog`].
 
     Returns:
-        `list[dict]`: rows with `id` and `messages`, in the order of their queries.
+        `list[dict]`: rows with `id`, `messages` and the `time` of the first call, in the order of the log.
 
     Raises:
         `ValueError`: naming the file and line of an invalid trajectory.
@@ -160,14 +166,69 @@ def load_usage(folder: str | os.PathLike) -> list[dict[str, Any]]:
                 messages = read_messages(row)
             except (ValueError, TypeError, AttributeError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: {error}") from None
+            if messages[0]["role"] != "user":
+                continue
             if row.get("outcome") == "ok":
                 good.add(row["id"])
             else:
                 messages = [m | ({"loss": False} if m["role"] == "assistant" else {}) for m in messages]
-            whole = rows.setdefault(row["id"], {"id": row["id"], "messages": []})
+            whole = rows.setdefault(row["id"], {"id": row["id"], "messages": [], "time": row.get("time")})
             whole["messages"] += [m for m in messages if m["role"] != "user" or not whole["messages"]]
     return [row for trajectory_id, row in rows.items() if trajectory_id in good]
 
 
+def load_usage_queries(folder: str | os.PathLike) -> list[Query]:
+    """Read the queries of a usage log, each with the tools that were called successfully for it.
+
+    Args:
+        folder (`str`): A folder written by [`UsageLog`].
+
+    Returns:
+        `list[Query]`: the queries, in the order of their last calls. Equal queries are one.
+
+    Raises:
+        `ValueError` or `OSError`: as [`load_usage`].
+    """
+    queries: dict[str, Query] = {}
+    for row in load_usage(folder):
+        text = row["messages"][0]["content"].strip()
+        earlier = queries.pop(text, None)
+        tools = [*(earlier.tools if earlier else ()), *_called_tools(row)]
+        queries[text] = Query(row["id"], text, tuple(dict.fromkeys(tools)))
+    return [query for text, query in queries.items() if text]
+
+
+def load_usage_sessions(folder: str | os.PathLike) -> list[Query]:
+    """Read which tools were used together: by one session, with pauses of at most half an hour.
+
+    Args:
+        folder (`str`): A folder written by [`UsageLog`].
+
+    Returns:
+        `list[Query]`: for each session, or part of one between pauses, its first query with all of its tools.
+
+    Raises:
+        `ValueError` or `OSError`: as [`load_usage`].
+    """
+    parts: dict[tuple[str, int], Query] = {}
+    latest: dict[str, tuple[float, int]] = {}  # of each session the time and part of the last row
+    for row in load_usage(folder):
+        session = row["id"].rpartition("/")[0]
+        now = calendar.timegm(time.strptime(row["time"], TIME_FORMAT))
+        before, part = latest.get(session, (now, 0))
+        part += now - before > MAX_PAUSE
+        latest[session] = (now, part)
+        text = row["messages"][0]["content"].strip()
+        query = parts.get((session, part), Query(f"{session}/part{part}", text or "?", ()))
+        tools = dict.fromkeys([*query.tools, *_called_tools(row)])
+        parts[session, part] = replace(query, tools=tuple(tools))
+    return list(parts.values())
+
+
+def _called_tools(row: dict[str, Any]) -> list[str]:
+    messages = [message for message in row["messages"] if message.get("loss", True)]
+    return [call["function"]["name"] for message in messages for call in message.get("tool_calls", ())]
+
+
 def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return time.strftime(TIME_FORMAT, time.gmtime())
