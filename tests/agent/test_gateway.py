@@ -475,6 +475,7 @@ def test_search_learns_from_use(tmp_path):
         found = []
         search = GatewaySearch(usage=[("how did we do last month", "s.b"), ("gone", "s.gone")])
         await search.update(catalog)
+        search.settle()
         for step in range(4):
             await search.catch_up()
             found.append([tool.tool_id for tool in await search("last month's figures, please", 2, ["s.a", "s.b"])])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -96,6 +96,8 @@ class Gateway:
         self._changed = anyio.Event()
         self._found_any = anyio.Event()  # set once any tools are searchable, or no server has any
         self._indexed = anyio.Event()  # set once every server has started or failed, and all tools are searchable
+        self._listed: dict[str, types.Tool] = {}  # as they were last indexed
+        self._described: dict[str, Tool | None] = {}
         self._documents: dict[str, Tool] = {}  # callable tools by id
         self._searched: dict[str, Tool] = {}  # searchable tools by id
         self._names = Names({})
@@ -131,6 +133,7 @@ class Gateway:
             await self._changed.wait()
             self._changed = anyio.Event()
             settled = all(upstream.state != "starting" for upstream in self.upstreams.values())
+            began = anyio.current_time()
             try:
                 await self._index()
             except Exception as error:  # keep the previous index
@@ -139,7 +142,9 @@ class Gateway:
                 self._found_any.set()
             if settled:
                 self._indexed.set()
-            await anyio.sleep(0.05)
+                self.search.settle()
+            # Half of the time at most is spent on the index while hundreds of servers start.
+            await anyio.sleep(max(0.05, anyio.current_time() - began))
 
     def listed_tools(self) -> dict[str, types.Tool]:
         """Return the tools that the servers list, by id."""
@@ -151,15 +156,16 @@ class Gateway:
 
     async def _index(self) -> None:
         listed = self.listed_tools()
-        held_back: set[str] = set()
+        fresh = {tool_id: tool for tool_id, tool in listed.items() if self._listed.get(tool_id) is not tool}
+        held_back = self._held_back & (listed.keys() - fresh.keys())
         if self._approvals is not None:
-            held_back = await to_thread.run_sync(self._approvals.check, listed)
-        documents = {}
-        for tool_id, tool in listed.items():
-            if tool_id not in held_back and (document := self._describe(tool_id, tool)) is not None:
-                documents[tool_id] = document
+            held_back |= await to_thread.run_sync(self._approvals.check, fresh)
+        described = self._described | await to_thread.run_sync(self._describe, fresh)
+        described = {tool_id: described[tool_id] for tool_id in listed}
+        documents = {i: tool for i, tool in described.items() if tool is not None and i not in held_back}
         before = self.direct_tools()
-        self._documents, self._names, self._held_back = documents, Names(documents), frozenset(held_back)
+        self._listed, self._described = listed, described
+        self._documents, self._names, self._held_back = documents, Names(documents), held_back
         self._available = frozenset(
             tool_id for tool_id in documents if self.upstreams[tool_id.split(".", 1)[0]].state == "up"
         )
@@ -172,19 +178,22 @@ class Gateway:
             if self._on_index is not None:
                 await to_thread.run_sync(self._on_index, list(documents.values()))
 
-    def _describe(self, tool_id: str, tool: types.Tool) -> Tool | None:
-        """Convert a tool for the search, with the server as its category and without secrets."""
-        server, name = tool_id.split(".", 1)
-        row = self.redact(tool.model_dump(mode="json", by_alias=True, exclude_none=True))
-        annotated = (row.get("annotations") or {}).get("title")
-        row = {"description": row.get("description") or row.get("title") or annotated or name} | row
-        row = {key: value for key, value in row.items() if value != ""} | {"id": tool_id, "category": server}
-        row["inputSchema"] = {"type": "object"} | row.get("inputSchema", {})
-        try:
-            return Tool.from_dict(row)
-        except ValueError as error:
-            logger.warning("a tool of %s is left out: %s", server, self.redact(str(error)))
-            return None
+    def _describe(self, listed: Mapping[str, types.Tool]) -> dict[str, Tool | None]:
+        """Convert tools for the search, with the server as the category and without secrets; invalid ones to `None`."""
+        described: dict[str, Tool | None] = {}
+        for tool_id, tool in listed.items():
+            server, name = tool_id.split(".", 1)
+            row = self.redact(tool.model_dump(mode="json", by_alias=True, exclude_none=True))
+            annotated = (row.get("annotations") or {}).get("title")
+            row = {"description": row.get("description") or row.get("title") or annotated or name} | row
+            row = {key: value for key, value in row.items() if value != ""} | {"id": tool_id, "category": server}
+            row["inputSchema"] = {"type": "object"} | row.get("inputSchema", {})
+            try:
+                described[tool_id] = Tool.from_dict(row)
+            except ValueError as error:
+                logger.warning("a tool of %s is left out: %s", server, self.redact(str(error)))
+                described[tool_id] = None
+        return described
 
     def _may(self, tool_id: str, client: ClientConfig | None) -> bool:
         patterns = [self._allow] if client is None else [self._allow, client.allow]

@@ -30,7 +30,7 @@ class GatewaySearch:
     Tools are ranked by BM25 immediately, and additionally by embeddings once they are computed in the background (see
     [`GatewaySearch.keep_up`]). An aligned model also contributes to the ranking, and abstains on tools that it
     was not trained on. Queries whose tools are known from use are remembered, which makes search better without any
-    training (see [`TextExpert.remember`]).
+    training (see [`TextExpert.remember`]); tools that are added after [`GatewaySearch.settle`] count as new to it.
 
     Args:
         model (`str`, *optional*):
@@ -61,6 +61,7 @@ class GatewaySearch:
         self._waiting: list[_Query] = []
         self._usage: dict[str, dict[str, None]] = {}  # the queries for which each tool was called
         self._to_learn: dict[tuple[str, str], None] = {}
+        self._settled = False
         for query, tool_id in list(usage)[-MAX_LEARNED:]:
             self.learn(query, tool_id)
 
@@ -91,6 +92,11 @@ class GatewaySearch:
             self._usage[tool_id][query] = None
             self._to_learn[query, tool_id] = None
             self._changed.set()
+
+    def settle(self) -> None:
+        """Begin to remember: all servers have started or failed."""
+        self._settled = True
+        self._changed.set()
 
     def _update(self, tools: Sequence[Tool]) -> Iterable[str]:
         """Replace the searchable tools, and return the ids of those that are new or described otherwise."""
@@ -138,7 +144,7 @@ class GatewaySearch:
             await to_thread.run_sync(expert.embed, self.cache_dir, abandon_on_cancel=True)
             logger.info("%d tools are embedded", len(expert))
         number = 0
-        while self._to_learn:
+        while self._settled and self._to_learn:
             batch = list(self._to_learn)[:LEARNED_AT_ONCE]
             for pair in batch:
                 del self._to_learn[pair]

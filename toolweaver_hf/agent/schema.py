@@ -15,6 +15,8 @@ from referencing import Registry
 
 logger = logging.getLogger(__name__)
 
+NOTHING_REMOTE: Registry = Registry()
+
 
 def find_error(arguments: dict[str, Any], schema: dict[str, Any]) -> str | None:
     """Return the error of arguments that violate a tool's JSON Schema, or `None`.
@@ -23,7 +25,7 @@ def find_error(arguments: dict[str, Any], schema: dict[str, Any]) -> str | None:
     ignored.
     """
     try:
-        validator = _forgiving(validator_for(schema, default=Draft202012Validator))(schema, registry=Registry())
+        validator = _forgiving(validator_for(schema, default=Draft202012Validator))(schema, registry=NOTHING_REMOTE)
         error = best_match(validator.iter_errors(arguments))
     except Exception as broken:  # such as a reference to itself
         _warn_once(f"arguments are not checked against a broken schema: {broken}")

@@ -232,7 +232,7 @@ class Upstream:
         """
         from mcp import MCPError
         from mcp.types import CONNECTION_CLOSED
-        from pydantic import TypeAdapter, ValidationError
+        from pydantic import ValidationError
 
         with anyio.move_on_after(self.time_limit):
             await self.settled()
@@ -249,7 +249,7 @@ class Upstream:
         try:
             with scope:
                 return await client.session.send_request(
-                    request, TypeAdapter(dict[str, Any]), progress_callback=progress if on_progress else None
+                    request, _any_object(), progress_callback=progress if on_progress else None
                 )
         except MCPError as error:
             if error.code != CONNECTION_CLOSED:
@@ -337,6 +337,14 @@ def _first(error: BaseException) -> BaseException:
     return error
 
 
+@cache
+def _any_object() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(dict[str, Any])
+
+
+@cache
 def _client_info() -> types.Implementation:
     from mcp.types import Implementation
 
