@@ -40,6 +40,7 @@ class BenchmarkArguments:
     output_dir: str | None = field(default=None, metadata={"help": "Folder for benchmark_gateway.json."})
     clients: list[int] = field(default_factory=lambda: [1, 8, 32], metadata={"help": "Numbers of concurrent clients."})
     queries: int = field(default=200, metadata={"help": "Number of queries per number of clients, and of calls."})
+    encoder: str | None = field(default=None, metadata={"help": "sentence-transformers model of the gateway."})
     tokenizer: str | None = field(
         default=None, metadata={"help": "Tokenizer that counts prompt tokens. Defaults to the encoder's."}
     )
@@ -220,7 +221,7 @@ async def benchmark(args: BenchmarkArguments) -> dict[str, Any]:
         config.write_text(json.dumps({"mcpServers": urls}))
         url = f"http://127.0.0.1:{base + 1}/mcp"
         gateway = [python, "-m", "toolweaver_hf.cli", "gateway", str(config), "--port", str(base + 1)]
-        gateway += ["--cache-dir", str(Path(folder, "cache"))]
+        gateway += ["--cache-dir", str(Path(folder, "cache")), *(["--encoder", args.encoder] if args.encoder else [])]
         async with process(python, this, "upstreams", args.catalog, str(base)):
             await connect(f"http://127.0.0.1:{base}/")
             for start in ("cold", "warm"):
@@ -246,7 +247,7 @@ async def benchmark(args: BenchmarkArguments) -> dict[str, Any]:
                 "find_tools": {str(number): await search_times(proxy, queries, number) for number in args.clients},
                 "memory_mb": megabytes(running),
             }
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or default_encoder())
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.encoder or default_encoder())
     texts = [json.dumps(listed(tool)) for tool in catalog]
     lengths = [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
     results["tokens"] = {"all_tools": sum(lengths), "five_tools": 5 * sum(lengths) / len(lengths)}

@@ -63,6 +63,7 @@ async def replay(
             )
             search = GatewaySearch(args.model, args.encoder, Path(folder, "cache"), usage=usage)
             await search.update(list(catalog))
+            search.settle()
             await search.catch_up()
             return search
 
