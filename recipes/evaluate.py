@@ -111,7 +111,7 @@ def main(args: EvaluationArguments) -> dict[str, Any]:
     from toolweaver_hf.evaluation.wording import group_by_wording
     from toolweaver_hf.hub.cards import EVALUATION_FOLDER
     from toolweaver_hf.retrieval import ToolRetriever
-    from toolweaver_hf.text_expert import default_encoder
+    from toolweaver_hf.text_expert import default_encoder, fast_dtype
 
     queries = load_test_queries(args.queries, args.qrels)
     candidates = load_candidates(args, queries)
@@ -120,7 +120,7 @@ def main(args: EvaluationArguments) -> dict[str, Any]:
     texts = [query.text for query in queries]
     rankings = {}
     if args.model is not None:
-        retriever = ToolRetriever.from_pretrained(args.model)
+        retriever = ToolRetriever.from_pretrained(args.model, dtype=fast_dtype())
         rankings["ToolWeaver"] = retriever(texts, top_k=TOP_K, allowed_tools=candidates.ids, show_progress_bar=True)
         if retriever.text_expert is not None and retriever.model is not None:
             alone = ToolRetriever(retriever.model, retriever.tokenizer)

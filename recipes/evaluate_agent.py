@@ -138,6 +138,7 @@ def run_agent(
     from toolweaver_hf.evaluation.simulated_tools import SimulatedTools
     from toolweaver_hf.evaluation.tasks import load_agent_runs
     from toolweaver_hf.files import truncate_partial_line
+    from toolweaver_hf.text_expert import fast_dtype
 
     truncate_partial_line(path)
     done = load_agent_runs(path) if path.exists() and path.stat().st_size else {}
@@ -148,7 +149,7 @@ def run_agent(
     tools = SimulatedTools(catalog, args.recordings, demo_functions(catalog), endpoint, args.seed)
     if tasks[0].calls is not None:
         tools.record_trajectories(load_trajectories(args.tasks))
-    agent = ToolAgent.from_pretrained(args.model, tools, catalog=catalog, max_steps=args.max_steps)
+    agent = ToolAgent.from_pretrained(args.model, tools, catalog=catalog, dtype=fast_dtype(), max_steps=args.max_steps)
     with open(path, "a", encoding="utf-8") as file:
         for task in tqdm(missing, "Running the agent"):
             done[task.id] = outcome = agent(task.messages)

@@ -20,8 +20,9 @@ def main(model: str, queries: str, qrels: str | None = None, max_queries: int = 
     from toolweaver_hf.alignment.guidance import fit_guidance
     from toolweaver_hf.data.queries import load_queries
     from toolweaver_hf.retrieval import ToolRetriever
+    from toolweaver_hf.text_expert import fast_dtype
 
-    retriever = ToolRetriever.from_pretrained(model)
+    retriever = ToolRetriever.from_pretrained(model, dtype=fast_dtype())
     fitted = fit_guidance(retriever, load_queries(queries, qrels), max_queries, seed, show_progress_bar=True)
     retriever.text_expert.save_pretrained(model)
     print(", ".join(f"{name}: {value}" for name, value in fitted.items()))

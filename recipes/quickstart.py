@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from toolweaver_hf.agent.loop import ToolAgent
     from toolweaver_hf.data.catalog import ToolCatalog
     from toolweaver_hf.data.queries import Query
-    from toolweaver_hf.retrieval import RetrievedTool, ToolRetriever
+    from toolweaver_hf.retrieval import RetrievedTool
 
 
 SPLITS = ("train", "validation", "test")
@@ -136,6 +136,8 @@ def main(args: QuickstartArguments) -> None:
     from toolweaver_hf.codes.trainer import RQVAETrainingArguments
     from toolweaver_hf.data.catalog import CATALOG_FILE
     from toolweaver_hf.demo import DEMO_FOLDER, demo_functions
+    from toolweaver_hf.evaluation.runs import load_evaluation
+    from toolweaver_hf.hub.cards import EVALUATION_FOLDER
     from toolweaver_hf.retrieval import ToolRetriever
     from toolweaver_hf.text_expert import fast_dtype
 
@@ -216,10 +218,10 @@ def main(args: QuickstartArguments) -> None:
     )
 
     step("Queries that alignment gets right")
-    show_gains(queries["test"], ToolRetriever.from_pretrained(output / "retrieval"), search)
+    show_gains(queries["test"], load_evaluation(output / "retrieval" / EVALUATION_FOLDER).rankings)
 
     step("The agent")
-    agent = ToolAgent.from_pretrained(output / "agent", demo_functions(catalog))
+    agent = ToolAgent.from_pretrained(output / "agent", demo_functions(catalog), dtype=fast_dtype())
     show_agent(agent, data / "trajectories.test.jsonl", catalog)
 
     step(f"Done. Everything is in {output}; the picture of the codes is {picture}")
@@ -232,18 +234,17 @@ def show_ranking(query: Query, ranking: Sequence[RetrievedTool]) -> None:
         print(f"  {tool.score:7.2f}  {tool.tool_id}")
 
 
-def show_gains(queries: Sequence[Query], retriever: ToolRetriever, search: ToolRetriever) -> None:
+def show_gains(queries: Sequence[Query], rankings: dict[str, list[list[RetrievedTool]]]) -> None:
     """Print the first queries whose first tool is right with the aligned model and wrong by search alone."""
-    texts = [query.text for query in queries]
-    ours, theirs = retriever(texts, top_k=3), search(texts, top_k=3)
-    rows = list(zip(queries, ours, theirs, strict=True))
+    rows = list(zip(queries, rankings["ToolWeaver"], rankings["search"], strict=True))
     gained = [row for row in rows if row[1][0].tool_id in row[0].tools and row[2][0].tool_id not in row[0].tools]
     lost = [row for row in rows if row[1][0].tool_id not in row[0].tools and row[2][0].tool_id in row[0].tools]
     print(f"Of {len(rows)} queries, the aligned model's first tool is right and that of search (encoder + BM25) wrong")
     print(f"for {len(gained)}, and the other way round for {len(lost)}. The first of the former, in the file's order:")
     for query, ranking, other in gained[:NUM_EXAMPLES]:
-        show_ranking(query, ranking)
-        print(f"  search:  {other[0].tool_id}")
+        print(f"\n  {query.text}\n  needs: {', '.join(query.tools)}")
+        for name, tools in (("aligned", ranking), ("search", other)):
+            print(f"  {name}: {', '.join(tool.tool_id for tool in tools[:3])}")
 
 
 def show_agent(agent: ToolAgent, path: Path, catalog: ToolCatalog) -> None:

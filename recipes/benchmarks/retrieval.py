@@ -207,6 +207,7 @@ class Benchmark:
         from toolweaver_hf.data.queries import Query
         from toolweaver_hf.evaluation.baselines import BM25Retriever, DenseRetriever
         from toolweaver_hf.retrieval import ToolRetriever
+        from toolweaver_hf.text_expert import fast_dtype
         from toolweaver_hf.tokenization_toolweaver import ToolWeaverTokenizer
 
         name, texts = NAMES[method], [query.text for query in self.test]
@@ -229,7 +230,7 @@ class Benchmark:
         self.make_codes(method, codes_dir)
         queries = self.folder / "queries.train.jsonl"
         self.align(self.base, codes_dir, queries, self.args.stages, self.training_args, model_dir)
-        guided = ToolRetriever.from_pretrained(model_dir)
+        guided = ToolRetriever.from_pretrained(model_dir, dtype=fast_dtype())
         guided.add(self.new or ())
         rankings = {name: guided(texts, top_k=TOP_K)}
         alone = f"{name}, codes alone"
@@ -251,7 +252,9 @@ class Benchmark:
             write_queries(queries, rows)
             budget = replace(self.training_args, num_train_epochs=num_epochs, max_steps=-1)
             self.align(str(model_dir), codes_dir, queries, ["retrieval"], budget, learned_dir)
-            rankings[title] = ToolRetriever.from_pretrained(learned_dir, guided=False)(texts, top_k=TOP_K)
+            rankings[title] = ToolRetriever.from_pretrained(learned_dir, guided=False, dtype=fast_dtype())(
+                texts, top_k=TOP_K
+            )
         return rankings
 
     def make_codes(self, method: str, codes_dir: Path) -> None:

@@ -101,9 +101,10 @@ class GatewaySearch:
     def _update(self, tools: Sequence[Tool]) -> Iterable[str]:
         """Replace the searchable tools, and return the ids of those that are new or described otherwise."""
         from ..retrieval import ToolRetriever
+        from ..text_expert import fast_dtype
 
         if self.retriever is None and self.model is not None:
-            self.retriever = ToolRetriever.from_pretrained(self.model)
+            self.retriever = ToolRetriever.from_pretrained(self.model, dtype=fast_dtype())
         expert = None if self.retriever is None else self.retriever.text_expert
         if self.retriever is not None and expert is None:
             return ()  # without a text expert, only the tools with codes can be ranked

@@ -136,15 +136,17 @@ class ToolAgent:
             functions (`Mapping[str, Callable]`): Maps tool ids to functions.
             catalog ([`ToolCatalog`], *optional*): The current tools, such as [`MCPTools.catalog`]. Defaults to the
                 catalog saved with the model.
-            kwargs: Arguments of [`ToolAgent`], and Hub options such as `revision` and `token`, used for all files.
+            kwargs: Arguments of [`ToolAgent`]; Hub options such as `revision` and `token`, used for all files; others
+                are passed on to [`AutoModelForCausalLM.from_pretrained`], such as `dtype` and `device_map`.
         """
-        hub_kwargs, settings = split_hub_kwargs(kwargs)
+        hub_kwargs, kwargs = split_hub_kwargs(kwargs)
+        settings = {name: kwargs.pop(name) for name in inspect.signature(cls).parameters if name in kwargs}
         if "text_expert" not in settings and cached_file(
             pretrained_model_name_or_path, TEXT_EXPERT_FILE, _raise_exceptions_for_missing_entries=False, **hub_kwargs
         ):
             settings["text_expert"] = TextExpert.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         return cls(
-            load_aligned_model(pretrained_model_name_or_path, **hub_kwargs),
+            load_aligned_model(pretrained_model_name_or_path, **hub_kwargs, **kwargs),
             ToolWeaverTokenizer.from_pretrained(pretrained_model_name_or_path, **hub_kwargs),
             catalog or ToolCatalog.from_pretrained(pretrained_model_name_or_path, repo_type="model", **hub_kwargs),
             functions,
