@@ -31,8 +31,8 @@ BATCH_TOKENS = 2048
 """Tokens of a batch, beams included, where no batch size is given."""
 SCORES_OF_A_TOKEN = 1024
 """How many scores of tools take about as much memory as what is kept of a token."""
-NEGLIGIBLE = 1e-6
-"""The share of the sum over all tools that a prefix may have at most to be left out of it."""
+NEGLIGIBLE = 1e-4
+"""The share of the sum over all tools that a prefix may have at most to count in it by an estimate."""
 MAX_DRAFTED_QUERIES = 4
 """The largest batch for which first codes are drafted: in larger ones, some query needs a second pass anyway."""
 MAX_DRAFTED_BEAMS = 32
@@ -542,6 +542,9 @@ class ToolRetriever:
                 if ((wanted >= 0) & (states.place(wanted) < 0)).any():
                     states.read(wanted, tokens, parents)
                     spared = False
+                if mass is not None:  # so does what need not be read
+                    unread = (nodes >= 0) & (states.place(nodes) < 0)
+                    rest.append(beam_mass.masked_fill(~unread, -torch.inf).logsumexp(1))
             children, tokens, scores, ranked, mass = self._expand(states, level, nodes, scores, guide)
             if last:
                 break
@@ -549,6 +552,7 @@ class ToolRetriever:
             if mass is not None:  # what the beams leave aside counts by the estimate
                 left = mass.scatter(1, best, mass.gather(1, best).masked_fill(ranked > -torch.inf, -torch.inf))
                 rest.append(left.logsumexp(1))
+                beam_mass = mass.gather(1, best)
             parents = nodes.gather(1, best // trie.max_children[level])
             nodes = torch.where(ranked > -torch.inf, children.gather(1, best), -1)
             scores, tokens = scores.gather(1, best), tokens.gather(1, best)
@@ -616,18 +620,21 @@ class ToolRetriever:
     ) -> torch.BoolTensor:
         """Tell which of the last beams can hold one of the `top_k` tools, or count in the normalization.
 
-        A tool has at most the probability of its prefix, by the model and by the expert. So what was found below the
-        beams that have been read says of the others that they need not be read.
+        By the model a tool has at most the probability of its prefix. So what was found below the beams that have been
+        read says of the others that they need not be read.
         """
-        *_, ranked, mass = expanded
+        trie, (*_, ranked, mass) = self.trie, expanded
         found = ranked.topk(min(top_k, ranked.shape[1])).values[:, -1:]
         if ranked.shape[1] < top_k:
             found = torch.full_like(found, -torch.inf)
         if mass is None:
             return scores >= found
-        place = (nodes - self._first_nodes[level - 1]).clamp(0, self.trie.level_sizes[level - 1] - 1)
+        place = (nodes - self._first_nodes[level - 1]).clamp(0, trie.level_sizes[level - 1] - 1)
         at_most = guide.weight * scores
-        allowed = at_most + guide.allowed_plain[level - 1].gather(1, place)
+        best = torch.full_like(guide.allowed_plain[level - 1], -torch.inf).scatter_reduce(
+            1, trie.node_of_leaf[level - 1].expand(len(nodes), -1), guide.allowed_plain[-1], "amax"
+        )
+        allowed = at_most + best.gather(1, place)
         total = torch.stack([mass.logsumexp(1), *rest], dim=1).logsumexp(1, keepdim=True)
         counts = at_most + guide.plain[level - 1].gather(1, place) >= total + math.log(NEGLIGIBLE)
         return counts | ((allowed >= found) & (allowed > -torch.inf))

@@ -115,13 +115,23 @@ class Turn:
         scores = self.codes["forbidden" if has_code else "allowed"](new_ids, scores)
         if self.agent._grammar is not None:
             scores = self.agent._grammar(new_ids, scores)
-        token = int(scores.softmax(-1).multinomial(1) if self.agent.do_sample else scores.argmax(-1))
+        token = self._next_token(scores[0])
         if token not in self.first_level or self.agent.retriever is None:
             return [token]
         found = self.agent.retriever.choose(self.state, logits, self._expert_query(), self.allowed)
         weights = torch.tensor([tool.score for tool in found]).exp()
         best = int(weights.multinomial(1)) if self.agent.do_sample else 0
         return self.agent.tokenizer.encode_tool(found[best].tool_id)
+
+    def _next_token(self, scores: torch.Tensor) -> int:
+        """Sample a token, or take the best one. Where a code may begin, its first tokens count together against each
+        other token: which tool it is does not matter for whether one is called."""
+        if self.agent.do_sample:
+            return int(scores.softmax(-1).multinomial(1))
+        begin = slice(self.first_level.start, self.first_level.stop)
+        if scores[begin].logsumexp(0) >= scores.max():
+            return self.first_level.start + int(scores[begin].argmax())
+        return int(scores.argmax())
 
     def _expert_query(self) -> str:
         """Return the text expert's query: the user's last message and the thought before the code."""
