@@ -119,6 +119,30 @@ def test_the_model_sees_what_it_was_trained_on(family):
     assert "I look at it.\n<a_0>" in tokenizer.decode(run.token_ids)
 
 
+class Torn(LogitsProcessor):
+    """Makes each way to begin a code a little less probable than going on with text."""
+
+    def __init__(self, text, codes):
+        self.text, self.codes = text, codes
+
+    def __call__(self, input_ids, scores):
+        scores[:] = 0
+        scores[:, self.text] = 100
+        scores[:, self.codes] = 99.5
+        return scores
+
+
+def test_ways_to_begin_a_code_count_together(tokenizer):
+    """Two first tokens of 0.27 each are more than one token of text of 0.45."""
+    functions = {"rain": lambda **arguments: 4, "mail": lambda **arguments: 4}
+    agent = make_agent(tokenizer, [], functions, max_steps=1, max_new_tokens=8)
+    first, text = tokenizer.level_offsets[0], tokenizer.encode("yes", add_special_tokens=False)[0]
+    agent.logits_processor = LogitsProcessorList([Torn(text, [first, first + 1])])
+    assert {first, first + 1}.intersection(agent(QUERY).token_ids)
+    agent.logits_processor = LogitsProcessorList([Torn(text, [first])])
+    assert agent(QUERY).token_ids[-8:] == [text] * 8
+
+
 @pytest.mark.parametrize("hostile", HOSTILE)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_data_is_never_read_as_codes_or_markers(family, hostile):

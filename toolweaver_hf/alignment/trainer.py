@@ -24,6 +24,9 @@ from ..retrieval import ToolRetriever
 
 
 # What SFTConfig says of data that is not tokenized yet
+CODE_START_WEIGHT = 8.0
+"""What the first token of a code counts for in a trajectory's loss: it alone among some fifty tokens of a turn decides
+that a tool is called, and it is spread over as many tokens as the first codebook has codes."""
 IGNORED_ARGUMENTS = ("dataset_text_field", "completion_only_loss", "assistant_only_loss", "eos_token")
 
 
@@ -229,7 +232,10 @@ class AlignmentTrainer(SFTTrainer):
         children = children.masked_fill(~present, -torch.inf)
         place = ((tokens == labels[bound, None]) & present).int().argmax(1)
         loss = cross_entropy(children, place, reduction="sum")
-        loss = loss + cross_entropy(logits[free].float(), labels[free], reduction="sum")
+        told = cross_entropy(logits[free].float(), labels[free], reduction="none")
+        begin, size = self.processing_class.level_offsets[0], self.processing_class.codebook_sizes[0]
+        begins = self.args.constrained_loss & (labels[free] >= begin) & (labels[free] < begin + size)
+        loss = loss + (told * torch.where(begins, CODE_START_WEIGHT, 1.0)).sum()
         if num_items_in_batch is None:
             loss = loss / keep.sum().clamp(min=1)
         else:
