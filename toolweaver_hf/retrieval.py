@@ -531,6 +531,7 @@ class ToolRetriever:
         nodes = tokens = parents = torch.zeros((batch, 1), dtype=torch.long, device=device)
         scores = torch.full((batch, 1), log_share, device=device)  # of the model
         drafted, spared = states.num_nodes > 1, True
+        beam_mass = None
         for level in range(trie.num_levels):
             last = level + 1 == trie.num_levels
             if level:
@@ -542,7 +543,7 @@ class ToolRetriever:
                 if ((wanted >= 0) & (states.place(wanted) < 0)).any():
                     states.read(wanted, tokens, parents)
                     spared = False
-                if mass is not None:  # so does what need not be read
+                if beam_mass is not None:  # so does what need not be read
                     unread = (nodes >= 0) & (states.place(nodes) < 0)
                     rest.append(beam_mass.masked_fill(~unread, -torch.inf).logsumexp(1))
             children, tokens, scores, ranked, mass = self._expand(states, level, nodes, scores, guide)
