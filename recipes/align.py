@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 STEPS_FILE = "align.json"
 STEPS_VERSION = 1
+VALIDATION_QUERIES = 20  # of a log at least, to fit how far to trust the model
 
 
 @dataclass
@@ -43,7 +44,7 @@ class AlignArguments:
             The catalog, in any of the formats that [`ToolCatalog.from_file`] reads. Defaults to the log's.
         log (`str`, *optional*):
             Usage log of `toolweaver gateway --log`. Training queries are the log's, each with the tools that were called
-            successfully for it; a tenth of them validates. The codes are learned from the tools of each session.
+            successfully for it; a tenth of them validates, and at least 20. The codes are learned from the tools of each session.
         output_dir (`str`, *optional*, defaults to `"toolweaver-model"`):
             Output folder with `queries`, `codes`, `model`, and `align.json`, the record of completed steps.
         queries (`str`, *optional*):
@@ -203,9 +204,13 @@ def _read_log(args: AlignArguments, catalog: ToolCatalog, paths: list[str]) -> N
         return [row for row in rows if row["tools"]]
 
     rows = rows_of(load_usage_queries(args.log))
-    if not rows:
-        raise ValueError(f"{args.log} holds no query yet for which a tool of {args.catalog} was called successfully")
-    train, validation = split_by_tool(rows, 0.1, args.seed)
+    if len(rows) < 2 * VALIDATION_QUERIES:
+        raise ValueError(
+            f"{args.log} has {len(rows)} queries with tools that were called for them, and a model needs "
+            f"{2 * VALIDATION_QUERIES}: half to learn, half to tell how far to trust it. Until then the gateway remembers "
+            "them by itself"
+        )
+    train, validation = split_by_tool(rows, max(0.1, VALIDATION_QUERIES / len(rows)), args.seed)
     sessions = rows_of(load_usage_sessions(args.log))
     Path(paths[0]).parent.mkdir(parents=True, exist_ok=True)
     for path, part in zip(paths, (train, validation, sessions), strict=True):

@@ -8,7 +8,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +170,11 @@ class TextExpert:
         Raises:
             `ValueError`: naming a tool that is not there, or if none would be left; then none is removed.
         """
-        unknown = set(tool_ids) - set(self.tool_ids)
+        gone = set(tool_ids)
+        unknown = gone.difference(self.tool_ids)
         if unknown:
             raise ValueError(f"the text expert does not know the tool {min(unknown)!r}")
-        kept = [row for row, tool_id in enumerate(self.tool_ids) if tool_id not in tool_ids]
+        kept = [row for row, tool_id in enumerate(self.tool_ids) if tool_id not in gone]
         if not kept:
             raise ValueError("a text expert needs at least one tool")
         if self.embeddings is not None:
@@ -191,6 +192,27 @@ class TextExpert:
         self.tool_ids = [self.tool_ids[row] for row in kept]
         self.documents = [self.documents[row] for row in kept]
         self._index = self._owners = None
+
+    def describe(self, documents: Mapping[str, str]) -> None:
+        """Change the documents of tools. What is remembered of them is kept.
+
+        Where the tools are embedded, those are embedded anew at once.
+
+        Args:
+            documents (`Mapping[str, str]`): The new documents by the tools' ids.
+
+        Raises:
+            `ValueError`: naming a tool that is not there; then none is changed.
+        """
+        row_of_tool = {tool_id: row for row, tool_id in enumerate(self.tool_ids)}
+        unknown = documents.keys() - row_of_tool.keys()
+        if unknown:
+            raise ValueError(f"the text expert does not know the tool {min(unknown)!r}")
+        if self.embeddings is not None and documents:
+            self.embeddings = self.embeddings.clone()
+            self.embeddings[[row_of_tool[tool_id] for tool_id in documents]] = self._encode([*documents.values()])
+        self.documents = [documents.get(i, text) for i, text in zip(self.tool_ids, self.documents, strict=True)]
+        self._index = None
 
     def embed(self, cache_dir: str | os.PathLike | None = None, show_progress_bar: bool = False) -> TextExpert:
         """Embed the documents, so that the cosine scores beside BM25.

@@ -99,7 +99,7 @@ class GatewaySearch:
         self._changed.set()
 
     def _update(self, tools: Sequence[Tool]) -> Iterable[str]:
-        """Replace the searchable tools, and return the ids of those that are new or described otherwise."""
+        """Replace the searchable tools, and return the ids of the new ones."""
         from ..retrieval import ToolRetriever
         from ..text_expert import fast_dtype
 
@@ -110,17 +110,18 @@ class GatewaySearch:
             return ()  # without a text expert, only the tools with codes can be ranked
         known = {} if expert is None else dict(zip(expert.tool_ids, expert.documents, strict=True))
         documents = {tool.id: tool.document for tool in tools}
-        gone = [tool_id for tool_id, document in known.items() if documents.get(tool_id) != document]
+        new = [tool for tool in tools if tool.id not in known]
+        gone = known.keys() - documents.keys()
         if self.model is None and len(gone) == len(known):
             self.retriever = ToolRetriever.from_catalog(tools, self.encoder, embed=False)
         else:
             expert.embeddings = None  # until they are computed or read from the cache
-            self.retriever.add([tool for tool in tools if tool.id not in known])
+            expert.describe({i: text for i, text in documents.items() if known.get(i, text) != text})
+            self.retriever.add(new)
             if len(expert) > len(gone):
                 self.retriever.remove(*gone)
-                self.retriever.add([tool for tool in tools if tool.id in gone])
         self.retriever([""], top_k=1)  # builds the index before the first query
-        return [tool_id for tool_id, document in documents.items() if known.get(tool_id) != document]
+        return [tool.id for tool in new]
 
     async def keep_up(self) -> None:
         """Embed changed tools and remember queries that were learned, in the background until cancelled."""
