@@ -223,11 +223,13 @@ def _log_to_stderr(redact: Redactor) -> None:
         def format(self, record: logging.LogRecord) -> str:
             return redact(super().format(record))
 
+    os.environ.setdefault("TQDM_DISABLE", "1")
     handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(logging.INFO)
     handler.setFormatter(Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("toolweaver_hf").setLevel(logging.INFO)
-    for name in ("mcp", "client"):  # `Upstream` already logs each failure in one line
+    for name in ("mcp", "client", "bitsandbytes"):  # `Upstream` already logs each failure in one line
         logging.getLogger(name).setLevel(logging.CRITICAL)
     logging.captureWarnings(True)
     warnings.filterwarnings("ignore", module="mcp")
