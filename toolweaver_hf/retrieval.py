@@ -6,21 +6,24 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn.functional import linear
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 from transformers.utils import cached_file, logging
 
-from .cache import DecodingState, DecodingTree, can_branch, can_use_cache
-from .loading import load_aligned_model, split_hub_kwargs
-from .node_states import NodeStates, NodeTree
 from .text_expert import NEW_TOOL_SHARE, TEXT_EXPERT_FILE, TextExpert
-from .tokenization_toolweaver import ToolWeaverTokenizer
 from .tool_codes_file import TOOL_CODES_FILE
 from .trie import CodeTrie
+
+
+if TYPE_CHECKING:  # what only a model needs is imported with it: search alone starts seconds sooner
+    from transformers import PreTrainedModel
+
+    from .cache import DecodingState, DecodingTree
+    from .node_states import NodeStates
+    from .tokenization_toolweaver import ToolWeaverTokenizer
 
 
 logger = logging.get_logger(__name__)
@@ -125,6 +128,8 @@ class ToolRetriever:
             raise ValueError("give a model with its tokenizer, a text expert, or all three")
         self.model, self.tokenizer, self.text_expert = model, tokenizer, text_expert
         if model is not None:
+            from .cache import can_branch, can_use_cache
+
             rows = model.get_input_embeddings().weight.shape[0]
             if rows <= max(tokenizer.code_token_ids):
                 raise ValueError(
@@ -194,6 +199,9 @@ class ToolRetriever:
             model_kwargs: Passed on to [`AutoModelForCausalLM.from_pretrained`], such as `dtype` and `device_map`.
                 Those that say where from, such as `revision` and `token`, hold for the other files, too.
         """
+        from .loading import load_aligned_model, split_hub_kwargs
+        from .tokenization_toolweaver import ToolWeaverTokenizer
+
         name = pretrained_model_name_or_path
         hub_kwargs, _ = split_hub_kwargs(model_kwargs)
 
@@ -497,6 +505,8 @@ class ToolRetriever:
         state: DecodingState | None = None,
         first_logits: torch.Tensor | None = None,
     ) -> tuple[torch.LongTensor, torch.FloatTensor]:
+        from .node_states import NodeStates
+
         trie, device = self.trie, self.model.device
         batch = len(input_ids if state is None else first_logits)
         guide, rest = _Guide(), []
@@ -644,6 +654,8 @@ class ToolRetriever:
         self, input_ids: torch.LongTensor, mask: torch.LongTensor, guide: _Guide, num_beams: int
     ) -> NodeStates:
         """Read the prompts and, where it may spare a pass, the nodes that their beams are expected to reach."""
+        from .node_states import NodeStates, NodeTree
+
         module = None if self.full_head else self.model.base_model
         if not self._one_row:
             states = NodeStates(self.model, module)
@@ -676,6 +688,8 @@ class ToolRetriever:
             self._prefix_ids = torch.tensor(ids, dtype=torch.long, device=self.model.device)
             tree = None
             if ids:
+                from .cache import DecodingTree
+
                 tree = DecodingTree(self.model)
                 tree.read(self._prefix_ids[None], module=module)
             self._prefix = (state, tree)
