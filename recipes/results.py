@@ -10,7 +10,8 @@ evaluate`, `toolweaver compare` or `toolweaver evaluate-agent` write them, and `
 - `title`: the section's heading,
 - `command`: the commands that give these figures, to be pasted into a shell,
 - `text` (optional): up to three sentences on what the figures show,
-- `wall_time` (optional): how long the commands took.
+- `wall_time` (optional): how long the commands took,
+- `picture` (optional): a picture in the folder.
 
 A benchmark's `metrics.json` holds `tables`, a list of `{"title", "columns", "rows"}`
 ([`~evaluation.runs.save_tables`]). `"recorded_by_hand": true` in a `run.json` says that its figures were copied from
@@ -63,6 +64,7 @@ def render_section(folder: str | os.PathLike) -> str:
         f"```bash\n{about['command'].strip()}\n```",
         describe_circumstances(read_json(Path(folder) / RUN_FILE, RUN_VERSION), about.get("wall_time")),
         render_tables(folder),
+        f"![{about['title']}](results/{Path(folder).name}/{about['picture']})" if "picture" in about else "",
         about.get("text", ""),
     ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"

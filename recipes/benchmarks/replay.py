@@ -143,12 +143,12 @@ def main(args: ReplayArguments) -> dict[str, Any]:
     rankings: dict[str, list[list[RetrievedTool]]] = {}
     curves: dict[str, dict[int, str]] = {}
     for mistakes in dict.fromkeys((0.0, args.mistakes)):
-        label = f"{mistakes:.0%} of the calls wrong" if mistakes else "search that learns from its log"
+        label = f"the same, {mistakes:.0%} of the calls wrong" if mistakes else "search that learns from its log"
         for calls, ranking in anyio.run(replay, args, mistakes, catalog, train, test).items():
             system = f"{calls:,} calls" + (f", {mistakes:.0%} wrong" if mistakes and calls else "")
             rankings[system] = ranking
             curves.setdefault(label, {})[calls] = system
-    model = "aligned model" if args.model else None
+    model = "model aligned with all queries" if args.model else None
     if model is not None:
         rankings[model] = ToolRetriever.from_pretrained(args.model)([query.text for query in test], top_k=10)
     name = Path(args.test_queries).name
