@@ -36,7 +36,7 @@ KERNEL_WIDTH = 20.0  # of remembered queries: a cosine less by 0.05 counts e tim
 KERNEL_FLOOR = 1e-5  # what a tool without a like query counts
 NEW_TOOL_SHARE = 0.2  # what a tool that was added later counts, of the best remembered one
 MAX_MEMORY = 50_000  # queries that are remembered
-SAME_QUERY = 0.999  # the cosine of a query that is remembered already
+SAME_QUERY = 0.99  # the cosine of a query that is remembered already, rounded as bfloat16 embeddings are
 WORD_BOUNDARY = re.compile(
     r"_|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])"
 )

