@@ -31,6 +31,7 @@ ROOMS = (
     "synthesis",
     "hub",
     "demo",
+    "ui",
     "cli",
     "recipes",
     "doors",

@@ -143,6 +143,21 @@ def _gateway(argv: list[str]) -> None:
     run_gateway(**vars(args))
 
 
+def _ui(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description="Show in the browser how tools are found: the code tree of a query, the ranked tools, a run of the "
+        "agent, and a map of the tools."
+    )
+    parser.add_argument(
+        "source", help="a model, learned codes or a catalog: a folder, a repository of the Hub, a file"
+    )
+    parser.add_argument("--port", type=int, help="port on this machine (default: the first free one from 7860 on)")
+    args = parser.parse_args(argv)
+    from .ui.page import run_ui
+
+    run_ui(args.source, args.port)
+
+
 def _serve_tools(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description="Serve recorded and simulated answers of tools over MCP.",
@@ -204,6 +219,7 @@ COMMANDS = {
     "evaluate-agent": (_recipe("evaluate_agent"), "measure what an agent does, with a judge or without"),
     "gateway": (_gateway, "serve the tools of many MCP servers as two that find and call them"),
     "serve-tools": (_serve_tools, "serve recorded and simulated answers of tools over MCP"),
+    "ui": (_ui, "show in the browser how tools are found and what the agent does"),
     "compare": (_compare, "put the evaluations of several models in one table"),
     "push": (_push, "push what a step has made to the Hugging Face Hub, with its card"),
 }

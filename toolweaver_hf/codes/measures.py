@@ -102,3 +102,16 @@ def measure_codes(
         "cousage": sharing(*scipy.sparse.triu(cousage).nonzero()),
         "held_out": None if held_out is None else sharing(*held_out.T),
     }
+
+
+def main_axes(points: np.ndarray) -> np.ndarray:
+    """Return the directions in which centered points vary most, for a picture of them.
+
+    Args:
+        points (`np.ndarray` of shape `(num_points, dim)`): The points. Of more than 20,000, some are used.
+
+    Returns:
+        `np.ndarray` of shape `(2, dim)`: two unit vectors, of zeros where the points vary in fewer directions.
+    """
+    _, _, axes = np.linalg.svd(points[:: -(-len(points) // 20000)], full_matrices=False)
+    return np.pad(axes[:2], ((0, max(0, 2 - len(axes))), (0, 0)))

@@ -12,7 +12,7 @@ import numpy as np
 from ..data.catalog import ToolCatalog
 from ..files import read_json, write_json
 from ..modeling_rqvae import LOSSES, RQVAEModel
-from .measures import CODES_METRICS_VERSION, METRICS_FILE
+from .measures import CODES_METRICS_VERSION, METRICS_FILE, main_axes
 from .tool_codes import ToolCodes
 
 
@@ -98,8 +98,7 @@ def _draw_map(axes: Axes, matrix: np.ndarray, codebooks: list[np.ndarray], first
     """Draw the tools' quantized vectors on their first two principal axes; `first_codes` have the most tools first."""
     points = np.sum([codebook[matrix[:, level]] for level, codebook in enumerate(codebooks)], axis=0)
     points = points - points.mean(0)
-    _, _, main_axes = np.linalg.svd(points[:: -(-len(points) // 20000)], full_matrices=False)
-    plane = points @ main_axes[:2].T if len(main_axes) > 1 else np.pad(points @ main_axes[:1].T, ((0, 0), (0, 1)))
+    plane = points @ main_axes(points).T
     size = max(2, min(40, 8000 / len(plane)))
     # Beyond a hundred, colors cannot be told apart
     colored = np.isin(matrix[:, 0], first_codes if len(first_codes) <= 100 else first_codes[:10])
