@@ -200,11 +200,30 @@ def _push(argv: list[str]) -> None:
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--license", help="for the card: identifier of the license")
     parser.add_argument("--datasets", nargs="+", help="for the card: datasets that the model was trained on")
+    parser.add_argument(
+        "--space", action="store_true", help="also push a Space of this name that shows it in the browser"
+    )
     args = parser.parse_args(argv)
+    if args.space and (args.revision or args.create_pr):
+        parser.error("--space shows what is on the main branch: push without --revision and --create-pr")
     from .hub.artifacts import push_folder
 
-    commit = push_folder(**vars(args))
+    options = vars(args)
+    space = options.pop("space")
+    commit = push_folder(**options)
     print(f"Pushed: {commit.pr_url or commit.commit_url}")
+    if space:
+        from .hub.space import push_space
+
+        repository = commit.repo_url
+        shown = push_space(
+            repository.repo_id,
+            dataset=repository.repo_type == "dataset",
+            private=args.private,
+            token=args.token,
+            license=args.license,
+        )
+        print(f"Pushed: {shown.commit_url}")
 
 
 COMMANDS = {

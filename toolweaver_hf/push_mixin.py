@@ -58,7 +58,7 @@ def upload(
     repo_id: str,
     make_card: Callable[[str], RepoCard],
     *,
-    repo_type: Literal["model", "dataset"] = "model",
+    repo_type: Literal["model", "dataset", "space"] = "model",
     replace_weights: bool = False,
     private: bool | None = None,
     revision: str | None = None,
@@ -81,7 +81,7 @@ def upload(
         make_card (`Callable[[str], RepoCard]`):
             Makes the card, given the full name of the repository.
         repo_type (`str`, *optional*, defaults to `"model"`):
-            `"model"` or `"dataset"`.
+            `"model"`, `"dataset"` or `"space"`, a Space of Gradio.
         replace_weights (`bool`, *optional*, defaults to `False`):
             Whether to delete weights of an earlier push that are not in `files`.
         private (`bool`, *optional*):
@@ -109,7 +109,8 @@ def upload(
             repo_id = f"{api.whoami()['name']}/{repo_id}"
         card = make_card(repo_id)
         operations.append(CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=str(card).encode()))
-        api.create_repo(repo_id, private=private, repo_type=repo_type, exist_ok=True)
+        sdk = "gradio" if repo_type == "space" else None
+        api.create_repo(repo_id, private=private, repo_type=repo_type, space_sdk=sdk, exist_ok=True)
         if revision is not None and not create_pr and not revision.startswith("refs/pr/"):
             api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
         if replace_weights:

@@ -57,7 +57,7 @@ class Blob:
 
 @dataclass
 class Repository:
-    kind: str  # "model" or "dataset"
+    kind: str  # "model", "dataset" or "space"
     id: str
     private: bool
     commits: dict = field(default_factory=dict)  # commit -> path -> Blob
@@ -193,7 +193,9 @@ class HubHandler(BaseHTTPRequestHandler):
         kind, repo_id = body.get("type", "model"), f"{body.get('organization') or user}/{body['name']}"
         if repo_id.split("/")[0] != user:
             raise HubError(403, f"You don't have the rights to create a {kind} under the namespace {repo_id}")
-        url = f"{self.server.url}/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
+        if kind == "space" and body.get("sdk") not in ("gradio", "docker", "static"):
+            raise HubError(400, "a Space needs an sdk")
+        url = f"{self.server.url}/{'' if kind == 'model' else kind + 's/'}{repo_id}"
         if (kind, repo_id) in self.server.repositories:
             return self.answer({"url": url, "error": "You already created this repo"}, 409)
         repository = Repository(
@@ -330,7 +332,7 @@ class HubHandler(BaseHTTPRequestHandler):
                     path: blob for path, blob in files.items() if not path.startswith(value["path"].rstrip("/") + "/")
                 }
         answer = {"success": True, "hookOutput": ""}
-        url = f"{self.server.url}/{'datasets/' if repository.kind == 'dataset' else ''}{repo_id}"
+        url = f"{self.server.url}/{'' if repository.kind == 'model' else repository.kind + 's/'}{repo_id}"
         if "create_pr" in self.query:
             number = 1 + sum(ref.startswith("refs/pr/") for ref in repository.refs)
             revision = f"refs/pr/{number}"
@@ -405,7 +407,7 @@ class HubHandler(BaseHTTPRequestHandler):
 
 
 def _route(methods, pattern, function):
-    pattern = pattern.replace("{kind}", "(models|datasets)").replace("{repo}", "([^/]+/[^/]+)")
+    pattern = pattern.replace("{kind}", "(models|datasets|spaces)").replace("{repo}", "([^/]+/[^/]+)")
     HubHandler.routes.append((methods.split(), re.compile(pattern), function))
 
 
@@ -420,8 +422,8 @@ _route("GET", "/api/{kind}/{repo}/tree/([^/]+)(?:/(.+))?", HubHandler.tree)
 _route("POST", "/api/{kind}/{repo}/paths-info/([^/]+)", HubHandler.paths_info)
 _route("POST", "/api/{kind}/{repo}/preupload/([^/]+)", HubHandler.preupload)
 _route("POST", "/api/{kind}/{repo}/commit/([^/]+)", HubHandler.create_commit)
-_route("POST", r"/(datasets/)?{repo}\.git/info/lfs/objects/batch", HubHandler.lfs_batch)
+_route("POST", r"/(datasets/|spaces/)?{repo}\.git/info/lfs/objects/batch", HubHandler.lfs_batch)
 _route("PUT", "/lfs/([0-9a-f]{64})(?:/([0-9]+))?", HubHandler.lfs_put)
 _route("POST", "/lfs/([0-9a-f]{64})", HubHandler.lfs_complete)
-_route("GET HEAD", "/(datasets/)?{repo}/resolve/([^/]+)/(.+)", HubHandler.resolve)
+_route("GET HEAD", "/(datasets/|spaces/)?{repo}/resolve/([^/]+)/(.+)", HubHandler.resolve)
 _route("GET HEAD", "/cdn/([0-9a-f]{64})", HubHandler.cdn)
