@@ -20,7 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -37,7 +37,7 @@ class BenchmarkArguments:
     """Arguments of the benchmark."""
 
     catalog: str = field(metadata={"help": "Catalog with ids 'server.tool'."})
-    output_dir: str | None = field(default=None, metadata={"help": "Folder for benchmark_gateway.json."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder of the run, with benchmark_gateway.json."})
     clients: list[int] = field(default_factory=lambda: [1, 8, 32], metadata={"help": "Numbers of concurrent clients."})
     queries: int = field(default=200, metadata={"help": "Number of queries per number of clients, and of calls."})
     encoder: str | None = field(default=None, metadata={"help": "sentence-transformers model of the gateway."})
@@ -138,6 +138,14 @@ async def connect(url: str) -> Any:
     raise TimeoutError(f"nothing listens at {url}")
 
 
+async def shown_texts(url: str, queries: list[str]) -> tuple[str, list[str]]:
+    """Return the definitions of a server's tools, and what it answers to queries, as a client's model reads them."""
+    async with await connect(url) as client:
+        listed = [tool.model_dump_json(by_alias=True, exclude_none=True) for tool in (await client.list_tools()).tools]
+        answers = [await client.call_tool("find_tools", {"query": query}) for query in queries]
+    return "\n".join(listed), [answer.content[0].text for answer in answers]
+
+
 async def search_times(url: str, queries: list[str], num_clients: int) -> dict[str, float]:
     """Return p50 and p99 of `find_tools` in milliseconds, with concurrent clients."""
     import anyio
@@ -229,14 +237,15 @@ async def benchmark(args: BenchmarkArguments) -> dict[str, Any]:
                 async with process(*gateway, stderr=log) as running:
                     results[start] = await time_start(gateway, url, log, started, queries[0])
                     if start == "warm":
-                        results["memory_mb"] = megabytes(running)
                         results["find_tools"] = {
                             str(number): await search_times(url, queries, number) for number in args.clients
                         }
+                        results["memory_mb"] = megabytes(running)
                         tool = next(tool for tool in catalog if not tool.parameters.get("required"))
                         server, name = tool.id.split(".", 1)
                         through = {"name": tool.id, "arguments": {}}
                         direct = f"http://127.0.0.1:{base}/{server}/mcp"
+                        definitions, answers = await shown_texts(url, queries[:50])
                         results["call_ms"] = {
                             "direct": await call_times(direct, name, {}, args.queries),
                             "gateway": await call_times(url, "call_tool", through, args.queries),
@@ -248,20 +257,67 @@ async def benchmark(args: BenchmarkArguments) -> dict[str, Any]:
                 "memory_mb": megabytes(running),
             }
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.encoder or default_encoder())
-    texts = [json.dumps(listed(tool)) for tool in catalog]
-    lengths = [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
-    results["tokens"] = {"all_tools": sum(lengths), "five_tools": 5 * sum(lengths) / len(lengths)}
+
+    def count(texts: list[str]) -> int:
+        return sum(len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"])
+
+    results["tokens"] = {
+        "all_tools": count([json.dumps(listed(tool)) for tool in catalog]),
+        "two_tools": count([definitions]),
+        "answer": count(answers) / len(answers),
+    }
     return results
 
 
-def main(args: BenchmarkArguments) -> None:
+def tables_of(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Arrange the results in tables."""
+    cold, warm = results["cold"], results["warm"]
+    names = {"first_answer_s": "first answer", "all_servers_s": "all servers", "embedded_s": "all tools embedded"}
+    starts = [[name, f"{cold[key]:.1f}", f"{warm[key]:.1f}"] for key, name in names.items()]
+    gateway, proxy = results["find_tools"], results["proxy"]["find_tools"]
+    searches = [
+        [clients, *(f"{times[clients][key]:.0f}" for times in (gateway, proxy) for key in ("p50_ms", "p99_ms"))]
+        for clients in gateway
+    ]
+    call, tokens = results["call_ms"], results["tokens"]
+    others = [
+        ["a call of the server itself, ms", f"{call['direct']:.1f}"],
+        ["the same call through the gateway, ms", f"{call['gateway']:.1f}"],
+        ["memory of the gateway, MB", f"{results['memory_mb']:.0f}"],
+        ["memory of the BM25 proxy, MB", f"{results['proxy']['memory_mb']:.0f}"],
+        ["tokens of all tools", f"{tokens['all_tools']:,}"],
+        ["tokens of the gateway's two tools", f"{tokens['two_tools']:,}"],
+        ["tokens of an answer of `find_tools`, five tools", f"{tokens['answer']:,.0f}"],
+    ]
+    return [
+        {"title": "Seconds after the start", "columns": ["", "empty cache", "full cache"], "rows": starts},
+        {
+            "title": "`find_tools`, ms",
+            "columns": ["clients at once", "p50", "p99", "BM25 proxy, p50", "BM25 proxy, p99"],
+            "rows": searches,
+        },
+        {
+            "title": f"{results['tools']:,} tools of {results['servers']:,} servers",
+            "columns": ["", ""],
+            "rows": others,
+        },
+    ]
+
+
+def main(args: BenchmarkArguments) -> dict[str, Any]:
+    """Benchmark, print the tables and return the results."""
     import anyio
 
+    from toolweaver_hf.evaluation.runs import save_tables, text_table
+
     results = anyio.run(benchmark, args)
-    print(json.dumps(results, indent=2))
+    tables = tables_of(results)
+    for table in tables:
+        print(f"\n{table['title']}\n\n{text_table(table['columns'], table['rows'])}")
     if args.output_dir:
-        os.makedirs(args.output_dir, exist_ok=True)
+        save_tables(args.output_dir, tables, asdict(args))
         Path(args.output_dir, "benchmark_gateway.json").write_text(json.dumps(results, indent=2) + "\n")
+    return results
 
 
 if __name__ == "__main__":

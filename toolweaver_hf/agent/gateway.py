@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STARTS_AT_ONCE = 16
-FIRST_ANSWER_SECONDS = 3.0  # how long the first query waits for starting servers
+FIRST_ANSWER_SECONDS = 3.0  # after the start, while queries wait for the servers
 RESERVED_NAMES = ("find_tools", "call_tool")
 
 
@@ -109,6 +109,7 @@ class Gateway:
         """Run the servers while the context is open."""
         async with anyio.create_task_group() as tasks:
             self.tasks = tasks
+            self._began = anyio.current_time()
             for upstream in self.upstreams.values():
                 tasks.start_soon(upstream.run)
             tasks.start_soon(self._keep_index)
@@ -238,7 +239,7 @@ class Gateway:
         Raises:
             `UpstreamError`: if no server is ready yet.
         """
-        with anyio.move_on_after(FIRST_ANSWER_SECONDS):
+        with anyio.CancelScope(deadline=self._began + FIRST_ANSWER_SECONDS):
             await self._indexed.wait()
         with anyio.move_on_after(START_SECONDS):
             await self._found_any.wait()
