@@ -63,7 +63,7 @@ def test_the_wheel_holds_every_module_and_all_data(wheel):
     }
     expected |= {path.relative_to(ROOT) for path in (ROOT / "recipes").glob("*/*.yaml")}
     expected |= {path.relative_to(ROOT) for path in DEMO_FOLDER.glob("*.jsonl")}
-    expected |= {Path("toolweaver_hf/py.typed"), Path("toolweaver_hf/model_card_template.md")}
+    expected |= {Path("toolweaver_hf", name) for name in ("py.typed", "model_card_template.md", "ui/style.css")}
     packaged = {f"toolweaver_hf/{path}" if path.parts[0] == "recipes" else str(path) for path in expected}
     assert packaged <= names
 

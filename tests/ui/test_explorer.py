@@ -142,20 +142,20 @@ def test_a_conversation_waits_for_results_that_no_function_gives(parts, codes):
     agent = ToolAgent(model, tokenizer, CATALOG, functions, logits_processor=LogitsProcessorList([Script(script)]))
     explorer = ToolExplorer(ToolRetriever(model, tokenizer), CATALOG, codes, agent)
 
-    steps = [*converse(explorer, [], QUERY)]
+    steps = [*converse(agent, [], QUERY)]
     messages, draft, note = steps[-1]
     assert [message["role"] for message in messages] == ["user", "assistant", "tool", "assistant"]
     assert "percent" in messages[2]["content"] and "wind has no function" in note and not draft
     assert any("I lo" in draft for _, draft, _ in steps)
-    assert waits_for(messages, explorer) == "wind"
-    messages, _, note = [*converse(explorer, messages, '{"beaufort": 9}')][-1]
+    assert waits_for(agent, messages) == "wind"
+    messages, _, note = [*converse(agent, messages, '{"beaufort": 9}')][-1]
     assert messages[4:] == [
         {"role": "tool", "content": '{"beaufort": 9}'},
         {"role": "assistant", "content": "Stay at home."},
     ]
-    assert waits_for(messages, explorer) is None and not note
-    messages, _, _ = [*converse(explorer, messages, "Thank you.")][-1]
+    assert waits_for(agent, messages) is None and not note
+    messages, _, _ = [*converse(agent, messages, "Thank you.")][-1]
     assert [message["role"] for message in messages[6:]] == ["user", "assistant"]
-    assert [*converse(explorer, messages, "  ")] == [(messages, "", "")]
+    assert [*converse(agent, messages, "  ")] == [(messages, "", "")]
     drawn = draw_run(messages, explorer)
     assert drawn.count("tw-answer") == 2 and "&lt;a_0&gt;&lt;b_1&gt;" in drawn

@@ -101,7 +101,7 @@ def test_a_pushed_space_in_a_browser(hub, model_dir, browser, tmp_path):
         assert address, "".join(said)
 
         def wait(condition):
-            return WebDriverWait(browser, 60).until(condition)
+            return WebDriverWait(browser, 120).until(condition)
 
         def find(selector):
             return wait(
@@ -116,7 +116,7 @@ def test_a_pushed_space_in_a_browser(hub, model_dir, browser, tmp_path):
         find("#query textarea")[0].send_keys("Is there wind?" + Keys.ENTER)
         tools = find("#tools .tw-tool")
         assert len(tools) == 4 and HOSTILE in " ".join(tool.text for tool in tools)
-        assert {text.text.partition(" ")[0] for text in find("#tree .tw-label")} >= {"<a_0>", "<b_1>"}
+        wait(lambda _: {label.text.partition(" ")[0] for label in find("#tree .tw-label")} >= {"<a_0>", "<b_1>"})
         assert len(find("#tree .tw-number")) == 3 * len(find("#tree .tw-node"))
         rain = next(tool for tool in tools if "Will it rain" in tool.text)
         assert '"city"' not in rain.text

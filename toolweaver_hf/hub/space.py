@@ -77,7 +77,8 @@ def push_space(
             app_file="app.py",
             license=license,
             tags=["toolweaver"],
-            **{"datasets" if dataset else "models": [repo_id]},
+            models=None if dataset else [repo_id],
+            datasets=[repo_id] if dataset else None,
         )
         url = f"https://huggingface.co/{'datasets/' if dataset else ''}{repo_id}"
         return SpaceCard(f"---\n{data.to_yaml()}\n---\n\n{CARD.format(title=data.title, repo_id=repo_id, url=url)}")

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..agent.loop import ToolAgent
 from ..agent.run import AgentRun
 from .drawing import draw_header, draw_legend, draw_map, draw_run, draw_tools, draw_tree
 from .explorer import ToolExplorer, no_function
@@ -42,11 +43,14 @@ def run_ui(source: str | os.PathLike, port: int | None = None) -> None:
     """
     if find_spec("gradio") is None:
         raise ValueError('the page needs the gradio package: pip install "toolweaver-hf[ui]"')
-    launch_page(build_page(ToolExplorer.open(source), os.path.basename(os.path.normpath(source))), port)
+    title = "/".join(Path(source).parts[-2:])
+    page = build_page(ToolExplorer.open(source), title)
+    print(f"{title} is shown at {launch_page(page, port)}", flush=True)
+    page.block_thread()
 
 
-def launch_page(page: gr.Blocks, port: int | None = None, block: bool = True) -> str:
-    """Serve a page and return its address."""
+def launch_page(page: gr.Blocks, port: int | None = None) -> str:
+    """Serve a page in the background and return its address."""
     import gradio as gr
 
     plain = ("ui-sans-serif", "system-ui", "sans-serif")  # no fonts from another server
@@ -55,14 +59,14 @@ def launch_page(page: gr.Blocks, port: int | None = None, block: bool = True) ->
     )
     _, address, _ = page.launch(
         server_port=port,
-        prevent_thread_lock=not block,
+        prevent_thread_lock=True,
         theme=theme,
         css_paths=STYLE,
         footer_links=[],
         run_history=False,
         ssr_mode=False,
         share=False,
-        quiet=not block,
+        quiet=True,
     )
     return address
 
@@ -80,7 +84,7 @@ def build_page(explorer: ToolExplorer, title: str) -> gr.Blocks:
     import gradio as gr
 
     # The model serves one visitor at a time.
-    shared = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
+    shared: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
 
     def find(query: str) -> tuple[str, str, str]:
         if not query.strip():
@@ -88,7 +92,7 @@ def build_page(explorer: ToolExplorer, title: str) -> gr.Blocks:
         found = explorer.explain(query)
         return draw_tree(found, explorer), draw_tools(found, explorer.measures), draw_map(explorer, found)
 
-    with gr.Blocks(title=f"{title} · ToolWeaver", analytics_enabled=False) as page:
+    with gr.Blocks(title=f"{title} · ToolWeaver", analytics_enabled=False, fill_width=True) as page:
         gr.HTML(draw_header(title, explorer))
         with gr.Tab("Find tools"):
             query = gr.Textbox(
@@ -112,7 +116,8 @@ def build_page(explorer: ToolExplorer, title: str) -> gr.Blocks:
 def _add_agent(explorer: ToolExplorer, shared: Mapping[str, Any]) -> None:
     import gradio as gr
 
-    if explorer.agent is None:
+    agent = explorer.agent
+    if agent is None:
         gr.HTML(
             '<p class="tw-note">There is no agent here: open a model that was aligned with trajectories '
             "(<code>toolweaver sft --stages trajectory</code>).</p>"
@@ -120,13 +125,13 @@ def _add_agent(explorer: ToolExplorer, shared: Mapping[str, Any]) -> None:
         return
 
     def ask(messages: list[Message]) -> gr.Textbox:
-        tool_id = waits_for(messages, explorer)
+        tool_id = waits_for(agent, messages)
         if tool_id is None:
             return gr.Textbox(label="Message", placeholder="Ask the agent to do something")
         return gr.Textbox(label=f"Result of {tool_id}", placeholder="Text or JSON")
 
     def talk(text: str, messages: list[Message]) -> Iterator[tuple[Any, ...]]:
-        for so_far, draft, note in converse(explorer, messages, text):
+        for so_far, draft, note in converse(agent, messages, text):
             yield so_far, draw_run(so_far, explorer, draft, note)
 
     run = gr.HTML(draw_run([], explorer), elem_id="run")
@@ -135,7 +140,7 @@ def _add_agent(explorer: ToolExplorer, shared: Mapping[str, Any]) -> None:
         label="Message", placeholder="Ask the agent to do something", submit_btn="Send", max_lines=6, elem_id="message"
     )
     again = gr.Button("New conversation", size="sm")
-    private = {"api_visibility": "private", "show_progress": "hidden"}
+    private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     said = gr.State("")
     sent = text.submit(lambda text: (text, ""), text, [said, text], **private)
     answered = sent.then(talk, [said, messages], [messages, run], **shared, show_progress="minimal")
@@ -145,18 +150,18 @@ def _add_agent(explorer: ToolExplorer, shared: Mapping[str, Any]) -> None:
     )
 
 
-def waits_for(messages: list[Message], explorer: ToolExplorer) -> str | None:
+def waits_for(agent: ToolAgent, messages: list[Message]) -> str | None:
     """Return the tool whose result the user is asked for: the last one called, if it has no function."""
     calls = messages[-1].get("tool_calls") if messages else None
     tool_id = calls[0]["function"]["name"] if calls else None
-    return tool_id if tool_id is not None and explorer.agent.functions[tool_id] is no_function else None
+    return tool_id if tool_id is not None and agent.functions[tool_id] is no_function else None
 
 
-def converse(explorer: ToolExplorer, messages: list[Message], text: str) -> Iterator[tuple[list[Message], str, str]]:
+def converse(agent: ToolAgent, messages: list[Message], text: str) -> Iterator[tuple[list[Message], str, str]]:
     """Go on with a conversation until the agent has answered, or has called a tool that has no function.
 
     Args:
-        explorer ([`ToolExplorer`]): Has the agent.
+        agent ([`ToolAgent`]): The agent.
         messages (`list[dict]`): The conversation so far.
         text (`str`): What the user says or, where a tool waits for it, the tool's result.
 
@@ -166,17 +171,17 @@ def converse(explorer: ToolExplorer, messages: list[Message], text: str) -> Iter
     if not text.strip():
         yield messages, "", ""
         return
-    messages = [*messages, {"role": "user" if waits_for(messages, explorer) is None else "tool", "content": text}]
+    messages = [*messages, {"role": "user" if waits_for(agent, messages) is None else "tool", "content": text}]
     yield messages, "", ""
     run, draft = AgentRun(), ""
-    events = explorer.agent.stream(messages, run, stream_tokens=True)
+    events = agent.stream(messages, run, stream_tokens=True)
     next(events)  # the message that is there already
     for event in events:
         if isinstance(event, str):
             draft += event
         else:
             messages, draft = [*messages, event], ""
-        tool_id = waits_for(messages, explorer)
+        tool_id = waits_for(agent, messages)
         if tool_id is not None:
             yield messages, "", f"{tool_id} has no function here. What is its result?"
             return
