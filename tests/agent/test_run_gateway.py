@@ -54,7 +54,11 @@ def wait_for(condition, seconds=120):
 
 
 async def use(client):
-    found = await client.call_tool("find_tools", {"query": "say a text in the voice of p", "k": 2})
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        found = await client.call_tool("find_tools", {"query": "say a text in the voice of p", "k": 2})
+        if found.structured_content["unavailable"] == ["bad"]:  # the others are up
+            break
     said = await client.call_tool("call_tool", {"name": "say_p", "arguments": {"text": "hi"}})
     return found.structured_content, said.content[0].text
 

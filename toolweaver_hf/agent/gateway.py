@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STARTS_AT_ONCE = 16
-FIRST_ANSWER_SECONDS = 3.0  # after the start, while queries wait for the servers
+FIRST_ANSWER_SECONDS = 2.0  # after the first query, while queries wait for starting servers
 RESERVED_NAMES = ("find_tools", "call_tool")
 
 
@@ -57,7 +57,7 @@ class Gateway:
         approvals ([`Approvals`], *optional*):
             The approved tools. Changed tools are reported or held back.
         on_index (`Callable`, *optional*):
-            Called in a thread with the searchable tools whenever they change.
+            Called in a thread with the callable tools whenever they change.
 
     Attributes:
         upstreams (`dict[str, Upstream]`): The servers by name.
@@ -96,10 +96,12 @@ class Gateway:
         self._changed = anyio.Event()
         self._found_any = anyio.Event()  # set once any tools are searchable, or no server has any
         self._indexed = anyio.Event()  # set once every server has started or failed, and all tools are searchable
+        self._patience: float | None = None  # until when queries wait for all servers
         self._listed: dict[str, types.Tool] = {}  # as they were last indexed
         self._described: dict[str, Tool | None] = {}
         self._documents: dict[str, Tool] = {}  # callable tools by id
         self._searched: dict[str, Tool] = {}  # searchable tools by id
+        self._searched_servers: set[str] = set()  # whose tools are searchable
         self._names = Names({})
         self._available: frozenset[str] = frozenset()
         self._held_back: frozenset[str] = frozenset()
@@ -109,7 +111,6 @@ class Gateway:
         """Run the servers while the context is open."""
         async with anyio.create_task_group() as tasks:
             self.tasks = tasks
-            self._began = anyio.current_time()
             for upstream in self.upstreams.values():
                 tasks.start_soon(upstream.run)
             tasks.start_soon(self._keep_index)
@@ -156,7 +157,7 @@ class Gateway:
         }
 
     async def _index(self) -> None:
-        listed = self.listed_tools()
+        listed, up = self.listed_tools(), {name for name, upstream in self.upstreams.items() if upstream.state == "up"}
         fresh = {tool_id: tool for tool_id, tool in listed.items() if self._listed.get(tool_id) is not tool}
         held_back = self._held_back & (listed.keys() - fresh.keys())
         if self._approvals is not None:
@@ -167,17 +168,16 @@ class Gateway:
         before = self.direct_tools()
         self._listed, self._described = listed, described
         self._documents, self._names, self._held_back = documents, Names(documents), held_back
-        self._available = frozenset(
-            tool_id for tool_id in documents if self.upstreams[tool_id.split(".", 1)[0]].state == "up"
-        )
+        self._available = frozenset(tool_id for tool_id in documents if tool_id.split(".", 1)[0] in up)
         if self.on_direct_change is not None and self.direct_tools() != before:
             await self.on_direct_change()
         # The tools are callable from here on, and searchable after the update below, which may take a while.
         if documents != self._searched:
-            await self.search.update(list(documents.values()))
-            self._searched = documents
             if self._on_index is not None:
                 await to_thread.run_sync(self._on_index, list(documents.values()))
+            await self.search.update(list(documents.values()))
+            self._searched = documents
+        self._searched_servers = up
 
     def _describe(self, listed: Mapping[str, types.Tool]) -> dict[str, Tool | None]:
         """Convert tools for the search, with the server as the category and without secrets; invalid ones to `None`."""
@@ -239,7 +239,9 @@ class Gateway:
         Raises:
             `UpstreamError`: if no server is ready yet.
         """
-        with anyio.CancelScope(deadline=self._began + FIRST_ANSWER_SECONDS):
+        if self._patience is None:
+            self._patience = anyio.current_time() + FIRST_ANSWER_SECONDS
+        with anyio.CancelScope(deadline=self._patience):
             await self._indexed.wait()
         with anyio.move_on_after(START_SECONDS):
             await self._found_any.wait()
@@ -263,7 +265,11 @@ class Gateway:
                         "probability": round(math.exp(min(score, 0.0)), 4),
                     }
                 )
-        unavailable = [upstream.name for upstream in self.upstreams.values() if upstream.state != "up"]
+        unavailable = [
+            name
+            for name, upstream in self.upstreams.items()
+            if upstream.state != "up" or name not in self._searched_servers
+        ]
         return {"tools": tools} | ({"unavailable": unavailable} if unavailable else {})
 
     async def call_tool(
@@ -295,9 +301,7 @@ class Gateway:
 
         if self.id_of(name) not in self._documents:  # its server may still be starting
             with anyio.move_on_after(START_SECONDS):
-                for upstream in self.upstreams.values():
-                    await upstream.settled()
-                await anyio.sleep(0.1)  # until its tools are indexed
+                await self._indexed.wait()
         tool_id = self._resolve(name, client)
         server, tool_name = tool_id.split(".", 1)
         problem = find_error(arguments, self._documents[tool_id].parameters)

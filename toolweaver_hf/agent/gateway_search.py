@@ -115,8 +115,10 @@ class GatewaySearch:
         if self.model is None and len(gone) == len(known):
             self.retriever = ToolRetriever.from_catalog(tools, self.encoder, embed=False)
         else:
-            expert.embeddings = None  # until they are computed or read from the cache
-            expert.describe({i: text for i, text in documents.items() if known.get(i, text) != text})
+            changed = {i: text for i, text in documents.items() if known.get(i, text) != text}
+            if new or changed:
+                expert.embeddings = None  # until they are computed or read from the cache
+            expert.describe(changed)
             self.retriever.add(new)
             if len(expert) > len(gone):
                 self.retriever.remove(*gone)
@@ -143,6 +145,8 @@ class GatewaySearch:
         if expert is None or not self.embed:
             return
         if expert.embeddings is None:
+            # Loads the encoder, which takes seconds; queries are ranked by BM25 meanwhile.
+            await to_thread.run_sync(expert.encode_queries, ["?"], abandon_on_cancel=True)
             await to_thread.run_sync(expert.embed, self.cache_dir, abandon_on_cancel=True)
             logger.info("%d tools are embedded", len(expert))
         number = 0

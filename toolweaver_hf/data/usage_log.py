@@ -56,15 +56,23 @@ class UsageLog:
         self.folder, self.redact, self.clean, self.max_bytes = Path(folder), redact, clean, max_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
         self._number = 0
+        self._tools: dict[str, Tool] = {}  # as they are in the folder's catalog
+        self._written: int | None = None  # when it was written last
         self._process = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.getpid()}"
 
     def save_catalog(self, tools: Sequence[Tool]) -> None:
         """Merge the current tools into the folder's catalog."""
         path = self.folder / CATALOG_FILE
-        known = {tool.id: tool for tool in ToolCatalog.from_file(path)} if path.exists() else {}
-        merged = known | {tool.id: tool for tool in tools}
-        if merged and list(merged.values()) != list(known.values()):
-            ToolCatalog(merged.values()).to_jsonl(path)
+        try:
+            written = path.stat().st_mtime_ns if path.exists() else None
+            if written != self._written:  # by another process, or before this one
+                self._tools = {tool.id: tool for tool in ToolCatalog.from_file(path)} if written else {}
+            merged = self._tools | {tool.id: tool for tool in tools}
+            if merged and merged != self._tools:
+                ToolCatalog(merged.values()).to_jsonl(path)
+            self._tools, self._written = merged, path.stat().st_mtime_ns if merged else None
+        except (OSError, ValueError) as error:
+            logger.warning("the catalog of the log cannot be written: %s", error)
 
     def add_query(self, session: str, number: int, query: str, found: Sequence[str]) -> None:
         """Log a query and the ids of the retrieved tools."""
