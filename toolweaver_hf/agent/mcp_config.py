@@ -131,8 +131,9 @@ def read_mcp_config(path: str | os.PathLike) -> tuple[list[ServerConfig], dict[s
         `OSError`: if the file cannot be read.
     """
     document = _read_jsonc(path)
-    settings = document.get("mcp") if isinstance(document.get("mcp"), dict) else {}  # in VS Code's settings.json
-    entries = document.get("mcpServers", document.get("servers", settings.get("servers")))
+    settings = document.get("mcp")  # in VS Code's settings.json
+    nested = settings.get("servers") if isinstance(settings, dict) else None
+    entries = document.get("mcpServers", document.get("servers", nested))
     if not isinstance(entries, dict) or not entries:
         raise ValueError(f"{path}: it needs 'mcpServers', an object with at least one server")
     configs: dict[str, ServerConfig] = {}
