@@ -111,7 +111,7 @@ def parse_timestamp(seconds: int) -> dict:
     Args:
         seconds: Seconds since 1970.
     """
-    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
     return {"date": str(moment.date()), "time": f"{moment:%H:%M}"}
 
 
