@@ -411,7 +411,7 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
     from trl import get_peft_config
 
     from toolweaver_hf.alignment.checkpoints import check_disk_space, check_writable, last_checkpoint, size_on_disk
-    from toolweaver_hf.alignment.embedding_init import trainable_code_rows
+    from toolweaver_hf.alignment.lora import linear_layers, trainable_code_rows
     from toolweaver_hf.alignment.record import record_training
     from toolweaver_hf.alignment.rows import retrieval_rows, tokenize_rows
     from toolweaver_hf.alignment.trainer import AlignmentTrainer
@@ -460,6 +460,8 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
         peft_config.trainable_token_indices = trainable_code_rows(model, tokenizer)
         peft_config.revision = model.adapter_base["revision"]
 
+        if peft_config.target_modules is None and peft_config.target_parameters is None:
+            peft_config.target_modules = linear_layers(model)
     push_arguments = pop_push_arguments(training_args)
     trainer = AlignmentTrainer(
         model=model,

@@ -31,7 +31,7 @@ from toolweaver_hf import (
     ToolRetriever,
     ToolWeaverTokenizer,
 )
-from toolweaver_hf.alignment.embedding_init import trainable_code_rows
+from toolweaver_hf.alignment.lora import trainable_code_rows
 from toolweaver_hf.alignment.trainer import AlignmentTrainingArguments
 from toolweaver_hf.cli import main as toolweaver
 from toolweaver_hf.data.queries import load_queries

@@ -29,7 +29,8 @@ from trl import ModelConfig, TrlParser, get_peft_config
 
 from toolweaver_hf import TextExpert, Tool, ToolCatalog, ToolCodes, ToolRetriever, ToolWeaverTokenizer
 from toolweaver_hf.alignment.checkpoints import check_disk_space, last_checkpoint
-from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings, trainable_code_rows
+from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings
+from toolweaver_hf.alignment.lora import trainable_code_rows
 from toolweaver_hf.alignment.rows import retrieval_rows, tokenize_rows
 from toolweaver_hf.alignment.trainer import AlignmentTrainer, AlignmentTrainingArguments
 from toolweaver_hf.data.queries import load_queries

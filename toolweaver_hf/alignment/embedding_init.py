@@ -118,13 +118,6 @@ def _code_rows(
     return center + 0.5 * length * rows.to(base)
 
 
-def trainable_code_rows(model: PreTrainedModel, tokenizer: ToolWeaverTokenizer) -> dict[str, list[int]]:
-    """Name the embedding matrices of a model and the rows of the code tokens, for `trainable_token_indices` of LoRA."""
-    names = {id(module): name for name, module in model.named_modules()}
-    # PEFT finds a tied head by itself.
-    return {names[id(module)].split(".")[-1]: tokenizer.code_token_ids for module in embedding_modules(model)}
-
-
 def _fit(codebooks: list[torch.Tensor], codes: torch.LongTensor, documents: torch.Tensor) -> torch.Tensor:
     """Return linear images of the codebook vectors, of shape `(num_code_tokens, dim)`: those whose sum over a tool's
     code is nearest to what its document's vector has apart from all tools', by least squares over the tools."""

@@ -1,0 +1,50 @@
+"""What LoRA trains of a model: which of its linear layers, and the rows of the code tokens."""
+
+from __future__ import annotations
+
+import torch
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..adapter import embedding_modules
+from ..tokenization_toolweaver import ToolWeaverTokenizer
+
+
+FEED_FORWARD = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""In a mixture of experts, PEFT takes these names for those of the experts."""
+
+
+def linear_layers(model: PreTrainedModel) -> list[str]:
+    """Name the linear layers that LoRA adapts by default, for its `target_modules`.
+
+    They are those that PEFT chooses for the architecture. For the many for which it chooses none, they are all of the
+    language model's, without the head; in a mixture of experts without the feed-forward layers, which are no linear
+    layers there.
+
+    Args:
+        model ([`PreTrainedModel`]): The base model.
+    """
+    chosen = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type)
+    if chosen is not None:
+        return chosen
+    names = {id(module): name for name, module in model.named_modules()}
+    decoder = model.get_decoder()
+    mixture = any(name.split(".")[-1] == "experts" for name in names.values())
+    found = []
+    for parent in decoder.modules():
+        for leaf, module in parent.named_children():
+            if not isinstance(module, torch.nn.Linear | Conv1D) or module is model.get_output_embeddings():
+                continue
+            # The kernels of state-space layers read this weight without its adapter, and PEFT refuses it.
+            if (leaf == "out_proj" and hasattr(parent, "conv1d")) or (mixture and leaf in FEED_FORWARD):
+                continue
+            found.append(names[id(module)])
+    return found
+
+
+def trainable_code_rows(model: PreTrainedModel, tokenizer: ToolWeaverTokenizer) -> dict[str, list[int]]:
+    """Name the embedding matrices of a model and the rows of the code tokens, for `trainable_token_indices` of LoRA."""
+    names = {id(module): name for name, module in model.named_modules()}
+    # PEFT finds a tied head by itself.
+    return {names[id(module)].split(".")[-1]: tokenizer.code_token_ids for module in embedding_modules(model)}
