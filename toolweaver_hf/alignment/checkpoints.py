@@ -1,4 +1,4 @@
-"""Checkpoints: whether there is room for them, and which one to resume from."""
+"""Checkpoints: whether there is room for them, which one to resume from, and their weights."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -70,3 +71,26 @@ def last_checkpoint(folder: str | os.PathLike) -> str | None:
         except (OSError, ValueError, TypeError):
             continue
     return None
+
+
+@torch.no_grad()
+def load_weights(model: PreTrainedModel, checkpoint: str | os.PathLike) -> None:
+    """Load the weights of a checkpoint into the model that it was saved from.
+
+    [`~transformers.Trainer`] matches the names in the file with those of the model's weights, and leaves a weight as it
+    is where they differ, as in a mixture of experts: its file has a weight for each expert, the model one for all.
+
+    Args:
+        model ([`PreTrainedModel`]): The model; changed in place.
+        checkpoint (`str`): The checkpoint's folder.
+
+    Raises:
+        `ValueError`: naming the weights that the checkpoint lacks.
+    """
+    with torch.random.fork_rng(devices=[]):  # what it draws must not change the order of the rows
+        saved, loaded = type(model).from_pretrained(
+            checkpoint, dtype=model.dtype, use_safetensors=True, output_loading_info=True
+        )
+    if loaded["missing_keys"]:
+        raise ValueError(f"{checkpoint} lacks weights of the model: {', '.join(sorted(loaded['missing_keys'])[:5])}")
+    model.load_state_dict(saved.state_dict())

@@ -28,6 +28,7 @@ CODE_START_WEIGHT = 8.0
 """What the first token of a code counts for in a trajectory's loss: it alone among some fifty tokens of a turn decides
 that a tool is called, and it is spread over as many tokens as the first codebook has codes."""
 IGNORED_ARGUMENTS = ("dataset_text_field", "completion_only_loss", "assistant_only_loss", "eos_token")
+from .checkpoints import load_weights
 
 
 @dataclass
@@ -192,6 +193,26 @@ class AlignmentTrainer(SFTTrainer):
             loss = outputs = self._constrained_loss(model, inputs, num_items_in_batch)
             if return_outputs:  # in evaluation, where measures of one's own alone need the logits
                 outputs = (loss, {} if self.compute_metrics is None else model(**inputs, use_cache=False))
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return SeededSampler(sampler, lambda: seed + int(self.state.epoch or 0))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        model = self.model if model is None else model
+        if isinstance(model, PeftModel) or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            load_weights(self.model, self.state.best_model_checkpoint)
+
         if model.training:
             self._total_train_tokens = tokens + self._count_tokens(inputs)
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
