@@ -570,6 +570,16 @@ def test_an_adapter_is_merged_into_its_own_base_alone(world, tmp_path):
     assert ToolRetriever.from_pretrained(output)("Do thing 21") == expected
 
 
+def test_a_run_is_resumed_within_a_later_epoch(world, tmp_path):
+    """Two steps are an epoch: the rows of the fourth are those that the third has left."""
+    settings = {"per_device_train_batch_size": 32, "save_strategy": "steps", "save_steps": 3, "guided": False}
+    whole = run(world, tmp_path / "whole", model_args=LORA, **settings)
+    (tmp_path / "again").mkdir()
+    (whole / "checkpoint-3").rename(tmp_path / "again" / "checkpoint-3")
+    again = run(world, tmp_path / "again", model_args=LORA, resume_from_checkpoint="last", **settings)
+    assert (whole / "adapter_model.safetensors").read_bytes() == (again / "adapter_model.safetensors").read_bytes()
+
+
 def test_no_run_is_resumed_with_other_codes(world, tmp_path):
     run(world, tmp_path / "out", save_strategy="steps", save_steps=2)
     codes = ToolCodes.from_pretrained(world / "codes")

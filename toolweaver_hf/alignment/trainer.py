@@ -14,6 +14,8 @@ from peft import PeftModel
 from peft.utils import TrainableTokensWrapper
 from torch.nn.functional import cross_entropy, linear, pad
 from transformers.trainer_utils import EvalLoopOutput
+from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -117,6 +119,24 @@ class SharedPromptCollator(DataCollatorForLanguageModeling):
 
 class AlignmentTrainer(SFTTrainer):
     """
+class SeededSampler(Sampler[int]):
+    """Draws the order of a [`LengthGroupedSampler`] from a seed, which differs by epoch.
+
+    By itself it draws from PyTorch's global generator. A resumed run has that in another state, and so would repeat
+    some rows of the epoch and leave out others; so have processes whose dropout drew differently many numbers.
+    """
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: Callable[[], int]):
+        self.sampler, self.seed = sampler, seed
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        self.sampler.generator = torch.Generator().manual_seed(self.seed())
+        return iter(self.sampler)
+
+
     [`SFTTrainer`] for rows of `id`, `input_ids` and `labels`, as [`~data.tokenize_rows`] makes them.
 
     The loss of a token is the cross-entropy among those that constrained decoding leaves to choose from: inside a code
@@ -173,26 +193,6 @@ class AlignmentTrainer(SFTTrainer):
         optimizer = super().create_optimizer(model)
         learning_rate = self.args.embedding_learning_rate
         if learning_rate is not None:
-            whole = self.accelerator.unwrap_model(self.model if model is None else model)
-            modules = (whole.get_input_embeddings(), whole.get_output_embeddings())
-            embeddings = {id(weight) for module in modules for weight in module.parameters()}
-            for group in list(optimizer.param_groups):
-                moved = [weight for weight in group["params"] if id(weight) in embeddings]
-                if moved:
-                    group["params"] = [weight for weight in group["params"] if id(weight) not in embeddings]
-                    optimizer.add_param_group({**group, "params": moved, "lr": learning_rate})
-            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-        return optimizer
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        tokens = self._total_train_tokens
-        if self.args.loss_type != "nll" or self.args.label_smoothing_factor:
-            outputs = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # TRL's own losses
-            loss = outputs[0] if return_outputs else outputs
-        else:
-            loss = outputs = self._constrained_loss(model, inputs, num_items_in_batch)
-            if return_outputs:  # in evaluation, where measures of one's own alone need the logits
-                outputs = (loss, {} if self.compute_metrics is None else model(**inputs, use_cache=False))
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         sampler = super()._get_train_sampler(train_dataset)
         if not isinstance(sampler, LengthGroupedSampler):
@@ -213,6 +213,26 @@ class AlignmentTrainer(SFTTrainer):
         else:
             load_weights(self.model, self.state.best_model_checkpoint)
 
+            whole = self.accelerator.unwrap_model(self.model if model is None else model)
+            modules = (whole.get_input_embeddings(), whole.get_output_embeddings())
+            embeddings = {id(weight) for module in modules for weight in module.parameters()}
+            for group in list(optimizer.param_groups):
+                moved = [weight for weight in group["params"] if id(weight) in embeddings]
+                if moved:
+                    group["params"] = [weight for weight in group["params"] if id(weight) not in embeddings]
+                    optimizer.add_param_group({**group, "params": moved, "lr": learning_rate})
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        tokens = self._total_train_tokens
+        if self.args.loss_type != "nll" or self.args.label_smoothing_factor:
+            outputs = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # TRL's own losses
+            loss = outputs[0] if return_outputs else outputs
+        else:
+            loss = outputs = self._constrained_loss(model, inputs, num_items_in_batch)
+            if return_outputs:  # in evaluation, where measures of one's own alone need the logits
+                outputs = (loss, {} if self.compute_metrics is None else model(**inputs, use_cache=False))
         if model.training:
             self._total_train_tokens = tokens + self._count_tokens(inputs)
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
