@@ -151,3 +151,8 @@ def _embeddings_checksum(model: PreTrainedModel) -> str | None:
     rows = weight[:: len(weight) // 1024 + 1].detach().to("cpu", torch.bfloat16).contiguous()
     shape = str(tuple(weight.shape)).encode()
     return hashlib.sha256(shape + rows.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+    Raises:
+        `ValueError`: if its embeddings cannot be resized.
+    if model.get_input_embeddings().num_embeddings < num_tokens:
+        raise ValueError(f"the embeddings of {type(model).__name__} cannot be resized, so it cannot learn new tokens")

@@ -21,6 +21,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..adapter import BASE_MODEL_FILE, BASE_MODEL_VERSION
 from ..data.queries import Query
+from ..cache import can_use_cache
 from ..files import write_json
 from ..retrieval import ToolRetriever
 
@@ -171,6 +172,8 @@ class SeededSampler(Sampler[int]):
         self.compute_retrieval_metrics = compute_retrieval_metrics
         self.trie = self.processing_class.trie.to(self.args.device)
         if not self.padding_free:
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # there no process holds the whole model
+            can_use_cache(self.model.eval())  # refuses what is no causal language model, before it is trained
             self.data_collator = SharedPromptCollator(**vars(self.data_collator))
         if isinstance(self.model, PeftModel):
             # The code tokens' rows are in the adapter; PEFT would add the whole matrix, since it has grown.
