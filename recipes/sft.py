@@ -444,7 +444,9 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
         shared_prompts=shared_prompts,
         eos_token_id=model.generation_config.eos_token_id,
     )
-    text_expert = load_text_expert(args, catalog, model_args, asked, training_args.seed) if args.guided else None
+    text_expert = None
+    if args.guided and training_args.process_index == 0:  # which alone saves it
+        text_expert = load_text_expert(args, catalog, model_args, asked, training_args.seed)
     eval_queries = load_eval_queries(args, training_args.seed)
     eval_dataset = None
     if eval_queries:
