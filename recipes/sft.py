@@ -159,12 +159,12 @@ def load_model_and_tokenizer(
 ) -> tuple[PreTrainedModel | PeftModel, ToolWeaverTokenizer]:
     """Load an aligned model as it is; give a base model the code tokens and their embeddings."""
     from peft import prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoTokenizer, GgufConfig
     from transformers.utils import cached_file
     from transformers.utils.peft_utils import find_adapter_config_file
     from trl import get_quantization_config
 
-    from toolweaver_hf.adapter import describe_base, load_adapter, merge_adapter
+    from toolweaver_hf.adapter import describe_base, load_adapter, load_model, merge_adapter
     from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings
     from toolweaver_hf.codes.tool_codes import ToolCodes
     from toolweaver_hf.modeling_rqvae import RQVAEModel
@@ -209,7 +209,7 @@ def load_model_and_tokenizer(
         if not model_args.use_peft:
             model = merge_adapter(model).requires_grad_(True)
     else:
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, **kwargs)
+        model = load_model(name, revision=revision, **kwargs)
         if model_args.use_peft:
             model.adapter_base = describe_base(model, name, revision)
         if quantization is not None:
@@ -460,10 +460,10 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
     peft_config = None if isinstance(model, PeftModel) else get_peft_config(model_args)
     if isinstance(peft_config, LoraConfig):
         peft_config.trainable_token_indices = trainable_code_rows(model, tokenizer)
-        peft_config.revision = model.adapter_base["revision"]
-
         if peft_config.target_modules is None and peft_config.target_parameters is None:
             peft_config.target_modules = linear_layers(model)
+        peft_config.revision = model.adapter_base["revision"]
+
     push_arguments = pop_push_arguments(training_args)
     trainer = AlignmentTrainer(
         model=model,

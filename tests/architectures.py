@@ -1,8 +1,10 @@
 """Tiny models with random weights, of each architecture that transformers has a causal language model of."""
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from toolweaver_hf.adapter import auto_class
 
 
 def _sizes(size: int, names: str) -> dict[str, int]:
@@ -38,6 +40,7 @@ SIZES = {
 LATENT = {"num_key_value_heads": 4}  # heads that are rebuilt from a latent vector
 # What an architecture needs beside its sizes
 LINEAR = {"layer_types": ["linear_attention", "full_attention"] * 2}
+SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
 NEEDS = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
@@ -52,6 +55,7 @@ NEEDS = {
     "kimi_linear": LINEAR,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8},
+    "qwen2_5_vl_text": SECTIONS,
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -86,6 +90,10 @@ UNBUILT = {
 }
 
 
+# Of those that read images beside text, and are no causal language models by their class, the ones that many train
+IMAGE_TEXT = ("idefics3", "llava", "mistral3", "mistral4", "qwen2_5_vl", "qwen3_vl", "smolvlm")
+
+
 def causal_architectures() -> list[str]:
     """The model types whose causal language models can be built, one of each class."""
     one_of_class = {name: model_type for model_type, name in reversed(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items())}
@@ -110,11 +118,12 @@ def tiny_config(model_type: str, vocab_size: int) -> PreTrainedConfig:
     return config_class(**(values | NEEDS.get(model_type, {})))
 
 
-def tiny_model(model_type: str, vocab_size: int) -> PreTrainedModel:
+def tiny_model(model_type: str, vocab_size: int, pad_token_id: int = 0) -> PreTrainedModel:
     """Build a tiny model, with weights large enough that its predictions differ."""
     config = tiny_config(model_type, vocab_size)
+    config.get_text_config().pad_token_id = pad_token_id
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = auto_class(config).from_config(config, dtype=torch.float32).eval()
     for weight in model.parameters():
         if weight.ndim > 1:
             weight.data.mul_(3)

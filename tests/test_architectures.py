@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from architectures import causal_architectures, tiny_model
+from architectures import IMAGE_TEXT, causal_architectures, tiny_model
 from test_retrieval import QUERIES, score
 
 from toolweaver_hf import ToolRetriever
@@ -19,7 +19,7 @@ HYBRID = (
     "lfm2",
     "mamba",
     "nemotron_h",
-    "qwen3_5_text",
+    "qwen3_5",
     "qwen3_next",
 )
 FEW = (*HYBRID, "gemma3_text", "gpt_oss", "mistral", "mixtral", "rwkv")  # the others take half a minute
@@ -27,7 +27,10 @@ FEW = (*HYBRID, "gemma3_text", "gpt_oss", "mistral", "mixtral", "rwkv")  # the o
 
 @pytest.mark.parametrize(
     "model_type",
-    [pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in causal_architectures()],
+    [
+        pytest.param(name, marks=[] if name in FEW else pytest.mark.slow)
+        for name in [*causal_architectures(), *IMAGE_TEXT]
+    ],
 )
 def test_scores_are_those_of_plain_forward_passes(tokenizer, model_type):
     """Two prompts of different lengths in a batch, several beams of each."""

@@ -8,7 +8,15 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import CONFIG_NAME, cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
@@ -21,6 +29,8 @@ logger = logging.get_logger(__name__)
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE_MODEL_FILE = "base_model.json"
 BASE_MODEL_VERSION = 1  # its schema_version
+HUB_KWARGS = ("revision", "token", "cache_dir", "subfolder", "force_download", "local_files_only")
+"""Arguments of every `from_pretrained` that say where on the Hub a file is and how to get it."""
 EMBEDDING_MULTIPLE = 64
 """Embedding matrices get a multiple of this many rows, which matrix products are fast with."""
 
@@ -45,6 +55,34 @@ def describe_base(model: PreTrainedModel, name: str, revision: str | None = None
     }
 
 
+def load_model(name: str | os.PathLike, **kwargs) -> PreTrainedModel:
+    """Load a language model: [`AutoModelForCausalLM.from_pretrained`], also for models that read images beside text.
+
+    Args:
+        name (`str`): Id or folder.
+        kwargs: As for every `from_pretrained`.
+    """
+    if "gguf_file" in kwargs:
+        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    access = {key: kwargs[key] for key in (*HUB_KWARGS, "trust_remote_code") if key in kwargs}
+    return auto_class(AutoConfig.from_pretrained(name, **access)).from_pretrained(name, **kwargs)
+
+
+def auto_class(config: PreTrainedConfig) -> type:
+    """Return the Auto class of a configuration's language model.
+
+    Models that read images beside text, such as Qwen2.5-VL and SmolVLM, are models of text to those who give them none.
+    """
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    if (
+        causal
+        or getattr(config, "is_encoder_decoder", False)
+        or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    ):
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText
+
+
 def load_adapter(
     folder: str | os.PathLike, hub_kwargs: dict[str, Any], model_kwargs: dict[str, Any], is_trainable: bool = False
 ) -> PeftModel:
@@ -53,7 +91,7 @@ def load_adapter(
     Args:
         folder (`str`): The adapter's folder or repository.
         hub_kwargs (`dict`): Where on the Hub the adapter is, such as its `revision`.
-        model_kwargs (`dict`): For [`AutoModelForCausalLM.from_pretrained`] of the base.
+        model_kwargs (`dict`): For `from_pretrained` of the base.
         is_trainable (`bool`, *optional*, defaults to `False`): Whether the adapter is to be trained further.
 
     Raises:
@@ -75,7 +113,7 @@ def load_adapter(
             record = json.load(file)
     name, revision = config.base_model_name_or_path, record.get("revision") or config.revision
     access = {key: value for key, value in hub_kwargs.items() if key not in ("revision", "subfolder")}
-    model = AutoModelForCausalLM.from_pretrained(name, revision=revision or "main", **access, **model_kwargs)
+    model = load_model(name, revision=revision or "main", **access, **model_kwargs)
     found = describe_base(model, name, revision)
     for kind in ("config", "embeddings"):
         expected, value = record.get(f"{kind}_checksum"), found.get(f"{kind}_checksum")
@@ -118,11 +156,16 @@ def make_room(model: PreTrainedModel, num_tokens: int, multiple: int | None = EM
         model ([`PreTrainedModel`]): The model; changed in place, where its matrices are too small.
         num_tokens (`int`): The number of tokens.
         multiple (`int`, *optional*, defaults to 64): Pad the matrices to a multiple of so many rows.
+
+    Raises:
+        `ValueError`: if its embeddings cannot be resized.
     """
     before = model.get_input_embeddings().num_embeddings
     if num_tokens <= before:
         return
     model.resize_token_embeddings(num_tokens, pad_to_multiple_of=multiple, mean_resizing=False)
+    if model.get_input_embeddings().num_embeddings < num_tokens:
+        raise ValueError(f"the embeddings of {type(model).__name__} cannot be resized, so it cannot learn new tokens")
     for module in embedding_modules(model):
         weight = module.weight
         if weight.numel():  # else ZeRO-3 holds it in parts
@@ -151,8 +194,3 @@ def _embeddings_checksum(model: PreTrainedModel) -> str | None:
     rows = weight[:: len(weight) // 1024 + 1].detach().to("cpu", torch.bfloat16).contiguous()
     shape = str(tuple(weight.shape)).encode()
     return hashlib.sha256(shape + rows.view(torch.uint8).numpy().tobytes()).hexdigest()
-
-    Raises:
-        `ValueError`: if its embeddings cannot be resized.
-    if model.get_input_embeddings().num_embeddings < num_tokens:
-        raise ValueError(f"the embeddings of {type(model).__name__} cannot be resized, so it cannot learn new tokens")

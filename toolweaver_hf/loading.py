@@ -8,15 +8,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from .adapter import load_adapter, merge_adapter
-
-
-HUB_KWARGS = ("revision", "token", "cache_dir", "subfolder", "force_download", "local_files_only")
-"""Arguments of every `from_pretrained` that say where on the Hub a file is and how to get it."""
+from .adapter import HUB_KWARGS, auto_class, load_adapter, load_model, merge_adapter
 
 
 def split_hub_kwargs(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -33,7 +29,7 @@ def load_aligned_model(pretrained_model_name_or_path: str | os.PathLike, **kwarg
 
     Args:
         pretrained_model_name_or_path (`str`): The folder or repository.
-        kwargs: Passed on to [`AutoModelForCausalLM.from_pretrained`], such as `dtype` and `device_map`.
+        kwargs: Passed on to the model's `from_pretrained`, such as `dtype` and `device_map`.
 
     Raises:
         `ValueError`: if the configuration is not valid, or declares another model than the weights are of, or the
@@ -45,7 +41,7 @@ def load_aligned_model(pretrained_model_name_or_path: str | os.PathLike, **kwarg
     try:
         if find_adapter_config_file(os.fspath(pretrained_model_name_or_path), **hub_kwargs) is None:
             _check_declared_size(pretrained_model_name_or_path, kwargs.get("trust_remote_code"), hub_kwargs)
-            return AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            return load_model(pretrained_model_name_or_path, **kwargs)
         model = load_adapter(pretrained_model_name_or_path, hub_kwargs, model_kwargs)
         # A quantized base keeps the adapter beside it: merged, its weights would be rounded anew.
         return model if getattr(model.get_base_model(), "is_quantized", False) else merge_adapter(model)
@@ -72,7 +68,7 @@ def _check_declared_size(
     if num_layers > num_tensors:
         raise ValueError(f"{folder} holds {num_tensors} tensors, but its configuration declares {num_layers} layers")
     with torch.device("meta"):
-        num_weights = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).num_parameters()
+        num_weights = auto_class(config).from_config(config, trust_remote_code=trust_remote_code).num_parameters()
     if num_weights > 16 * num_bytes:  # twice as many as weights of one bit
         raise ValueError(f"{folder} holds {num_bytes} bytes, but its configuration declares {num_weights} weights")
 

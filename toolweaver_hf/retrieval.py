@@ -386,7 +386,7 @@ class ToolRetriever:
 
         Of a query that is longer than the model reads, the beginning is cut, with a warning.
         """
-        positions = getattr(self.model.config, "max_position_embeddings", None)
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         room = None if positions is None else positions - len(self.tokenizer.codebook_sizes)
         return cut_prompt(self.tokenizer.encode_query(query), self.tokenizer.encode_query(""), room)
 

@@ -52,7 +52,7 @@ class Turn:
     def _encode(self, messages: list[dict[str, Any]]) -> list[int]:
         """Tokenize a conversation; its oldest messages are dropped if it exceeds the model's context length."""
         agent = self.agent
-        positions = getattr(agent.model.config, "max_position_embeddings", None)
+        positions = getattr(agent.model.config.get_text_config(), "max_position_embeddings", None)
         room = None if positions is None else positions - min(agent.max_new_tokens, positions // 2)
 
         def encode(messages: list[dict[str, Any]]) -> list[int]:
@@ -140,7 +140,8 @@ class Turn:
         return f"{said} {thought}".strip()
 
     def _is_full(self) -> bool:
-        limit, context = self.agent.max_total_tokens, getattr(self.agent.model.config, "max_position_embeddings", None)
+        config = self.agent.model.config.get_text_config()
+        limit, context = self.agent.max_total_tokens, getattr(config, "max_position_embeddings", None)
         return (limit is not None and self.run.num_new_tokens >= limit) or (
             context is not None and len(self.ids) + len(self.new_ids) >= context
         )

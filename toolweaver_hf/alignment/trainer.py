@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,20 +10,22 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from datasets import Dataset
 from peft import PeftModel
 from peft.utils import TrainableTokensWrapper
 from torch.nn.functional import cross_entropy, linear, pad
-from transformers.trainer_utils import EvalLoopOutput
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..adapter import BASE_MODEL_FILE, BASE_MODEL_VERSION
-from ..data.queries import Query
 from ..cache import can_use_cache
+from ..data.queries import Query
 from ..files import write_json
 from ..retrieval import ToolRetriever
+from .checkpoints import load_weights
 
 
 # What SFTConfig says of data that is not tokenized yet
@@ -31,7 +33,6 @@ CODE_START_WEIGHT = 8.0
 """What the first token of a code counts for in a trajectory's loss: it alone among some fifty tokens of a turn decides
 that a tool is called, and it is spread over as many tokens as the first codebook has codes."""
 IGNORED_ARGUMENTS = ("dataset_text_field", "completion_only_loss", "assistant_only_loss", "eos_token")
-from .checkpoints import load_weights
 
 
 @dataclass
@@ -118,8 +119,6 @@ class SharedPromptCollator(DataCollatorForLanguageModeling):
         return batch | {"attention_mask": seen[:, None], "position_ids": positions}
 
 
-class AlignmentTrainer(SFTTrainer):
-    """
 class SeededSampler(Sampler[int]):
     """Draws the order of a [`LengthGroupedSampler`] from a seed, which differs by epoch.
 
@@ -138,6 +137,8 @@ class SeededSampler(Sampler[int]):
         return iter(self.sampler)
 
 
+class AlignmentTrainer(SFTTrainer):
+    """
     [`SFTTrainer`] for rows of `id`, `input_ids` and `labels`, as [`~data.tokenize_rows`] makes them.
 
     The loss of a token is the cross-entropy among those that constrained decoding leaves to choose from: inside a code
@@ -171,9 +172,9 @@ class SeededSampler(Sampler[int]):
         self.eval_queries = list(eval_queries or ())
         self.compute_retrieval_metrics = compute_retrieval_metrics
         self.trie = self.processing_class.trie.to(self.args.device)
-        if not self.padding_free:
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # there no process holds the whole model
             can_use_cache(self.model.eval())  # refuses what is no causal language model, before it is trained
+        if not self.padding_free:
             self.data_collator = SharedPromptCollator(**vars(self.data_collator))
         if isinstance(self.model, PeftModel):
             # The code tokens' rows are in the adapter; PEFT would add the whole matrix, since it has grown.
@@ -192,10 +193,6 @@ class SeededSampler(Sampler[int]):
             file = Path(output_dir or self.args.output_dir, BASE_MODEL_FILE)
             write_json(file, self.model.get_base_model().adapter_base, BASE_MODEL_VERSION)
 
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(model)
-        learning_rate = self.args.embedding_learning_rate
-        if learning_rate is not None:
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         sampler = super()._get_train_sampler(train_dataset)
         if not isinstance(sampler, LengthGroupedSampler):
@@ -216,6 +213,10 @@ class SeededSampler(Sampler[int]):
         else:
             load_weights(self.model, self.state.best_model_checkpoint)
 
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        learning_rate = self.args.embedding_learning_rate
+        if learning_rate is not None:
             whole = self.accelerator.unwrap_model(self.model if model is None else model)
             modules = (whole.get_input_embeddings(), whole.get_output_embeddings())
             embeddings = {id(weight) for module in modules for weight in module.parameters()}
