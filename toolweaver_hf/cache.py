@@ -257,7 +257,9 @@ def can_use_cache(model: PreTrainedModel) -> bool:
         logits = _values(model(input_ids=torch.cat([long, further], dim=1), use_cache=False))
         # Of the same length, so that it is computed alike: in half precision another length rounds otherwise.
         changed = torch.cat([long[:, :8], ids[:, :14]], dim=1)
-        follows = _distance(_values(model(input_ids=changed, use_cache=False))[:, 7], logits[:, 7]) > 1e-2
+        # Rounding to 8 bits depends on all tokens of a batch, and moves logits by a few hundredths.
+        limit = 1e-1 if getattr(base, "is_quantized", False) else 1e-2
+        follows = _distance(_values(model(input_ids=changed, use_cache=False))[:, 7], logits[:, 7]) > limit
         rounding = _distance(_values(model(input_ids=long[:, :8], use_cache=False))[:, -1], logits[:, 7])
         if follows or (_tolerance(base) < 1e-1 and rounding > _tolerance(base)):
             raise ValueError(

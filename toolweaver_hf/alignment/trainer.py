@@ -172,7 +172,9 @@ class AlignmentTrainer(SFTTrainer):
         self.eval_queries = list(eval_queries or ())
         self.compute_retrieval_metrics = compute_retrieval_metrics
         self.trie = self.processing_class.trie.to(self.args.device)
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # there no process holds the whole model
+        # No process holds the whole of a sharded model, and bitsandbytes rounds on a CPU what was called to predict.
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not (sharded or getattr(self.model, "is_quantized", False)):
             can_use_cache(self.model.eval())  # refuses what is no causal language model, before it is trained
         if not self.padding_free:
             self.data_collator = SharedPromptCollator(**vars(self.data_collator))
