@@ -1,5 +1,8 @@
 """Answers that share a prompt are learned exactly as in rows of their own."""
 
+from dataclasses import replace
+from itertools import takewhile
+
 import pytest
 import torch
 from architectures import tiny_model
@@ -31,14 +34,20 @@ def loss_and_gradient(model, batch):
 
 @settings(max_examples=20, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(1, 4), min_size=1, max_size=4)), min_size=1, max_size=5)
+    st.lists(
+        st.tuples(st.integers(1, 9), st.lists(st.integers(1, 4), min_size=1, max_size=4)), min_size=1, max_size=5
+    ),
+    st.integers(0, 6),
+    st.sampled_from([0, 12, 40, 512]),
 )
-def test_loss_and_gradient_are_those_of_separate_rows(shapes):
-    """Prompts of any length, each with any number of answers, in batches where they are padded."""
+def test_loss_and_gradient_are_those_of_separate_rows(shapes, num_shared, max_packed_length):
+    """Prompts of any length, which begin alike or not, each with any number of answers; padded, or side by side."""
     generator = torch.Generator().manual_seed(0)
+    system = torch.randint(3, 50, (num_shared,), generator=generator).tolist()
     rows = []
-    for i, (prompt_length, answers) in enumerate(shapes):
-        prompt = torch.randint(3, 50, (prompt_length,), generator=generator).tolist()
+    for i, (length, answers) in enumerate(shapes):
+        prompt = system + torch.randint(3, 50, (length,), generator=generator).tolist()
+        prompt_length = len(prompt)
         for length in answers:
             answer = torch.randint(50, 60, (length,), generator=generator).tolist()
             rows.append({"id": f"q{i}", "input_ids": prompt + answer, "labels": [-100] * prompt_length + answer})
@@ -47,7 +56,12 @@ def test_loss_and_gradient_are_those_of_separate_rows(shapes):
     assert len(shared) <= len(shapes)
     assert sum(map(len, shared["input_ids"])) <= sum(map(len, dataset["input_ids"]))
     model = small_llama(60)
-    loss, gradient = loss_and_gradient(model, COLLATOR([dict(row) for row in shared]))
+    batch = replace(COLLATOR, max_packed_length=max_packed_length)([dict(row) for row in shared])
+    if len(shared) > 1 and max_packed_length == 512:
+        assert len(batch["input_ids"]) == 1
+        tokens = sum(map(len, shared["input_ids"])) - (len(shared) - 1) * max(num_shared - 1, 0)
+        assert batch["input_ids"].shape[1] <= tokens
+    loss, gradient = loss_and_gradient(model, batch)
     apart = [loss_and_gradient(model, COLLATOR([dict(row)])) for row in dataset]
     torch.testing.assert_close(loss, sum(loss for loss, _ in apart), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(gradient, sum(gradient for _, gradient in apart), rtol=1e-3, atol=1e-3)
@@ -83,7 +97,16 @@ def test_the_trainer_learns_them_and_counts_their_tokens(tokenizer, tmp_path):
     loss = trainer.compute_loss(model, dict(batch))
     counted = trainer._metrics["train"]["num_tokens"]
     torch.testing.assert_close(loss, trainer.compute_loss(model, COLLATOR([dict(row) for row in apart])))
-    assert counted == [sum(map(len, dataset["input_ids"]))]
+    # What all three begin with is read once.
+    begin = len(takewhile_alike(dataset["input_ids"]))
+    assert counted == [sum(map(len, dataset["input_ids"])) - 2 * begin] and begin > 2
+    assert sorted(trainer._row_ids(batch)) == ["both", "one", "three"]
+    one = trainer.data_collator([dict(dataset[1])])
+    assert trainer._row_ids(one) == ["one"] and len(next(iter(trainer.get_eval_dataloader(dataset)))["labels"]) == 3
+
+
+def takewhile_alike(rows):
+    return [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False))]
 
 
 @pytest.mark.parametrize(

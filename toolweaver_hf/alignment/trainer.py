@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +23,19 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..adapter import BASE_MODEL_FILE, BASE_MODEL_VERSION
-from ..cache import can_use_cache
+from ..cache import can_share_prompts, can_use_cache
 from ..data.queries import Query
 from ..files import write_json
 from ..retrieval import ToolRetriever
 from .checkpoints import load_weights
 
 
-# What SFTConfig says of data that is not tokenized yet
 CODE_START_WEIGHT = 8.0
 """What the first token of a code counts for in a trajectory's loss: it alone among some fifty tokens of a turn decides
 that a tool is called, and it is spread over as many tokens as the first codebook has codes."""
+MAX_PACKED_LENGTH = 384
+"""How many tokens training rows side by side have, roughly: with more, attention among them costs what they share."""
+# What SFTConfig says of data that is not tokenized yet
 IGNORED_ARGUMENTS = ("dataset_text_field", "completion_only_loss", "assistant_only_loss", "eos_token")
 
 
@@ -92,31 +96,78 @@ class AlignmentTrainingArguments(SFTConfig):
 
 @dataclass
 class SharedPromptCollator(DataCollatorForLanguageModeling):
-    """Pads rows, and masks those of [`~data.share_prompts`] so that each answer sees the prompt and itself alone.
+    """Puts rows side by side in rows that hold what all of them begin with once, such as the system's message.
 
-    A batch with such a row has `position_ids` of shape `(batch_size, length)`, which go on from the prompt in every
-    answer, and a boolean `attention_mask` of shape `(batch_size, 1, length, length)`, `True` where a token sees another.
+    So this is computed once, and little is padding; loss and gradient stay the same. Answers of one prompt (see
+    [`~data.share_prompts`]) see it and themselves alone, and rows see no other row.
+
+    The batch has `position_ids` of shape `(batch_size, length)`, which go on from what is shared in every row and answer,
+    and a boolean `attention_mask` of shape `(batch_size, 1, length, length)`, `True` where a token sees another.
+
+    Args:
+        max_packed_length (`int`, *optional*, defaults to 0):
+            How many tokens rows side by side may have, roughly: the more, the more attention is computed in vain. With
+            0 every row stays alone.
     """
 
+    max_packed_length: int = 0
+
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        parts = [example.pop("seq_lengths", None) or [len(example["input_ids"])] for example in examples]
-        batch = super().torch_call(examples)
-        if all(len(lengths) == 1 for lengths in parts):
-            return batch
-        # Part 0 is what all of a row sees, its prompt; -1 is padding
-        part = torch.full_like(batch["input_ids"], -1)
-        positions = torch.zeros_like(part)
-        for row, lengths in enumerate(parts):
-            part[row, : sum(lengths)] = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-            starts = [0] + [lengths[0]] * (len(lengths) - 1)
-            positions[row, : sum(lengths)] = torch.cat(
-                [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-            )
-        seen = ((part[:, None] == 0) | (part[:, None] == part[:, :, None])).tril()
-        padding = part < 0
+        lengths = [example.pop("seq_lengths", None) or [len(example["input_ids"])] for example in examples]
+        prefix = self._shared_length(examples, lengths)
+        sizes = [len(example["input_ids"]) - prefix for example in examples]
+        fewest = math.ceil(sum(sizes) / max(self.max_packed_length - prefix, 1))
+        packs: list[list[int]] = [[] for _ in range(min(fewest, len(examples)))]
+        filled = [0] * len(packs)
+        for i in sorted(range(len(examples)), key=lambda i: -sizes[i]):  # the longest first, so that all get as many
+            pack = filled.index(min(filled))
+            packs[pack].append(i)
+            filled[pack] += sizes[i]
+        if len(packs) == len(examples):
+            prefix, packs = 0, [[i] for i in range(len(examples))]
+            if all(len(parts) == 1 for parts in lengths):
+                return super().torch_call(examples)
+
+        rows, marks = [], []  # of each token: its row, its part of the row, its position; row -1 is seen by all
+        for pack in packs:
+            first = examples[pack[0]]
+            row = {name: list(first[name][:prefix]) for name in ("input_ids", "labels")}
+            mark = [(-1, 0, position) for position in range(prefix)]
+            for i in pack:
+                prompt, *answers = lengths[i]
+                row["input_ids"] += examples[i]["input_ids"][prefix:]
+                row["labels"] += [-100, *examples[i]["labels"][prefix + 1 :]]  # nothing is predicted from another row
+                mark += [(i, 0, position) for position in range(prefix, prompt)]
+                for part, length in enumerate(answers, start=1):
+                    mark += [(i, part, position) for position in range(prompt, prompt + length)]
+            rows.append(row)
+            marks.append(mark)
+        batch = super().torch_call(rows)
+        width = batch["input_ids"].shape[1]
+        table = torch.tensor([mark + [(-2, 0, 0)] * (width - len(mark)) for mark in marks])
+        row, part, positions = table.unbind(2)
+        same_row, same_part = (value[:, None] == value[:, :, None] for value in (row, part))
+        seen = ((row[:, None] == -1) | same_row & ((part[:, None] == 0) | same_part)).tril()
+        padding = row == -2
         seen[padding] = False
         seen[:, :, 0] |= padding  # it has to see something, or its attention is NaN
         return batch | {"attention_mask": seen[:, None], "position_ids": positions}
+
+    def _shared_length(self, examples: list[dict[str, Any]], lengths: list[list[int]]) -> int:
+        """How many tokens all rows begin with, before the one that the first label is predicted from."""
+        ends = [
+            min(parts[0] - 1, next(i for i, label in enumerate([*example["labels"], 0]) if label != -100) - 1)
+            for example, parts in zip(examples, lengths, strict=True)
+        ]
+        alike = zip(
+            *(example["input_ids"][: max(end, 0)] for example, end in zip(examples, ends, strict=True)), strict=False
+        )
+        return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, alike))
+
+
+def _as_text(token_ids: Sequence[int]) -> str:
+    """Write token ids as a text in which a part is found as it is in a list."""
+    return f" {' '.join(map(str, token_ids))} "
 
 
 class SeededSampler(Sampler[int]):
@@ -178,6 +229,8 @@ class AlignmentTrainer(SFTTrainer):
             can_use_cache(self.model.eval())  # refuses what is no causal language model, before it is trained
         if not self.padding_free:
             self.data_collator = SharedPromptCollator(**vars(self.data_collator))
+            if can_share_prompts(self.accelerator.unwrap_model(self.model)):
+                self.train_collator = replace(self.data_collator, max_packed_length=MAX_PACKED_LENGTH)
         if isinstance(self.model, PeftModel):
             # The code tokens' rows are in the adapter; PEFT would add the whole matrix, since it has grown.
             self.model.save_pretrained = partial(self.model.save_pretrained, save_embedding_layers=False)
@@ -214,6 +267,14 @@ class AlignmentTrainer(SFTTrainer):
             super()._load_best_model()
         else:
             load_weights(self.model, self.state.best_model_checkpoint)
+
+    def get_train_dataloader(self):
+        """Return the rows of training side by side; an evaluation counts its rows."""
+        one_by_one, self.data_collator = self.data_collator, getattr(self, "train_collator", self.data_collator)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = one_by_one
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
@@ -323,12 +384,29 @@ class AlignmentTrainer(SFTTrainer):
 
     def _row_ids(self, inputs: dict[str, Any]) -> list[str]:
         """Find the ids of the rows that a batch was made of."""
-        rows = {tuple(row) for row in inputs["input_ids"].tolist()}
-        width, pad = inputs["input_ids"].shape[1], self.processing_class.pad_token_id
         dataset = self.train_dataset if self.model.training else self.eval_dataset
-        padded = ((row, (*row["input_ids"], *[pad] * (width - len(row["input_ids"])))) for row in dataset)
-        ids = [row["id"] for row, token_ids in padded if "id" in row and token_ids in rows]
-        return ids or [self.processing_class.decode(row)[:80] for row in rows]
+        mask = inputs.get("attention_mask")
+        found = []
+        for row, tokens in enumerate(inputs["input_ids"].tolist()):
+            shared = length = (
+                len(tokens) if mask is None else int((mask[row, 0].diagonal() if mask.ndim == 4 else mask[row]).sum())
+            )
+            if mask is not None and mask.ndim == 4:  # how many tokens all that follow see
+                seen = mask[row, 0, :length, :length].sum(0)
+                shared = int((seen == torch.arange(length, 0, -1, device=seen.device)).cumprod(0).sum())
+            text = _as_text(tokens[shared:length])
+            found += [
+                example["id"]
+                for example in dataset
+                if "id" in example
+                and example["input_ids"][:shared] == tokens[:shared]
+                and (
+                    _as_text(example["input_ids"][shared:]) in text
+                    if shared < length
+                    else len(example["input_ids"]) == length
+                )
+            ]
+        return found or [self.processing_class.decode(row)[:80] for row in inputs["input_ids"]]
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
