@@ -31,8 +31,8 @@ class QuickstartArguments:
 
     Args:
         output_dir (`str`, *optional*, defaults to `"toolweaver-quickstart"`):
-            Folder for everything that the run makes: `codes`, `retrieval` with its `evaluation`, `agent`, and `base`
-            where the base model is unpacked or made.
+            Folder for everything that the run makes: `codes`, `model` with its `evaluation`, and `base` where the base
+            model is unpacked or made.
         data (`str`, *optional*):
             Folder with `catalog.jsonl`, `queries.{train,validation,test}.jsonl` and
             `trajectories.{train,validation,test}.jsonl`. Defaults to the demo that comes with the package.
@@ -84,26 +84,26 @@ def load_data(folder: Path) -> tuple[ToolCatalog, dict[str, list[Query]], dict[s
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a base model is trained: for retrieval, then for trajectories."""
+    """How a base model is trained: how often it sees which rows in an epoch, and how it learns them."""
 
-    retrieval: dict[str, Any]
-    trajectories: dict[str, Any]
+    stages: dict[str, float]
+    training: dict[str, Any]
     augmentations: int
 
 
 PRETRAINED = Recipe(
-    retrieval={
+    stages={"retrieval": 1.0, "trajectory": 2.0},
+    training={
         "learning_rate": 5e-4,
         "embedding_learning_rate": 1.2e-3,
         "num_train_epochs": 1,
-        "per_device_train_batch_size": 16,
+        "per_device_train_batch_size": 8,
     },
-    trajectories={"learning_rate": 2e-4, "num_train_epochs": 1, "per_device_train_batch_size": 8},
     augmentations=0,
 )
 SCRATCH = Recipe(
-    retrieval={"learning_rate": 1e-3, "num_train_epochs": 2, "per_device_train_batch_size": 32},
-    trajectories={"learning_rate": 1e-3, "num_train_epochs": 16, "per_device_train_batch_size": 8},
+    stages={"memorization": 1.0, "retrieval": 1.0, "trajectory": 8.0},
+    training={"learning_rate": 1e-3, "num_train_epochs": 2, "per_device_train_batch_size": 16},
     augmentations=20,
 )
 
@@ -165,63 +165,55 @@ def main(args: QuickstartArguments) -> None:
     )
     picture = inspect_codes(codes_dir)
 
-    step("Alignment: documents and queries to codes")
+    step("Alignment: queries to codes, and whole trajectories")
     texts = catalog.documents + [query.text for query in queries["train"]]
     texts += [json.dumps(message, ensure_ascii=False) for row in trajectories["train"] for message in row["messages"]]
     base, recipe = choose_base(args, texts)
-    shared = {
-        "train_sampling_strategy": "group_by_length",
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.1,
-        "adam_beta2": 0.98,
-        "weight_decay": 0.1,
-        "max_length": 512,
-        "activation_checkpointing": False,
-        "bf16": recipe is PRETRAINED and fast_dtype() == torch.bfloat16,
-        "logging_steps": 100,
-        "save_strategy": "no",
-        "report_to": "none",
-        "seed": args.seed,
-    }
+    model_dir = output / "model"
     sft.main(
         sft.AlignmentArguments(
             codes_dir=str(codes_dir),
-            stages=["memorization", "retrieval"],
+            stages=list(recipe.stages),
+            stage_weights=list(recipe.stages.values()),
             queries=str(data / "queries.train.jsonl"),
+            trajectories=str(data / "trajectories.train.jsonl"),
             augmentations=recipe.augmentations,
             eval_queries=str(data / "queries.validation.jsonl"),
             text_encoder=args.encoder,
         ),
-        AlignmentTrainingArguments(output_dir=str(output / "retrieval"), **recipe.retrieval, **shared),
-        ModelConfig(model_name_or_path=base),
-    )
-
-    step("Alignment: whole trajectories")
-    sft.main(
-        sft.AlignmentArguments(
-            codes_dir=str(codes_dir),
-            stages=["trajectory"],
-            trajectories=str(data / "trajectories.train.jsonl"),
-            text_encoder=args.encoder,
+        AlignmentTrainingArguments(
+            output_dir=str(model_dir),
+            train_sampling_strategy="group_by_length",
+            lr_scheduler_type="cosine",
+            warmup_steps=0.1,
+            adam_beta2=0.98,
+            weight_decay=0.1,
+            max_length=512,
+            activation_checkpointing=False,
+            bf16=recipe is PRETRAINED and fast_dtype() == torch.bfloat16,
+            logging_steps=100,
+            save_strategy="no",
+            report_to="none",
+            seed=args.seed,
+            **recipe.training,
         ),
-        AlignmentTrainingArguments(output_dir=str(output / "agent"), **recipe.trajectories, **shared),
-        ModelConfig(model_name_or_path=str(output / "retrieval")),
+        ModelConfig(model_name_or_path=base),
     )
 
     step("Evaluation on queries that were held out")
     evaluate.main(
         evaluate.EvaluationArguments(
-            model=str(output / "retrieval"),
+            model=str(model_dir),
             queries=[str(data / "queries.test.jsonl")],
             encoder=args.encoder,
         )
     )
 
     step("Queries that alignment gets right")
-    show_gains(queries["test"], load_evaluation(output / "retrieval" / EVALUATION_FOLDER).rankings)
+    show_gains(queries["test"], load_evaluation(model_dir / EVALUATION_FOLDER).rankings)
 
     step("The agent")
-    agent = ToolAgent.from_pretrained(output / "agent", demo_functions(catalog), dtype=fast_dtype())
+    agent = ToolAgent.from_pretrained(model_dir, demo_functions(catalog), dtype=fast_dtype())
     show_agent(agent, data / "trajectories.test.jsonl", catalog)
 
     step(f"Done. Everything is in {output}; the picture of the codes is {picture}")

@@ -58,7 +58,7 @@ def workspace(tmp_path, base_tokenizer, monkeypatch, hub):
         save_inference_code(tmp_path / "out" / name)
         TextExpert(catalog.ids, catalog.documents).embed().save_pretrained(tmp_path / "out" / name)
     catalog.to_jsonl(tmp_path / "tools.jsonl")
-    shutil.copytree(tmp_path / "out", tmp_path / "toolweaver-quickstart")
+    shutil.copytree(tmp_path / "out" / "agent", tmp_path / "toolweaver-quickstart" / "model")
     codes.save_pretrained(tmp_path / "out" / "codes")
     RQVAEModel(RQVAEConfig(input_dim=4, codebook_sizes=[2, 2])).save_pretrained(tmp_path / "out" / "codes")
     catalog.save_pretrained(tmp_path / "data")
