@@ -18,6 +18,7 @@ from toolweaver_hf.recipes.benchmarks import latency as benchmark_latency
 from toolweaver_hf.recipes.benchmarks import replay as benchmark_replay
 from toolweaver_hf.recipes.benchmarks import scale as benchmark_scale
 from toolweaver_hf.recipes.benchmarks import tokenization as benchmark_tokenization
+from toolweaver_hf.recipes.benchmarks import training as benchmark_training
 from toolweaver_hf.recipes.results import render_tables
 from toolweaver_hf.text_expert import TextExpert
 
@@ -156,3 +157,14 @@ def test_latency_of_every_system(base, tmp_path, monkeypatch):
     assert rows[benchmark_latency.BASELINE]["cpu_ratio"] == 1
     assert all(row["p50_ms"] <= row["p99_ms"] for row in rows.values())
     assert "codes, one pass" in render_tables(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_rows_side_by_side_are_fewer_tokens(base, tmp_path):
+    """In batches of the shortest and the longest rows."""
+    args = benchmark_training.TrainingBenchmarkArguments(base, 4, steps=2, output_dir=str(tmp_path / "out"))
+    results = benchmark_training.main(args)
+    for rows in results.values():
+        assert rows[benchmark_training.PACKED]["computed"] <= rows[benchmark_training.APART]["computed"]
+        assert rows[benchmark_training.TRL]["speedup"] == 1
+    assert "rows side by side" in render_tables(tmp_path / "out")

@@ -123,7 +123,7 @@ class SharedPromptCollator(DataCollatorForLanguageModeling):
             pack = filled.index(min(filled))
             packs[pack].append(i)
             filled[pack] += sizes[i]
-        if len(packs) == len(examples):
+        if len(packs) * (prefix + max(filled)) >= len(examples) * (prefix + max(sizes)):
             prefix, packs = 0, [[i] for i in range(len(examples))]
             if all(len(parts) == 1 for parts in lengths):
                 return super().torch_call(examples)
