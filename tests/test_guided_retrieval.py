@@ -159,7 +159,7 @@ def test_identifiers_are_split_into_words():
     assert expert.log_probs(["row"]).argmax() == 1
 
 
-def test_a_memory_of_queries_scores_tools_by_a_kernel_density(guided, tmp_path):
+def test_remembered_queries_score_tools_by_centroids_and_a_kernel_density(guided, tmp_path):
     expert = guided[2]
     asked = [
         ("rain today", ["tool_1"]),
@@ -179,10 +179,20 @@ def test_a_memory_of_queries_scores_tools_by_a_kernel_density(guided, tmp_path):
                 memory[:, expert.tool_ids.index(tool)] += kernel
         return memory
 
-    assert torch.allclose(expert.scores(QUERIES)[2], (densities(QUERIES) + 1e-5).log(), atol=1e-3)
+    assert torch.allclose(expert.scores(QUERIES)[3], (densities(QUERIES) + 1e-5).log(), atol=1e-3)
+
+    def cosines(queries):
+        vectors = LetterEncoder().encode_document(expert.documents)
+        for text, tools in asked:
+            for tool in set(tools) & set(expert.tool_ids):
+                vectors[expert.tool_ids.index(tool)] += LetterEncoder().encode_query([text])[0]
+        return LetterEncoder().encode_query(queries) @ torch.nn.functional.normalize(vectors, dim=1).T
+
+    assert torch.allclose(expert.scores(QUERIES)[2], cosines(QUERIES), atol=1e-3)
     # What comes later counts for a fifth of the best, so that its document decides.
     expert.add(["late"], ["a chess opening"])
-    late = expert.scores(QUERIES)[2, :, -1]
+    late = expert.scores(QUERIES)[3, :, -1]
+    assert torch.allclose(expert.scores(QUERIES)[2], cosines(QUERIES), atol=1e-3)
     assert torch.allclose(late, (0.2 * densities(QUERIES).max(1).values + 1e-5).log(), atol=1e-3)
     expert.save_pretrained(tmp_path)
     loaded = TextExpert.from_pretrained(tmp_path)
@@ -204,7 +214,7 @@ def test_what_is_asked_later_is_remembered_besides(guided):
         "a pound": ["late", "tool_2"],
     }  # each pair counts once
     other.embed().remember([*asked], [*asked.values()])
-    scores, expected = expert.scores(QUERIES)[2], other.scores(QUERIES)[2]
+    scores, expected = expert.scores(QUERIES)[3], other.scores(QUERIES)[3]
     assert torch.allclose(scores[:, :-1], expected[:, :-1], atol=1e-5)
     assert (scores[:, -1] > expected[:, -1]).all()  # it came later, and nothing is known of it yet
     expert.remember(["snow"], [["tool_3"]])  # in place of all others
@@ -229,7 +239,7 @@ def test_the_next_stage_takes_over_what_is_remembered(guided):
     second.embed().remember(["a euro"], [["tool_2"]])
     second.take_over(first)
     assert second.learned == {"tool_1", "tool_2"} and second.cosine_weight == 3.0
-    memory = second.scores(["rain today", "a euro"])[2]
+    memory = second.scores(["rain today", "a euro"])[3]
     assert memory[0].argmax() == 1 and memory[1].argmax() == 0
 
 
@@ -252,7 +262,7 @@ def test_weights_are_fitted_by_likelihood(guided):
     expert.remember([f"{text} now" for text in asked], [[tool] for tool in expert.tool_ids])
     riddles = [Query(str(i), text, (tool,)) for i, (tool, text) in enumerate(zip(expert.tool_ids, asked, strict=True))]
     fitted = fit_guidance(retriever, riddles)
-    assert expert.memory_weight > 0.1 and fitted["loss"] < fitted["search_loss"] - 0.5
+    assert expert.centroid_weight > 1 and fitted["loss"] < fitted["search_loss"] - 0.5
     with pytest.raises(ValueError, match="no text expert"):
         fit_guidance(ToolRetriever(model, tokenizer), queries)
     with pytest.raises(ValueError, match="none of the queries"):

@@ -29,7 +29,7 @@ except ImportError:
 SCHEMA_VERSION = 1
 TEXT_EXPERT_FILE = "text_expert.json"
 TEXT_EMBEDDINGS_FILE = "text_expert.safetensors"
-SCORE_WEIGHTS = ("cosine_weight", "bm25_weight", "memory_weight")
+SCORE_WEIGHTS = ("cosine_weight", "bm25_weight", "centroid_weight", "memory_weight")
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 MAX_ENCODED_TOKENS = 128  # of a document: what tells tools apart comes first
 KERNEL_WIDTH = 20.0  # of remembered queries: a cosine less by 0.05 counts e times less
@@ -59,13 +59,15 @@ class TextExpert:
     r"""
     Scores every tool of a catalog for a query by what is known of the tool in words.
 
-    Three scores add up to the logits of one distribution over tools,
-    \\(p(tool | query) \propto \exp(\tau \cos(query, tool) + \nu \mathrm{BM25}(query, tool) + \mu M(query, tool))\\):
+    Four scores add up to the logits of one distribution over tools,
+    \\(p(tool | query) \propto \exp(\tau \cos(query, tool) + \nu \mathrm{BM25}(query, tool) + \gamma C(query, tool)
+    + \mu M(query, tool))\\):
 
     - the cosine of sentence embeddings of query and document;
     - BM25 of the document's words, identifiers split into theirs;
-    - a memory of queries whose tools are known, where [`TextExpert.remember`] was given any: the log of a kernel
-      density, \\(M = \log(\epsilon + \sum_j \exp(20 (\cos(query, query_j) - 1)))\\) over the remembered queries of
+    - where [`TextExpert.remember`] was given queries whose tools are known, the cosine of query and centroid, the
+      direction of the sum of the document's embedding and those of the tool's queries (Rocchio's);
+    - of the same queries the log of a kernel density, \\(M = \log(\epsilon + \sum_j \exp(20 (\cos(query, query_j) - 1)))\\) over the remembered queries of
       the tool.
 
     Before [`TextExpert.embed`] has been called, BM25 alone scores; it is ready at once, also for large catalogs.
@@ -85,8 +87,10 @@ class TextExpert:
             \\(\tau\\), the weight of the cosine.
         bm25_weight (`float`, *optional*, defaults to 0.4):
             \\(\nu\\), the weight of BM25.
+        centroid_weight (`float`, *optional*, defaults to 10.0):
+            \\(\gamma\\), the weight of the centroid of remembered queries.
         memory_weight (`float`, *optional*, defaults to 0.5):
-            \\(\mu\\), the weight of the memory.
+            \\(\mu\\), the weight of the density of remembered queries.
         model_weight (`float`, *optional*, defaults to 0.5):
             The weight \\(w\\) of an aligned model's log-probabilities beside the expert, where there is one: see
             [`ToolRetriever`].
@@ -115,6 +119,7 @@ class TextExpert:
         encoder: str | None = None,
         cosine_weight: float = 15.0,
         bm25_weight: float = 0.4,
+        centroid_weight: float = 10.0,
         memory_weight: float = 0.5,
         model_weight: float = 0.5,
         learned: Iterable[str] | None = None,
@@ -125,7 +130,8 @@ class TextExpert:
             raise ImportError("a text expert needs bm25s and scipy: pip install bm25s scipy")
         self.encoder = encoder or default_encoder()
         self.cosine_weight, self.bm25_weight = float(cosine_weight), float(bm25_weight)
-        self.memory_weight, self.model_weight = float(memory_weight), float(model_weight)
+        self.centroid_weight, self.memory_weight = float(centroid_weight), float(memory_weight)
+        self.model_weight = float(model_weight)
         self.learned = None if learned is None else frozenset(learned)
         self.tool_ids: list[str] = []
         self.documents: list[str] = []
@@ -318,17 +324,18 @@ class TextExpert:
             queries (`Sequence[str]`): The queries.
 
         Returns:
-            `torch.Tensor` of shape `(3, num_queries, num_tools)`, float32: the cosines, the BM25 scores and the memory's
-            log densities; 0 for what has nothing to go by.
+            `torch.Tensor` of shape `(4, num_queries, num_tools)`, float32: the cosines, the BM25 scores, and of the
+            remembered queries the cosines with their centroids and the log densities; 0 for what has nothing to go by.
         """
         bm25 = torch.from_numpy(self._bm25(queries))
-        cosines = memory = torch.zeros_like(bm25)
+        cosines = centroids = memory = torch.zeros_like(bm25)
         if self.embeddings is not None:
             encoded = self.encode_queries(queries)
             cosines = encoded @ self.embeddings.T
             if self.memory is not None:
                 memory = self._recall(encoded)
-        return torch.stack([cosines, bm25, memory])
+                centroids = encoded @ self._centroids().T
+        return torch.stack([cosines, bm25, centroids, memory])
 
     def encode_queries(self, queries: Sequence[str]) -> torch.Tensor:
         """Return the embeddings of queries, unit vectors of shape `(num_queries, embedding_dim)`, float32."""
@@ -350,6 +357,7 @@ class TextExpert:
             rows, columns = self._memory_pairs.T.numpy()
             ones, shape = np.ones(len(rows), np.float32), (len(self.memory), len(self))
             self._owners = scipy.sparse.csr_array((ones, (rows, columns)), shape=shape).T.tocsr()
+            self._sums = (None, None)
             self._late = torch.tensor([tool_id in self._added_later for tool_id in self.tool_ids])
         return torch.from_numpy((self._owners @ weights.T.numpy()).T)
 
@@ -359,6 +367,16 @@ class TextExpert:
             best = density.max(1, keepdim=True).values
             density = torch.where(self._late, NEW_TOOL_SHARE * best, density)
         return (KERNEL_FLOOR + density).log()
+
+    def _centroids(self) -> torch.Tensor:
+        """The unit vectors of the tools' centroids, for which `_recall` has found the queries of each tool."""
+        embeddings, centroids = self._sums
+        if embeddings is not self.embeddings:
+            embeddings = self.embeddings
+            sums = embeddings + torch.from_numpy(self._owners @ self.memory.numpy())
+            centroids = torch.nn.functional.normalize(sums, dim=1)
+            self._sums = (embeddings, centroids)
+        return centroids
 
     def _bm25(self, queries: Sequence[str]) -> np.ndarray:
         if self._index is None:

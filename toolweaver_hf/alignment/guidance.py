@@ -13,7 +13,13 @@ from ..text_expert import SCORE_WEIGHTS
 
 
 SEARCH_WEIGHTS = {"cosine_weight", "bm25_weight"}
-PRIORS = {"cosine_weight": 15.0, "bm25_weight": 0.4, "memory_weight": 0.5, "model_weight": 0.5}
+PRIORS = {
+    "cosine_weight": 15.0,
+    "bm25_weight": 0.4,
+    "centroid_weight": 10.0,
+    "memory_weight": 0.5,
+    "model_weight": 0.5,
+}
 SIGNIFICANT = 1.64  # standard errors, one-sided 5 %
 
 
@@ -24,14 +30,14 @@ def fit_guidance(
     seed: int = 0,
     show_progress_bar: bool = False,
 ) -> dict[str, float]:
-    r"""Fit the weights of a retriever's text expert by likelihood: of the cosine, BM25, the memory and the model.
+    r"""Fit the weights of a retriever's text expert by likelihood: of the cosine, BM25, the remembered queries and the model.
 
     The loss is the mean over queries and their ground-truth tools of \\(-\log p(tool | query)\\), where the other
     ground-truth tools of a query do not compete. (Where they do, weights come out flatter, and nDCG lower.)
 
-    Search alone is fitted first. The memory and then the model are given a weight only if the loss falls by more than
-    chance (a one-sided 5 % test over the queries); otherwise their weight is 0, so that a model is never worse than
-    search. Twenty queries are enough to tell a good model. Never fit on queries that the model was trained on: it knows
+    Search alone is fitted first. The centroids of remembered queries, their density and then the model are given a
+    weight only if the loss falls by more than chance (a one-sided 5 % test over the queries); otherwise it is 0, so
+    that a model is never worse than search. Twenty queries are enough to tell a good model. Never fit on queries that the model was trained on: it knows
     them by heart.
 
     Args:
