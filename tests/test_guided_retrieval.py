@@ -219,13 +219,13 @@ def test_what_is_asked_later_is_remembered_besides(guided):
     assert (scores[:, -1] > expected[:, -1]).all()  # it came later, and nothing is known of it yet
     expert.remember(["snow"], [["tool_3"]])  # in place of all others
     assert len(expert.memory) == 1
-    memory = expert.scores(QUERIES)[2]
+    memory = expert.scores(QUERIES)[3]
     expert.describe({"tool_3": "a dollar", "late": "the wind"})
     other = TextExpert(expert.tool_ids, expert.documents)
     other._encoder_module = LetterEncoder()
     scores = expert.scores(QUERIES)
     assert torch.allclose(scores[:2], other.embed().scores(QUERIES)[:2])
-    assert other.documents[3] == "a dollar" and torch.equal(scores[2], memory)
+    assert other.documents[3] == "a dollar" and torch.equal(scores[3], memory)
     with pytest.raises(ValueError, match="'nobody'"):
         expert.describe({"nobody": "no document"})
 
