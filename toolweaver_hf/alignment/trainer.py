@@ -48,8 +48,8 @@ class AlignmentTrainingArguments(SFTConfig):
             The peak learning rate of the embeddings and the output head, or of LoRA's rows of the code tokens.
             Defaults to `learning_rate`.
         constrained_loss (`bool`, *optional*, defaults to `True`):
-            Whether the loss of a code's tokens is the cross-entropy among those that constrained decoding leaves. With
-            `False` it is that over the whole vocabulary, as ToolGen and the paper train.
+            Whether the loss of a code's tokens is the cross-entropy among those that constrained decoding leaves, and
+            the first token of a code in a trajectory counts for eight. With `False` it is that over the whole vocabulary, as ToolGen and the paper train.
     """
 
     embedding_learning_rate: float | None = field(
@@ -195,7 +195,8 @@ class AlignmentTrainer(SFTTrainer):
     The loss of a token is the cross-entropy among those that constrained decoding leaves to choose from: inside a code
     the ones that go on to a tool, and all of the vocabulary in free text. An answer that is one code and nothing else,
     as retrieval gives it, is one from its first token on. So nothing is spent on telling codes from text or tools
-    from codes that none has, which decoding knows, and rows of the vocabulary that cannot be chosen do not move.
+    from codes that none has, which decoding knows, and rows of the vocabulary that cannot be chosen do not move. In a
+    trajectory the first token of a code, which decides that a tool is called, counts for eight.
     (With `constrained_loss=False` it is the cross-entropy over the whole vocabulary everywhere.) Rows of the embeddings
     beyond the tokenizer's tokens are in no loss. A mixture of experts adds its auxiliary loss.
 
