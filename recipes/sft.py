@@ -390,6 +390,8 @@ def load_text_expert(
 
 def fit_text_expert(text_expert: TextExpert, trainer: AlignmentTrainer, queries: list[Query]) -> None:
     """Fit the weights of guided decoding on the validation queries, and save them with the model."""
+    import torch
+
     from toolweaver_hf.alignment.guidance import fit_guidance
     from toolweaver_hf.retrieval import ToolRetriever
 
@@ -398,7 +400,9 @@ def fit_text_expert(text_expert: TextExpert, trainer: AlignmentTrainer, queries:
         trainer.accelerator.print(f"Now fit how far to trust the model: toolweaver fit-guidance --model {output_dir}")
     elif trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # no longer in bf16
-        fitted = fit_guidance(ToolRetriever(model, trainer.processing_class, text_expert), queries)
+        retriever = ToolRetriever(model, trainer.processing_class, text_expert)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=trainer.args.bf16):
+            fitted = fit_guidance(retriever, queries)
         text_expert.save_pretrained(output_dir)
         print("Guidance: " + ", ".join(f"{name} {value}" for name, value in fitted.items()))
 

@@ -317,6 +317,7 @@ class TextExpert:
             self.memory = earlier.memory if self.memory is None else torch.cat([earlier.memory, self.memory])
             self._memory_pairs, self._owners = torch.cat([pairs, mine]), None
 
+    @torch.autocast("cpu", enabled=False)  # cosines in half precision are too coarse
     def scores(self, queries: Sequence[str]) -> torch.Tensor:
         """Score every tool for each query, by each measure apart.
 
