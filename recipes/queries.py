@@ -50,7 +50,7 @@ class QueryArguments:
             Number of pairs and triples of related tools, for each of which two queries are generated. Defaults to half
             the number of tools.
         round_trip (`int`, *optional*, defaults to 5):
-            Keep only queries for which search ranks the tool among the top `round_trip`. 0 keeps all queries.
+            Keep only training queries for which search ranks the tool among the top `round_trip`. 0 keeps all queries.
         validation_share (`float`, *optional*, defaults to 0.1):
             Fraction of the queries for validation; every tool keeps some for training.
         batch_size (`int`, *optional*, defaults to 32):
@@ -140,10 +140,14 @@ def main(args: QueryArguments) -> dict[str, int]:
 
     write_candidates(files["candidates"], requests, generator, show_progress_bar=True)
     written = read_candidates(files["candidates"], requests, generator.name)
-    kept, dropped = filter_queries(written, catalog, expert, args.round_trip)
-    if not kept:
-        raise ValueError(f"none of the {len(written)} queries in {files['candidates']} can be used: {dict(dropped)}")
+    kept, dropped = filter_queries(written, catalog, expert, 0)
     train, validation = split_by_tool(kept, args.validation_share, args.seed)
+    # Validation queries have no round trip: on those that search finds, nothing could be better than search.
+    train, not_found = filter_queries(train, catalog, expert, args.round_trip)
+    dropped += not_found
+    kept = train + validation
+    if not train:
+        raise ValueError(f"none of the {len(written)} queries in {files['candidates']} can be used: {dict(dropped)}")
     write_text(files["validation"], json_lines(validation))
     write_text(files["train"], json_lines(train))
 
