@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -88,9 +89,10 @@ def load_weights(model: PreTrainedModel, checkpoint: str | os.PathLike) -> None:
         `ValueError`: naming the weights that the checkpoint lacks.
     """
     with torch.random.fork_rng(devices=[]):  # what it draws must not change the order of the rows
-        saved, loaded = type(model).from_pretrained(
+        with_info: Any = type(model).from_pretrained(
             checkpoint, dtype=model.dtype, use_safetensors=True, output_loading_info=True
         )
+    saved, loaded = with_info
     if loaded["missing_keys"]:
         raise ValueError(f"{checkpoint} lacks weights of the model: {', '.join(sorted(loaded['missing_keys'])[:5])}")
     model.load_state_dict(saved.state_dict())
