@@ -11,6 +11,7 @@ interrupted run.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -122,7 +123,7 @@ def main(args: QueryArguments) -> dict[str, int]:
     from toolweaver_hf.data.catalog import ToolCatalog
     from toolweaver_hf.files import write_text
     from toolweaver_hf.synthesis.candidates import query_requests, read_candidates, write_candidates
-    from toolweaver_hf.synthesis.filters import filter_queries, json_lines, split_by_tool
+    from toolweaver_hf.synthesis.filters import filter_queries, json_lines, lead_back, split_by_tool
     from toolweaver_hf.synthesis.groups import tool_groups
     from toolweaver_hf.text_expert import TextExpert
 
@@ -143,8 +144,10 @@ def main(args: QueryArguments) -> dict[str, int]:
     kept, dropped = filter_queries(written, catalog, expert, 0)
     train, validation = split_by_tool(kept, args.validation_share, args.seed)
     # Validation queries have no round trip: on those that search finds, nothing could be better than search.
-    train, not_found = filter_queries(train, catalog, expert, args.round_trip)
-    dropped += not_found
+    if args.round_trip:
+        found = lead_back(train, expert, args.round_trip)
+        dropped += Counter({"round trip": found.count(False)})
+        train = [row for row, leads_back in zip(train, found, strict=True) if leads_back]
     kept = train + validation
     if not train:
         raise ValueError(f"none of the {len(written)} queries in {files['candidates']} can be used: {dict(dropped)}")

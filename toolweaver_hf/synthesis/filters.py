@@ -74,7 +74,7 @@ def filter_queries(
             seen.add(said)
             kept.append({**row, "text": text})
     if top_k:
-        found = _round_trip(kept, expert, top_k)
+        found = lead_back(kept, expert, top_k)
         dropped["round trip"] += found.count(False)
         kept = [row for row, leads_back in zip(kept, found, strict=True) if leads_back]
     unlike = _drop_same_meaning(kept, expert)
@@ -100,7 +100,8 @@ class _Names:
         return False
 
 
-def _round_trip(rows: Sequence[dict], expert: TextExpert, top_k: int) -> list[bool]:
+def lead_back(rows: Sequence[dict], expert: TextExpert, top_k: int) -> list[bool]:
+    """Tell of each row whether search finds all of its tools among the first `top_k` for each tool that it needs."""
     row_of_tool = {tool_id: row for row, tool_id in enumerate(expert.tool_ids)}
     found = []
     for start in range(0, len(rows), BATCH):
