@@ -409,6 +409,7 @@ def fit_text_expert(text_expert: TextExpert, trainer: AlignmentTrainer, queries:
 
 def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, model_args: ModelConfig) -> None:
     """Align a model and save it with its tokenizer and catalog in `training_args.output_dir`."""
+    from accelerate.logging import get_logger
     from peft import LoraConfig, PeftModel
     from transformers import EarlyStoppingCallback, set_seed
     from transformers.trainer import TRAINING_ARGS_NAME
@@ -436,6 +437,10 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
     model, tokenizer = load_model_and_tokenizer(args, training_args, model_args, catalog)
     # Both are taken into account; the trainer would do so once more
     training_args.chat_template_path = training_args.model_init_kwargs = None
+
+    if training_args.activation_checkpointing and not model.supports_gradient_checkpointing:
+        get_logger(__name__).warning(f"{type(model).__name__} keeps all activations: it cannot compute them again")
+        training_args.activation_checkpointing = False
 
     padded = not (training_args.packing or training_args.padding_free)
     shared_prompts = padded and can_share_prompts(model)

@@ -161,11 +161,19 @@ def make_room(model: PreTrainedModel, num_tokens: int, multiple: int | None = EM
         `ValueError`: if its embeddings cannot be resized.
     """
     before = model.get_input_embeddings().num_embeddings
-    if num_tokens <= before:
+    head = model.get_output_embeddings()
+    separate = getattr(head, "out_features", before) < before  # rows beyond the vocabulary have a use of their own
+    if num_tokens <= before and not separate:
         return
-    model.resize_token_embeddings(num_tokens, pad_to_multiple_of=multiple, mean_resizing=False)
-    if model.get_input_embeddings().num_embeddings < num_tokens:
+    if not separate:
+        model.resize_token_embeddings(num_tokens, pad_to_multiple_of=multiple, mean_resizing=False)
+    after = model.get_input_embeddings().num_embeddings
+    if separate or after < num_tokens:
         raise ValueError(f"the embeddings of {type(model).__name__} cannot be resized, so it cannot learn new tokens")
+    for module in model.modules():  # a table of the experts of each token id, in routers by hash
+        table = getattr(module, "tid2eid", None)
+        if table is not None and len(table) == before:
+            module.tid2eid = torch.cat([table, table[torch.arange(after - before, device=table.device) % before]])
     for module in embedding_modules(model):
         weight = module.weight
         if weight.numel():  # else ZeRO-3 holds it in parts

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import tiny_model
 from conftest import small_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -116,6 +117,16 @@ def perplexity(model, tokenizer, texts):
         with torch.no_grad():
             losses += [model(ids, labels=ids).loss.item()] * (ids.shape[1] - 1)
     return torch.tensor(losses).mean().exp().item()
+
+
+def test_a_router_by_token_id_gets_rows_for_the_new_tokens(tokenizer, base_tokenizer):
+    model = tiny_model("deepseek_v4", len(base_tokenizer))
+    tables = [module.tid2eid.clone() for module in model.modules() if hasattr(module, "tid2eid")]
+    initialize_code_embeddings(model, tokenizer, method="random")
+    codes = torch.tensor([tokenizer.code_token_ids])
+    assert tables and model(input_ids=codes, use_cache=False).logits.isfinite().all()
+    for old, router in zip(tables, (m for m in model.modules() if hasattr(m, "tid2eid")), strict=True):
+        assert torch.equal(router.tid2eid[: len(old)], old) and len(router.tid2eid) >= len(tokenizer)
 
 
 def test_plain_text_stays_as_probable(base_tokenizer):

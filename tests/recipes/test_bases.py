@@ -18,8 +18,8 @@ from toolweaver_hf.hub.artifacts import push_folder
 from toolweaver_hf.recipes import sft
 
 
-# A mixture of experts, a hybrid, a model that reads images, too, and one that is not causal
-BASES = ("mixtral", "qwen3_5", "smolvlm", "xlnet")
+# A mixture of experts, a hybrid, a model that reads images, too, one that is not causal, and one that takes no tokens
+BASES = ("mixtral", "qwen3_5", "smolvlm", "xlnet", "cpmant")
 PLACE = {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}
 PROBE = torch.arange(5, 25)[None]
 QUERY = "Please do thing 21"

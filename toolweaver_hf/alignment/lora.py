@@ -36,6 +36,9 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
         for leaf, module in parent.named_children():
             if not isinstance(module, torch.nn.Linear | Conv1D) or module is model.get_output_embeddings():
                 continue
+            # A layer that the model's own file derives from a linear one computes something else.
+            if type(module).__module__ == type(decoder).__module__:
+                continue
             # The kernels of state-space layers read this weight without its adapter, and PEFT refuses it.
             if (leaf == "out_proj" and hasattr(parent, "conv1d")) or (mixture and leaf in FEED_FORWARD):
                 continue

@@ -351,7 +351,8 @@ class AlignmentTrainer(SFTTrainer):
             if self.args.average_tokens_across_devices:
                 loss = loss * self.accelerator.num_processes  # the processes' gradients are averaged
             loss = loss / num_items_in_batch
-        if self.aux_loss_enabled:  # of a mixture of experts, which balances their load; one of each batch
+        # Of a mixture of experts, which balances their load; one of each batch
+        if self.aux_loss_enabled and output.aux_loss is not None:
             mode = "train" if model.training else "eval"
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather(output.aux_loss.detach()).mean().item())
             batches = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
