@@ -160,24 +160,26 @@ def make_room(model: PreTrainedModel, num_tokens: int, multiple: int | None = EM
     Raises:
         `ValueError`: if its embeddings cannot be resized.
     """
-    before = model.get_input_embeddings().num_embeddings
-    head = model.get_output_embeddings()
-    separate = getattr(head, "out_features", before) < before  # rows beyond the vocabulary have a use of their own
-    if num_tokens <= before and not separate:
+    before = after = model.get_input_embeddings().num_embeddings
+    # Rows beyond those of the head have a use of their own, so that new tokens cannot come after them.
+    can_grow = getattr(model.get_output_embeddings(), "out_features", before) >= before
+    if can_grow and num_tokens <= before:
         return
-    if not separate:
+    tables = [name for name, module in model.named_modules() if getattr(module, "num_embeddings", None) == before]
+    if can_grow:
         model.resize_token_embeddings(num_tokens, pad_to_multiple_of=multiple, mean_resizing=False)
-    after = model.get_input_embeddings().num_embeddings
-    if separate or after < num_tokens:
+        after = model.get_input_embeddings().num_embeddings
+    if after < num_tokens or not can_grow:
         raise ValueError(f"the embeddings of {type(model).__name__} cannot be resized, so it cannot learn new tokens")
-    for module in model.modules():  # a table of the experts of each token id, in routers by hash
-        table = getattr(module, "tid2eid", None)
-        if table is not None and len(table) == before:
-            module.tid2eid = torch.cat([table, table[torch.arange(after - before, device=table.device) % before]])
-    for module in embedding_modules(model):
+    others = [model.get_submodule(name) for name in tables]  # such as Gemma's embeddings of each layer
+    for module in [*embedding_modules(model), *(other for other in others if other.num_embeddings == after)]:
         weight = module.weight
         if weight.numel():  # else ZeRO-3 holds it in parts
             weight[before:] = weight[:before].float().mean(0).to(weight)
+    for module in model.modules():  # routers by hash have a table of the experts of each token id
+        table = getattr(module, "tid2eid", None)
+        if table is not None and len(table) == before:
+            module.tid2eid = torch.cat([table, table[torch.arange(after - before, device=table.device) % before]])
 
 
 def embedding_modules(model: PreTrainedModel) -> list[torch.nn.Module]:

@@ -9,6 +9,7 @@ from conftest import small_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from toolweaver_hf import Tool, ToolCatalog, ToolCodes, ToolWeaverTokenizer
+from toolweaver_hf.adapter import make_room
 from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings
 from toolweaver_hf.demo import DEMO_FOLDER
 
@@ -127,6 +128,18 @@ def test_a_router_by_token_id_gets_rows_for_the_new_tokens(tokenizer, base_token
     assert tables and model(input_ids=codes, use_cache=False).logits.isfinite().all()
     for old, router in zip(tables, (m for m in model.modules() if hasattr(m, "tid2eid")), strict=True):
         assert torch.equal(router.tid2eid[: len(old)], old) and len(router.tid2eid) >= len(tokenizer)
+
+
+def test_embeddings_of_each_layer_get_the_same_rows_every_time(base_tokenizer):
+    """An adapter does not hold them, so that whoever loads it makes them anew."""
+    models = [tiny_model("gemma4", len(base_tokenizer)) for _ in range(2)]
+    for seed, model in enumerate(models):
+        torch.manual_seed(seed)
+        make_room(model, len(base_tokenizer) + 20)
+    first, second = (model.state_dict() for model in models)
+    rows = next(len(weight) for name, weight in first.items() if "embed_tokens_per_layer" in name)
+    assert rows >= len(base_tokenizer) + 20
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_plain_text_stays_as_probable(base_tokenizer):
