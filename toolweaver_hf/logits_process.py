@@ -102,11 +102,19 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
         if mode == "retrieval" or code_start != "forbidden":
             self._bias[present.nonzero()[:, 0].cpu(), starts - low] = 0.0
 
-        self.model_weight, self._hopes = model_weight, None
-        if expert_logits is not None:
-            leaves = expert_logits.float().log_softmax(1)[:, self.trie.tools.to(expert_logits.device)]
-            roots = leaves.new_zeros((len(leaves), self.trie.num_nodes - sum(self.trie.level_sizes)))
-            self._hopes = torch.cat([roots, *self.trie.to(leaves.device).look_ahead(leaves, model_weight)[1]], dim=1)
+        self.model_weight = model_weight
+        self._hopes = None if expert_logits is None else self.look_ahead(expert_logits, model_weight)
+
+    def look_ahead(self, expert_logits: torch.Tensor, model_weight: float) -> torch.Tensor:
+        """Return what an expert lets hope for below each node, of shape `(num_sequences, num_nodes)`, for [`guide`].
+
+        Args:
+            expert_logits (`torch.Tensor` of shape `(num_sequences, num_tools)`), model_weight (`float`):
+                As for the constructor.
+        """
+        leaves = expert_logits.float().log_softmax(1)[:, self.trie.tools.to(expert_logits.device)]
+        roots = leaves.new_zeros((len(leaves), self.trie.num_nodes - sum(self.trie.level_sizes)))
+        return torch.cat([roots, *self.trie.to(leaves.device).look_ahead(leaves, model_weight)[1]], dim=1)
 
     @property
     def _keeps_text(self) -> bool:
@@ -121,6 +129,16 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
 
         Returns:
             `torch.FloatTensor` of the shape of `scores`, with `-inf` for every token that is not allowed.
+        """
+        masked, nodes = self.mask(input_ids, scores)
+        return masked if self._hopes is None else self.guide(masked, nodes, self._hopes, self.model_weight)
+
+    def mask(self, input_ids: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.LongTensor]:
+        """Mask the scores, without an expert's guidance.
+
+        Returns:
+            `tuple[torch.FloatTensor, torch.LongTensor]`: the scores, and the node of the trie whose children may come
+            next in each row, of shape `(batch_size * num_beams,)`; -1 where none may.
         """
         if self._bias.device != scores.device:
             self.trie, self._bias = self.trie.to(scores.device), self._bias.to(scores.device)
@@ -140,11 +158,19 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
         else:
             roots, bias = self.trie.roots.repeat_interleave(beams), self._bias.repeat_interleave(beams, dim=0)
         step = self._retrieval if self.mode == "retrieval" else self._trajectory
-        masked, nodes = step(input_ids[:, self.prompt_length :], scores, roots, bias)
-        return masked if self._hopes is None else self._guide(masked, nodes, self._hopes)
+        return step(input_ids[:, self.prompt_length :], scores, roots, bias)
 
-    def _guide(self, masked: torch.Tensor, nodes: torch.LongTensor, hopes: torch.Tensor) -> torch.Tensor:
-        """Move scores among the children of each row's node, so that they follow the product of model and expert."""
+    def guide(
+        self, masked: torch.Tensor, nodes: torch.LongTensor, hopes: torch.Tensor, model_weight: float | torch.Tensor
+    ) -> torch.Tensor:
+        """Move scores among the children of each row's node, so that they follow the product of model and expert.
+
+        Args:
+            masked, nodes: What [`mask`] returns.
+            hopes (`torch.Tensor` of shape `(num_sequences, num_nodes)`):
+                What [`look_ahead`] returns, for each sequence of the batch or once for all.
+            model_weight (`float` or `torch.Tensor` of shape `(num_rows, 1)`): The weight that they were made with.
+        """
         trie, num_rows = self.trie, len(masked)
         if num_rows % len(hopes):
             raise ValueError(f"the expert's logits of {len(hopes)} sequences cannot hold for {num_rows} rows")
@@ -154,7 +180,7 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
         total = scores.logsumexp(1, keepdim=True)
         sequences = torch.arange(num_rows, device=nodes.device) // (num_rows // len(hopes))
         ahead = hopes[sequences[:, None], children.clamp(max=trie.num_nodes - 1)]
-        guided = self.model_weight * (scores - total) + ahead
+        guided = model_weight * (scores - total) + ahead
         guided = total + guided - guided.logsumexp(1, keepdim=True)
         guided = torch.where((scores > -torch.inf) & (guided == guided), guided, masked.gather(1, tokens))
         # A place without a child repeats the first token's value, whatever that is.
