@@ -11,12 +11,14 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from toolweaver_hf.alignment.rows import retrieval_rows, share_prompts, tokenize_rows
 from toolweaver_hf.alignment.trainer import (
     AlignmentTrainer,
     AlignmentTrainingArguments,
     SharedPromptCollator,
+    ShuffledBatchSampler,
 )
 from toolweaver_hf.cache import can_share_prompts
 from toolweaver_hf.data.queries import Query
@@ -128,3 +130,25 @@ def takewhile_alike(rows):
 def test_only_models_that_a_mask_rules_share_prompts(model, can):
     """Neither positions of their own, states, sliding windows nor mixtures of experts."""
     assert can_share_prompts(model) is can
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=200), st.integers(1, 9), st.integers(0, 5))
+def test_batches_of_like_length_come_in_random_order(lengths, batch_size, seed):
+    grouped = LengthGroupedSampler(batch_size, lengths=lengths)
+    sampler = ShuffledBatchSampler(grouped, lambda: seed)
+    order = list(sampler)
+    assert sorted(order) == list(range(len(lengths))) and order == list(sampler)
+    assert lengths[order[0]] == max(lengths)
+    grouped.generator = torch.Generator().manual_seed(seed)
+    expected = list(grouped)
+    batches = {tuple(expected[i : i + batch_size]) for i in range(0, len(expected), batch_size)}
+    assert {tuple(order[i : i + batch_size]) for i in range(0, len(order), batch_size)} == batches
+
+
+def test_lengths_do_not_fall_in_the_course_of_an_epoch():
+    lengths = list(range(800))
+    order = list(ShuffledBatchSampler(LengthGroupedSampler(4, lengths=lengths), lambda: 0))
+    quarters = [sum(order[i : i + 100]) / 100 for i in range(0, 800, 100)]
+    assert max(quarters) - min(quarters) < 250  # sorted, 600
+

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -170,11 +170,13 @@ def _as_text(token_ids: Sequence[int]) -> str:
     return f" {' '.join(map(str, token_ids))} "
 
 
-class SeededSampler(Sampler[int]):
-    """Draws the order of a [`LengthGroupedSampler`] from a seed, which differs by epoch.
+class ShuffledBatchSampler(Sampler[int]):
+    """Shuffles the batches of a [`LengthGroupedSampler`], and draws from a seed, which differs by epoch.
 
-    By itself it draws from PyTorch's global generator. A resumed run has that in another state, and so would repeat
-    some rows of the epoch and leave out others; so have processes whose dropout drew differently many numbers.
+    By itself it sorts each quarter of an epoch by length. Where the length tells what is to be learned, as whether a
+    trajectory has a second call, a model would end with what the shortest rows teach. It also draws from PyTorch's
+    global generator: a resumed run has that in another state, and so would repeat some rows of the epoch and leave out
+    others; so have processes whose dropout drew differently many numbers.
     """
 
     def __init__(self, sampler: LengthGroupedSampler, seed: Callable[[], int]):
@@ -184,8 +186,12 @@ class SeededSampler(Sampler[int]):
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[int]:
-        self.sampler.generator = torch.Generator().manual_seed(self.seed())
-        return iter(self.sampler)
+        generator = self.sampler.generator = torch.Generator().manual_seed(self.seed())
+        order, size = list(self.sampler), self.sampler.batch_size
+        whole = len(order) // size
+        # The longest rows stay first, so that memory runs out at once or never; a batch that is not full stays last.
+        batches = [0, *(1 + torch.randperm(max(whole - 1, 0), generator=generator)).tolist(), whole]
+        return chain.from_iterable(order[i * size : (i + 1) * size] for i in dict.fromkeys(batches))
 
 
 class AlignmentTrainer(SFTTrainer):
@@ -254,7 +260,7 @@ class AlignmentTrainer(SFTTrainer):
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return SeededSampler(sampler, lambda: seed + int(self.state.epoch or 0))
+        return ShuffledBatchSampler(sampler, lambda: seed + int(self.state.epoch or 0))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         model = self.model if model is None else model
