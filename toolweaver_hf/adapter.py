@@ -160,17 +160,20 @@ def make_room(model: PreTrainedModel, num_tokens: int, multiple: int | None = EM
     Raises:
         `ValueError`: if its embeddings cannot be resized.
     """
-    before = after = model.get_input_embeddings().num_embeddings
-    # Rows beyond those of the head have a use of their own, so that new tokens cannot come after them.
-    can_grow = getattr(model.get_output_embeddings(), "out_features", before) >= before
-    if can_grow and num_tokens <= before:
+    config, before = model.config.get_text_config(), model.get_input_embeddings().num_embeddings
+    unpadded = getattr(config, "unpadded_vocab_size", None)  # what Inkling cuts its head or its logits to
+    # Other rows beyond those of the head have a use of their own, so that no token can take their place.
+    can_grow = unpadded is not None or getattr(model.get_output_embeddings(), "out_features", before) >= before
+    if can_grow and num_tokens <= (unpadded or before):
         return
     tables = [name for name, module in model.named_modules() if getattr(module, "num_embeddings", None) == before]
     if can_grow:
         model.resize_token_embeddings(num_tokens, pad_to_multiple_of=multiple, mean_resizing=False)
-        after = model.get_input_embeddings().num_embeddings
+    after = model.get_input_embeddings().num_embeddings
     if after < num_tokens or not can_grow:
         raise ValueError(f"the embeddings of {type(model).__name__} cannot be resized, so it cannot learn new tokens")
+    if unpadded is not None:
+        before, config.unpadded_vocab_size = unpadded, after
     others = [model.get_submodule(name) for name in tables]  # such as Gemma's embeddings of each layer
     for module in [*embedding_modules(model), *(other for other in others if other.num_embeddings == after)]:
         weight = module.weight
