@@ -295,8 +295,8 @@ def test_what_a_tool_does_to_its_arguments_stays_with_it(tokenizer):
 
 
 def test_budgets(tokenizer):
-    turns = [call(tokenizer, "wind", {})] * 9
-    functions = {"wind": lambda: 1}
+    turns = [call(tokenizer, "wind", {"place": place}) for place in "ABCDEFGHI"]
+    functions = {"wind": lambda place: 1}
     run = make_agent(tokenizer, turns, functions, max_steps=3)(QUERY)
     assert run.stop_reason == "max_steps" and run.answer is None
     assert len(run.messages) == 7
@@ -309,7 +309,7 @@ def test_budgets(tokenizer):
     agent = make_agent(tokenizer, turns, functions, max_steps=50)
     agent.model.config.max_position_embeddings = 300
     run = agent(QUERY)
-    assert run.stop_reason == "max_tokens" and run.messages[-1]["content"] == ""
+    assert run.stop_reason == "max_tokens" and "tool_calls" not in run.messages[-1]
 
 
 def test_a_run_can_be_cancelled(tokenizer):
@@ -388,3 +388,38 @@ def test_errors(tokenizer):
     codes = ToolCodes([2, 2], {"rain": [0, 0]})
     with pytest.raises(ValueError, match="no code, so that the model cannot name them: wind"):
         make_agent(ToolWeaverTokenizer.from_base(build("smollm2"), codes), [], {"rain": print, "wind": print})
+
+
+def test_a_call_that_was_answered_is_not_repeated(tokenizer):
+    places = []
+    rain = call(tokenizer, "rain", {"place": "Oslo"})
+    turns = [rain, call(tokenizer, "rain", {"place": "Rome"}), rain, end(tokenizer, "No rain.")]
+    agent = make_agent(tokenizer, turns, {"rain": lambda place: places.append(place) or "no"})
+    run = agent(QUERY)
+    assert places == ["Oslo", "Rome"]
+    assert run.stop_reason == "answer" and run.messages[-1] == {"role": "assistant", "content": "No rain."}
+    assert [message["role"] for message in run.messages] == ["user", *["assistant", "tool"] * 2, "assistant"]
+    assert tokenizer.decode(run.token_ids).count(code_text("rain", tokenizer)) == 2
+
+
+def test_a_call_that_failed_is_made_again(tokenizer):
+    answers = iter([OSError("unplugged"), "no"])
+
+    def rain(place):
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    again = call(tokenizer, "rain", {"place": "Oslo"})
+    run = make_agent(tokenizer, [again, again, end(tokenizer)], {"rain": rain})(QUERY)
+    observations = [message["content"] for message in run.messages if message["role"] == "tool"]
+    assert observations == ['{"error": "OSError: unplugged"}', '"no"'] and run.answer == "It will."
+
+
+def test_a_call_of_an_earlier_question_is_made_again(tokenizer):
+    again = call(tokenizer, "rain", {"place": "Oslo"})
+    agent = make_agent(tokenizer, [again, end(tokenizer), again, end(tokenizer)], {"rain": lambda place: "no"})
+    first = agent(QUERY)
+    second = agent([*first.messages, {"role": "user", "content": "And now?"}])
+    assert [message["role"] for message in second.messages].count("tool") == 2

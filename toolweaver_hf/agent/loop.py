@@ -36,7 +36,8 @@ class ToolAgent:
     Once the model generates the first token of a code, decoding is constrained to the codes of allowed tools, and then
     to arguments that match the tool's JSON Schema if llguidance is installed (`pip install "toolweaver-hf[grammar]"`).
     Arguments that still violate the schema are generated once more, given the error. A failed call results in the
-    observation `{"error": ...}`, and the run continues.
+    observation `{"error": ...}`, and the run continues. A call that repeats one of the same run, whose result the model
+    has, is not made: the turn is generated once more, as an answer.
 
     User messages and tool results are tokenized as plain text, so they cannot contain codes or role markers. Generated
     tokens are kept as they are; the conversation is never tokenized again.
@@ -177,8 +178,8 @@ class ToolAgent:
             allowed_tools (`Iterable[str]`, *optional*):
                 The tools that this run may choose. Defaults to all tools with a function.
             stream_tokens (`bool`, *optional*, defaults to `False`):
-                Whether to also yield the generated text, in pieces, before each complete message. Retried arguments
-                are yielded twice.
+                Whether to also yield the generated text, in pieces, before each complete message. What is generated
+                once more is yielded twice.
 
         Raises:
             `ValueError`: for an allowed tool without a function.
@@ -195,6 +196,8 @@ class ToolAgent:
             yield from turn.generate(stream_tokens)
             if turn.tool_id is not None and turn.arguments_error and not turn.stop_reason:
                 yield from turn.retry(stream_tokens)
+            if turn.tool_id is not None and not turn.stop_reason and turn.repeats():
+                yield from turn.answer(stream_tokens)
             if turn.tool_id is None or turn.stop_reason:
                 run.stop_reason = turn.stop_reason or "answer"
                 run.token_ids = turn.ids + turn.new_ids

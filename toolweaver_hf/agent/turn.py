@@ -48,6 +48,7 @@ class Turn:
         self.first_level = range(first, first + tokenizer.codebook_sizes[0])
         self.num_levels = len(tokenizer.codebook_sizes)
         self.new_ids: list[int] = []
+        self._refused: int | None = None  # what an answer must not begin with, where a turn has to be one
 
     def _encode(self, messages: list[dict[str, Any]]) -> list[int]:
         """Tokenize a conversation; its oldest messages are dropped if it exceeds the model's context length."""
@@ -98,6 +99,26 @@ class Turn:
         del self.ids[length:]
         self.state = DecodingState(self.agent.model)
 
+    def repeats(self) -> bool:
+        """Whether the turn's call was made before, since the user's last message, and has a result that is no error."""
+        messages = self.run.messages
+        asked = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=0)
+        answered = zip(messages[asked:], messages[asked + 1 :], strict=False)
+        made = [
+            (call["function"]["name"], call["function"]["arguments"])
+            for message, result in answered
+            for call in message.get("tool_calls") or ()
+            if result["role"] == "tool" and not _is_error(result["content"])
+        ]
+        return (self.tool_id, self.arguments) in made
+
+    def answer(self, stream_tokens: bool) -> Iterator[str]:
+        """Generate the turn once more, as an answer: without a code, and with another first token."""
+        self._refused = self.new_ids[0]
+        self.state = DecodingState(self.agent.model)
+        yield from self.generate(stream_tokens)
+        self._refused = None
+
     def close(self, observation: str) -> None:
         """Append the generated turn, its end, the tool's result as plain text, and the start of the next turn."""
         ends = self.agent._end_ids
@@ -112,7 +133,9 @@ class Turn:
         scores = self.agent.logits_processor(input_ids, logits.float())
         new_ids = input_ids[:, len(self.ids) :]
         has_code = self._code_start() + self.num_levels <= len(self.new_ids)
-        scores = self.codes["forbidden" if has_code else "allowed"](new_ids, scores)
+        scores = self.codes["forbidden" if has_code or self._refused is not None else "allowed"](new_ids, scores)
+        if self._refused is not None and not self.new_ids:
+            scores[:, self._refused] = -torch.inf
         if self.agent._grammar is not None:
             scores = self.agent._grammar(new_ids, scores)
         token = self._next_token(scores[0])
@@ -178,6 +201,11 @@ class Turn:
             return
         self.arguments = arguments
         self.arguments_error = find_error(arguments, self.agent.catalog[self.tool_id].parameters)
+
+
+def _is_error(observation: Any) -> bool:
+    result = _parse(observation) if isinstance(observation, str) else observation
+    return isinstance(result, dict) and "error" in result
 
 
 def _parse(text: str) -> Any:
