@@ -151,4 +151,3 @@ def test_lengths_do_not_fall_in_the_course_of_an_epoch():
     order = list(ShuffledBatchSampler(LengthGroupedSampler(4, lengths=lengths), lambda: 0))
     quarters = [sum(order[i : i + 100]) / 100 for i in range(0, 800, 100)]
     assert max(quarters) - min(quarters) < 250  # sorted, 600
-

@@ -29,12 +29,13 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
     if chosen is not None:
         return chosen
     names = {id(module): name for name, module in model.named_modules()}
-    decoder = model.get_decoder()
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    decoder = model.base_model if decoder is head else decoder  # ModernBERT calls its head so
     mixture = any(name.split(".")[-1] == "experts" for name in names.values())
     found = []
     for parent in decoder.modules():
         for leaf, module in parent.named_children():
-            if not isinstance(module, torch.nn.Linear | Conv1D) or module is model.get_output_embeddings():
+            if not isinstance(module, torch.nn.Linear | Conv1D) or module is head:
                 continue
             # A layer that the model's own file derives from a linear one computes something else.
             if type(module).__module__ == type(decoder).__module__:
