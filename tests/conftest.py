@@ -12,6 +12,10 @@ HF_HOME = tempfile.mkdtemp()
 atexit.register(shutil.rmtree, HF_HOME, ignore_errors=True)
 os.environ.update(HF_ENDPOINT=HUB.url, HF_HOME=HF_HOME, HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1")
 os.environ.update(HF_HUB_ETAG_TIMEOUT="60", HF_HUB_DOWNLOAD_TIMEOUT="60")  # of a machine that is busy
+# Tests side by side share the cores: with more threads than these, they wait for one another. PyTorch reads it once.
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if workers > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "TRANSFORMERS_OFFLINE"):
     os.environ.pop(name, None)
 
