@@ -136,7 +136,7 @@ def test_only_models_that_a_mask_rules_share_prompts(model, can):
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=200), st.integers(1, 9), st.integers(0, 5))
 def test_batches_of_like_length_come_in_random_order(lengths, batch_size, seed):
     grouped = LengthGroupedSampler(batch_size, lengths=lengths)
-    sampler = ShuffledBatchSampler(grouped, lambda: seed)
+    sampler = ShuffledBatchSampler(grouped, batch_size, lambda: seed)
     order = list(sampler)
     assert sorted(order) == list(range(len(lengths))) and order == list(sampler)
     assert lengths[order[0]] == max(lengths)
@@ -148,6 +148,6 @@ def test_batches_of_like_length_come_in_random_order(lengths, batch_size, seed):
 
 def test_lengths_do_not_fall_in_the_course_of_an_epoch():
     lengths = list(range(800))
-    order = list(ShuffledBatchSampler(LengthGroupedSampler(4, lengths=lengths), lambda: 0))
+    order = list(ShuffledBatchSampler(LengthGroupedSampler(4, lengths=lengths), 4, lambda: 0))
     quarters = [sum(order[i : i + 100]) / 100 for i in range(0, 800, 100)]
     assert max(quarters) - min(quarters) < 250  # sorted, 600

@@ -177,17 +177,22 @@ class ShuffledBatchSampler(Sampler[int]):
     trajectory has a second call, a model would end with what the shortest rows teach. It also draws from PyTorch's
     global generator: a resumed run has that in another state, and so would repeat some rows of the epoch and leave out
     others; so have processes whose dropout drew differently many numbers.
+
+    Args:
+        sampler ([`LengthGroupedSampler`]): The sampler.
+        batch_size (`int`): How many rows a training step takes, on all processes.
+        seed (`Callable`): Returns the seed of the epoch.
     """
 
-    def __init__(self, sampler: LengthGroupedSampler, seed: Callable[[], int]):
-        self.sampler, self.seed = sampler, seed
+    def __init__(self, sampler: LengthGroupedSampler, batch_size: int, seed: Callable[[], int]):
+        self.sampler, self.batch_size, self.seed = sampler, batch_size, seed
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[int]:
         generator = self.sampler.generator = torch.Generator().manual_seed(self.seed())
-        order, size = list(self.sampler), self.sampler.batch_size
+        order, size = list(self.sampler), self.batch_size
         whole = len(order) // size
         # The longest rows stay first, so that memory runs out at once or never; a batch that is not full stays last.
         batches = [0, *(1 + torch.randperm(max(whole - 1, 0), generator=generator)).tolist(), whole]
@@ -260,7 +265,8 @@ class AlignmentTrainer(SFTTrainer):
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return ShuffledBatchSampler(sampler, lambda: seed + int(self.state.epoch or 0))
+        step = sampler.batch_size * self.args.world_size
+        return ShuffledBatchSampler(sampler, step, lambda: seed + int(self.state.epoch or 0))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         model = self.model if model is None else model
