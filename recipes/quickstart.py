@@ -92,7 +92,7 @@ class Recipe:
 
 
 PRETRAINED = Recipe(
-    stages={"retrieval": 1.0, "trajectory": 2.0},
+    stages={"retrieval": 1.0, "trajectory": 1.0},
     training={
         "learning_rate": 5e-4,
         "embedding_learning_rate": 1.2e-3,

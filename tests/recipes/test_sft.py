@@ -32,7 +32,7 @@ from toolweaver_hf.alignment.checkpoints import check_disk_space, last_checkpoin
 from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings
 from toolweaver_hf.alignment.lora import trainable_code_rows
 from toolweaver_hf.alignment.rows import retrieval_rows, tokenize_rows
-from toolweaver_hf.alignment.trainer import DECISION_WEIGHT, AlignmentTrainer, AlignmentTrainingArguments
+from toolweaver_hf.alignment.trainer import CODE_START_WEIGHT, AlignmentTrainer, AlignmentTrainingArguments
 from toolweaver_hf.data.queries import load_queries
 from toolweaver_hf.demo import DEMO_FOLDER
 from toolweaver_hf.recipes import sft
@@ -135,8 +135,8 @@ def trainer_of(world, model_name, tmp_path, lora=False, codes=None, queries=None
 
 
 def loss_token_by_token(model, tokenizer, batch):
-    """The mean cross-entropy of the labels over the valid continuations, by brute force over all codes; in
-    free text, the first token of a turn and that of a code count for several."""
+    """The mean cross-entropy of the labels over the valid continuations, by brute force over all codes; in a call, a
+    code's first token counts for several."""
     labels = batch["labels"]
     logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
     codes = [tokenizer.encode_tool(tool_id) for tool_id in tokenizer.tool_ids]
@@ -153,8 +153,8 @@ def loss_token_by_token(model, tokenizer, batch):
                         allowed = sorted({other[depth] for other in codes if other[:depth] == code[:depth]})
             scores = logits[row, i - 1, list(allowed)]
             loss = scores.logsumexp(0) - scores[list(allowed).index(label)]
-            decides = learned[i - 1] == -100 or label in {code[0] for code in codes}
-            losses.append(DECISION_WEIGHT * loss if decides and not only_code else loss)
+            begins = not only_code and label in {code[0] for code in codes}
+            losses.append(CODE_START_WEIGHT * loss if begins else loss)
     return torch.stack(losses).mean()
 
 

@@ -30,9 +30,9 @@ from ..retrieval import ToolRetriever
 from .checkpoints import load_weights
 
 
-DECISION_WEIGHT = 8.0
-"""What the first token of a turn and that of a code count for in the loss: among some fifty tokens of a turn, these
-decide whether and which tool is called."""
+CODE_START_WEIGHT = 8.0
+"""What the first token of a code counts for in a trajectory's loss: it alone among some fifty tokens of a turn decides
+that a tool is called, and it is spread over as many tokens as the first codebook has codes."""
 MAX_PACKED_LENGTH = 384
 """How many tokens training rows side by side have, roughly: with more, attention among them costs what they share."""
 # What SFTConfig says of data that is not tokenized yet
@@ -206,8 +206,8 @@ class AlignmentTrainer(SFTTrainer):
     The loss of a token is the cross-entropy among those that constrained decoding leaves to choose from: inside a code
     the ones that go on to a tool, and all of the vocabulary in free text. An answer that is one code and nothing else,
     as retrieval gives it, is one from its first token on. So nothing is spent on telling codes from text or tools
-    from codes that none has, which decoding knows, and rows of the vocabulary that cannot be chosen do not move. In free
-    text the first token of a turn and that of a code, which decide whether and which tool is called, count for eight.
+    from codes that none has, which decoding knows, and rows of the vocabulary that cannot be chosen do not move. In a
+    trajectory the first token of a code, which decides that a tool is called, counts for eight.
     (With `constrained_loss=False` it is the cross-entropy over the whole vocabulary everywhere.) Rows of the embeddings
     beyond the tokenizer's tokens are in no loss. A mixture of experts adds its auxiliary loss.
 
@@ -328,7 +328,6 @@ class AlignmentTrainer(SFTTrainer):
         labels = inputs["labels"]
         keep = labels[:, 1:] != -100
         nodes = self._decoding_nodes(labels) if self.args.constrained_loss else torch.full_like(labels, -1)
-        starts = (labels[:, :-1] == -100)[keep]  # of what the model writes: a turn
         nodes, labels = nodes[:, 1:][keep], labels[:, 1:][keep]
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         free, bound = nodes < 0, nodes >= 0
@@ -356,8 +355,8 @@ class AlignmentTrainer(SFTTrainer):
         loss = cross_entropy(children, place, reduction="sum")
         told = cross_entropy(logits[free].float(), labels[free], reduction="none")
         begin, size = self.processing_class.level_offsets[0], self.processing_class.codebook_sizes[0]
-        decides = starts[free] | (labels[free] >= begin) & (labels[free] < begin + size)
-        loss = loss + (told * torch.where(self.args.constrained_loss & decides, DECISION_WEIGHT, 1.0)).sum()
+        begins = self.args.constrained_loss & (labels[free] >= begin) & (labels[free] < begin + size)
+        loss = loss + (told * torch.where(begins, CODE_START_WEIGHT, 1.0)).sum()
         if num_items_in_batch is None:
             loss = loss / keep.sum().clamp(min=1)
         else:
