@@ -131,7 +131,12 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
             `torch.FloatTensor` of the shape of `scores`, with `-inf` for every token that is not allowed.
         """
         masked, nodes = self.mask(input_ids, scores)
-        return masked if self._hopes is None else self.guide(masked, nodes, self._hopes, self.model_weight)
+        if self._hopes is None:
+            return masked
+        if len(masked) % len(self._hopes):
+            raise ValueError(f"the expert's logits of {len(self._hopes)} sequences cannot hold for {len(masked)} rows")
+        sequences = torch.arange(len(masked), device=nodes.device) // (len(masked) // len(self._hopes))
+        return self.guide(masked, nodes, self._hopes, sequences, self.model_weight)
 
     def mask(self, input_ids: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.LongTensor]:
         """Mask the scores, without an expert's guidance.
@@ -161,24 +166,27 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
         return step(input_ids[:, self.prompt_length :], scores, roots, bias)
 
     def guide(
-        self, masked: torch.Tensor, nodes: torch.LongTensor, hopes: torch.Tensor, model_weight: float | torch.Tensor
+        self,
+        masked: torch.Tensor,
+        nodes: torch.LongTensor,
+        hopes: torch.Tensor,
+        sequences: torch.LongTensor,
+        model_weight: float | torch.Tensor,
     ) -> torch.Tensor:
         """Move scores among the children of each row's node, so that they follow the product of model and expert.
 
         Args:
             masked, nodes: What [`mask`] returns.
             hopes (`torch.Tensor` of shape `(num_sequences, num_nodes)`):
-                What [`look_ahead`] returns, for each sequence of the batch or once for all.
+                What [`look_ahead`] returns.
+            sequences (`torch.LongTensor` of shape `(num_rows,)`): The row of `hopes` that holds for each row.
             model_weight (`float` or `torch.Tensor` of shape `(num_rows, 1)`): The weight that they were made with.
         """
-        trie, num_rows = self.trie, len(masked)
-        if num_rows % len(hopes):
-            raise ValueError(f"the expert's logits of {len(hopes)} sequences cannot hold for {num_rows} rows")
+        trie = self.trie
         children, present = trie.child_nodes(nodes, max(trie.max_children))
         tokens = torch.where(present, trie.tokens_of(children), 0)
         scores = masked.gather(1, tokens).masked_fill(~present, -torch.inf)
         total = scores.logsumexp(1, keepdim=True)
-        sequences = torch.arange(num_rows, device=nodes.device) // (num_rows // len(hopes))
         ahead = hopes[sequences[:, None], children.clamp(max=trie.num_nodes - 1)]
         guided = model_weight * (scores - total) + ahead
         guided = total + guided - guided.logsumexp(1, keepdim=True)

@@ -106,7 +106,7 @@ class VLLMToolCodeLogitsProcessor(LogitsProcessor):
         if self._hopes is None:
             return masked
         request = request[:, 0]
-        guided = self.processor.guide(masked, nodes, self._hopes[request], self._weights[request])
+        guided = self.processor.guide(masked, nodes, self._hopes, request, self._weights[request])
         return torch.where(self._guided[request], guided, masked)
 
 
