@@ -146,8 +146,8 @@ def main(args: QueryArguments) -> dict[str, int]:
     # Validation queries have no round trip: on those that search finds, nothing could be better than search.
     if args.round_trip:
         found = lead_back(train, expert, args.round_trip)
-        dropped += Counter({"round trip": found.count(False)})
-        train = [row for row, leads_back in zip(train, found, strict=True) if leads_back]
+        dropped += Counter({"round trip": len(train) - len(found)})
+        train = found
     kept = train + validation
     if not train:
         raise ValueError(f"none of the {len(written)} queries in {files['candidates']} can be used: {dict(dropped)}")

@@ -75,8 +75,8 @@ def filter_queries(
             kept.append({**row, "text": text})
     if top_k:
         found = lead_back(kept, expert, top_k)
-        dropped["round trip"] += found.count(False)
-        kept = [row for row, leads_back in zip(kept, found, strict=True) if leads_back]
+        dropped["round trip"] += len(kept) - len(found)
+        kept = found
     unlike = _drop_same_meaning(kept, expert)
     dropped["said twice"] += len(kept) - len(unlike)
     return unlike, +dropped
@@ -100,8 +100,8 @@ class _Names:
         return False
 
 
-def lead_back(rows: Sequence[dict], expert: TextExpert, top_k: int) -> list[bool]:
-    """Tell of each row whether search finds all of its tools among the first `top_k` for each tool that it needs."""
+def lead_back(rows: Sequence[dict], expert: TextExpert, top_k: int) -> list[dict]:
+    """Keep the rows for which search finds all of the tools among the first `top_k` for each tool that they need."""
     row_of_tool = {tool_id: row for row, tool_id in enumerate(expert.tool_ids)}
     found = []
     for start in range(0, len(rows), BATCH):
@@ -109,7 +109,8 @@ def lead_back(rows: Sequence[dict], expert: TextExpert, top_k: int) -> list[bool
         logits = expert.logits([row["text"] for row in batch])
         for row, scores in zip(batch, logits, strict=True):
             needed = scores[[row_of_tool[tool_id] for tool_id in row["tools"]]]
-            found.append(int((scores >= needed.min()).sum()) <= top_k * len(needed))
+            if int((scores >= needed.min()).sum()) <= top_k * len(needed):
+                found.append(row)
     return found
 
 
