@@ -170,7 +170,7 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
         masked: torch.Tensor,
         nodes: torch.LongTensor,
         hopes: torch.Tensor,
-        sequences: torch.LongTensor,
+        sequences: torch.Tensor,
         model_weight: float | torch.Tensor,
     ) -> torch.Tensor:
         """Move scores among the children of each row's node, so that they follow the product of model and expert.
