@@ -50,6 +50,7 @@ NEEDS = {
         **{f"swa_{name}": 8 for name in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")},
         "swa_head_dim": 16,
     },
+    "emu3": {"vocabulary_map": {"<image>": 3, "<|visual token 000000|>": 4, "<|extra_200|>": 5}},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": LINEAR,
     "kimi_linear": LINEAR,

@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.func import functional_call
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -73,9 +74,12 @@ def auto_class(config: PreTrainedConfig) -> type:
 
     Models that read images beside text, such as Qwen2.5-VL and SmolVLM, are models of text to those who give them none.
     """
-    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    causal_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    # Mllama and Emu3 have one whose own configuration no Auto class knows, so that it could not be loaded again.
+    causal = causal_class is not None and causal_class.config_class in MODEL_FOR_CAUSAL_LM_MAPPING
     if (
         causal
+        or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
         or getattr(config, "is_encoder_decoder", False)
         or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     ):
@@ -128,7 +132,24 @@ def load_adapter(
     if is_trainable and getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     model.adapter_base = record or found
-    return PeftModel.from_pretrained(model, local, is_trainable=is_trainable)
+    model = PeftModel.from_pretrained(model, local, is_trainable=is_trainable)
+    keep_embedding(model)
+    return model
+
+
+def keep_embedding(model: PeftModel) -> None:
+    """Let input embeddings whose rows PEFT trains compute what they do beside the look-up, such as Inkling's norm.
+
+    Args:
+        model ([`PeftModel`]): The model. PEFT by itself multiplies by `embed_scale` at most.
+    """
+    layer = getattr(model.get_input_embeddings(), "token_adapter", None)
+    embedding = None if layer is None else layer.get_base_layer()
+    if embedding is None or type(embedding).forward is torch.nn.Embedding.forward or hasattr(embedding, "embed_scale"):
+        return
+    layer.forward_adapters = lambda token_ids, adapters: functional_call(
+        embedding, {"weight": layer.get_merged_weights(adapters)}, token_ids
+    )
 
 
 def merge_adapter(model: PeftModel) -> PreTrainedModel:
@@ -164,16 +185,22 @@ def make_room(model: PreTrainedModel, num_tokens: int, multiple: int | None = EM
     unpadded = getattr(config, "unpadded_vocab_size", None)  # what Inkling cuts its head or its logits to
     # Other rows beyond those of the head have a use of their own, so that no token can take their place.
     can_grow = unpadded is not None or getattr(model.get_output_embeddings(), "out_features", before) >= before
+    can_grow &= config.model_type != "reformer"  # whose larger head transformers cannot save
     if can_grow and num_tokens <= (unpadded or before):
         return
     tables = [name for name, module in model.named_modules() if getattr(module, "num_embeddings", None) == before]
     if can_grow:
-        model.resize_token_embeddings(num_tokens, pad_to_multiple_of=multiple, mean_resizing=False)
+        try:
+            model.resize_token_embeddings(num_tokens, pad_to_multiple_of=multiple, mean_resizing=False)
+        except AttributeError:  # xLSTM initializes new embeddings by an attribute that it lacks
+            can_grow = False
     after = model.get_input_embeddings().num_embeddings
     if after < num_tokens or not can_grow:
         raise ValueError(f"the embeddings of {type(model).__name__} cannot be resized, so it cannot learn new tokens")
     if unpadded is not None:
         before, config.unpadded_vocab_size = unpadded, after
+    if getattr(config, "decoder_vocab_size", None) is not None:  # Marian's, which it does not set itself
+        config.decoder_vocab_size = after
     others = [model.get_submodule(name) for name in tables]  # such as Gemma's embeddings of each layer
     for module in [*embedding_modules(model), *(other for other in others if other.num_embeddings == after)]:
         weight = module.weight

@@ -130,14 +130,22 @@ def test_a_router_by_token_id_gets_rows_for_the_new_tokens(tokenizer, base_token
         assert torch.equal(router.tid2eid[: len(old)], old) and len(router.tid2eid) >= len(tokenizer)
 
 
-@pytest.mark.parametrize("model_type", ["inkling_text", "inkling2_text"])
-def test_logits_that_are_cut_to_the_vocabulary_reach_the_new_tokens(base_tokenizer, tmp_path, model_type):
+@pytest.mark.parametrize("model_type", ["inkling_text", "inkling2_text", "marian"])
+def test_a_vocabulary_of_another_name_takes_in_the_new_tokens(base_tokenizer, tmp_path, model_type):
+    """Inkling cuts its logits to one, and Marian's decoder has one of its own."""
     model = tiny_model(model_type, len(base_tokenizer))
     make_room(model, len(base_tokenizer) + 20)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = torch.arange(5, 25)[None]
     assert loaded(input_ids=ids, use_cache=False).logits.shape[2] >= len(base_tokenizer) + 20
+
+
+@pytest.mark.parametrize("model_type", ["xlstm", "reformer", "mllama"])
+def test_embeddings_that_cannot_be_resized_are_refused(base_tokenizer, model_type):
+    model = tiny_model(model_type, len(base_tokenizer))
+    with pytest.raises(ValueError, match="cannot be resized"):
+        make_room(model, len(base_tokenizer) + 20)
 
 
 def test_embeddings_of_each_layer_get_the_same_rows_every_time(base_tokenizer):

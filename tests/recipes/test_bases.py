@@ -5,21 +5,24 @@ import math
 
 import pytest
 import torch
-from architectures import tiny_model
+from architectures import tiny_config, tiny_model
 from bases import build
 from huggingface_hub import HfApi
 from test_architectures import NOT_CAUSAL
 from test_retrieval import score
+from transformers import AutoModelForImageTextToText
 from trl import ModelConfig
 
 from toolweaver_hf import Tool, ToolAgent, ToolCatalog, ToolCodes, ToolRetriever
+from toolweaver_hf.adapter import auto_class
 from toolweaver_hf.alignment.trainer import AlignmentTrainingArguments
 from toolweaver_hf.hub.artifacts import push_folder
 from toolweaver_hf.recipes import sft
 
 
-# A mixture of experts, a hybrid, a model that reads images, too, one that is not causal, and one that takes no tokens
-BASES = ("mixtral", "qwen3_5", "smolvlm", "xlnet", "cpmant")
+# A mixture of experts, a hybrid, one whose gradient is infinite at a row of zeros, a model that reads images, too, one
+# that is not causal, and one that takes no tokens
+BASES = ("mixtral", "qwen3_5", "gemma3n_text", "smolvlm", "xlnet", "cpmant")
 PLACE = {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}
 PROBE = torch.arange(5, 25)[None]
 QUERY = "Please do thing 21"
@@ -65,6 +68,11 @@ def train(world, base, output, lora, **kwargs):
 @torch.no_grad()
 def logits(retriever):
     return retriever.model(input_ids=PROBE, use_cache=False).logits
+
+
+@pytest.mark.parametrize("model_type", ["emu3", "mllama"])
+def test_a_model_whose_text_part_no_auto_class_knows_is_taken_whole(model_type):
+    assert auto_class(tiny_config(model_type, 64)) is AutoModelForImageTextToText
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])

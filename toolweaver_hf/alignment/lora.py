@@ -48,7 +48,31 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
 
 
 def trainable_code_rows(model: PreTrainedModel, tokenizer: ToolWeaverTokenizer) -> dict[str, list[int]]:
-    """Name the embedding matrices of a model and the rows of the code tokens, for `trainable_token_indices` of LoRA."""
-    names = {id(module): name for name, module in model.named_modules()}
-    # PEFT finds a tied head by itself.
-    return {names[id(module)].split(".")[-1]: tokenizer.code_token_ids for module in embedding_modules(model)}
+    """Name the embedding matrices of a model and the rows of the code tokens, for `trainable_token_indices` of LoRA.
+
+    PEFT takes all modules whose names end as it is told, so an ending is given that no other module's name has.
+
+    Args:
+        model ([`PreTrainedModel`]): The base model.
+        tokenizer ([`ToolWeaverTokenizer`]): The tokenizer of its code tokens.
+
+    Raises:
+        `ValueError`: if the name of another module ends as the whole name of the embeddings or of the head.
+    """
+    names = dict(model.named_modules())
+    matrices = embedding_modules(model)
+    rows = {}
+    for matrix in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if matrix is None:
+            continue
+        parts = next(name for name, module in names.items() if module is matrix).split(".")
+        endings = [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
+        alone = [ending for ending in endings if sum(name.endswith(ending) for name in names) == 1]
+        if not alone:
+            raise ValueError(
+                f"LoRA cannot train {type(model).__name__}: PEFT finds the rows of new tokens by how a module's name "
+                f"ends, and other names end in {endings[-1]!r} as well; train it without --use_peft"
+            )
+        if matrix in matrices:  # PEFT finds a tied head by itself
+            rows[alone[0]] = tokenizer.code_token_ids
+    return rows

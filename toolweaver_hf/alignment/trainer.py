@@ -22,7 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ..adapter import BASE_MODEL_FILE, BASE_MODEL_VERSION
+from ..adapter import BASE_MODEL_FILE, BASE_MODEL_VERSION, keep_embedding
 from ..cache import can_share_prompts, can_use_cache
 from ..data.queries import Query
 from ..files import write_json
@@ -232,6 +232,8 @@ class AlignmentTrainer(SFTTrainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        if isinstance(self.model, PeftModel):
+            keep_embedding(self.model)
         self.eval_queries = list(eval_queries or ())
         self.compute_retrieval_metrics = compute_retrieval_metrics
         self.trie = self.processing_class.trie.to(self.args.device)
@@ -240,7 +242,9 @@ class AlignmentTrainer(SFTTrainer):
         if not (sharded or getattr(self.model, "is_quantized", False)):
             can_use_cache(self.model.eval())  # refuses what is no causal language model, before it is trained
         if not self.padding_free:
-            self.data_collator = SharedPromptCollator(**vars(self.data_collator))
+            # Not by the padding token: at its row of zeros the gradient of an untrained Gemma 3n is infinite.
+            padding = {"pad_token_id": self.processing_class.code_token_ids[0]}
+            self.data_collator = SharedPromptCollator(**(vars(self.data_collator) | padding))
             if can_share_prompts(self.accelerator.unwrap_model(self.model)):
                 self.train_collator = replace(self.data_collator, max_packed_length=MAX_PACKED_LENGTH)
         if isinstance(self.model, PeftModel):
