@@ -6,7 +6,7 @@ from architectures import tiny_model
 from peft import LoraConfig, get_peft_model
 
 from toolweaver_hf.adapter import keep_embedding, make_room
-from toolweaver_hf.alignment.lora import linear_layers, trainable_code_rows
+from toolweaver_hf.alignment.lora import check_shared_weights, linear_layers, trainable_code_rows
 
 
 IDS = torch.arange(5, 25)[None]
@@ -29,6 +29,20 @@ def test_the_rows_of_the_code_tokens_alone_are_trained(tokenizer, model_type):
         torch.testing.assert_close(model(input_ids=IDS, use_cache=False).logits, expected)
         merged = model.merge_and_unload()(input_ids=IDS, use_cache=False).logits
     torch.testing.assert_close(merged, expected)
+
+
+@pytest.mark.parametrize("model_type", ["zamba", "zamba2"])
+def test_layers_that_share_a_weight_get_no_adapter(tokenizer, model_type):
+    """Merging would add to the one weight what each of them learned."""
+    model = tiny_model(model_type, len(tokenizer))
+    layers = linear_layers(model)
+    assert layers and not any("shared_transf" in layer for layer in layers)
+    check_shared_weights(get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=layers)))
+
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    model = get_peft_model(tiny_model(model_type, len(tokenizer)), config)
+    with pytest.raises(ValueError, match="share a weight"):
+        check_shared_weights(model)
 
 
 def test_a_head_that_peft_cannot_tell_from_other_modules_is_refused(tokenizer):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -19,8 +23,8 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
     """Name the linear layers that LoRA adapts by default, for its `target_modules`.
 
     They are those that PEFT chooses for the architecture. For the many for which it chooses none, they are all of the
-    language model's, without the head; in a mixture of experts without the feed-forward layers, which are no linear
-    layers there.
+    language model's, without the head and without those that share a weight, such as Zamba's; in a mixture of experts
+    without the feed-forward layers, which are no linear layers there.
 
     Args:
         model ([`PreTrainedModel`]): The base model.
@@ -31,11 +35,12 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
     names = {id(module): name for name, module in model.named_modules()}
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     decoder = model.base_model if decoder is head else decoder  # ModernBERT calls its head so
+    shared = Counter(id(getattr(module, "weight", None)) for module in model.modules())
     mixture = any(name.split(".")[-1] == "experts" for name in names.values())
     found = []
     for parent in decoder.modules():
         for leaf, module in parent.named_children():
-            if not isinstance(module, torch.nn.Linear | Conv1D) or module is head:
+            if not isinstance(module, torch.nn.Linear | Conv1D) or module is head or shared[id(module.weight)] > 1:
                 continue
             # A layer that the model's own file derives from a linear one computes something else.
             if type(module).__module__ == type(decoder).__module__:
@@ -45,6 +50,28 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
                 continue
             found.append(names[id(module)])
     return found
+
+
+def check_shared_weights(model: PeftModel) -> None:
+    """Make sure that no two adapted layers share a weight, into which the adapters of both would be merged.
+
+    Args:
+        model ([`PeftModel`]): The model with its adapters.
+
+    Raises:
+        `ValueError`: naming such layers.
+    """
+    names: dict[int, list[str]] = {}
+    for name, module in model.get_base_model().named_modules():
+        weight = getattr(module.get_base_layer(), "weight", None) if isinstance(module, LoraLayer) else None
+        if weight is not None:
+            names.setdefault(id(weight), []).append(name)
+    shared = next((found for found in names.values() if len(found) > 1), None)
+    if shared is not None:
+        raise ValueError(
+            f"{' and '.join(shared)} share a weight, so that their adapters cannot be merged: name other layers in "
+            "--lora_target_modules, or leave it out"
+        )
 
 
 def trainable_code_rows(model: PreTrainedModel, tokenizer: ToolWeaverTokenizer) -> dict[str, list[int]]:

@@ -28,6 +28,7 @@ from ..data.queries import Query
 from ..files import write_json
 from ..retrieval import ToolRetriever
 from .checkpoints import load_weights
+from .lora import check_shared_weights
 
 
 CODE_START_WEIGHT = 8.0
@@ -233,6 +234,7 @@ class AlignmentTrainer(SFTTrainer):
     ):
         super().__init__(*args, **kwargs)
         if isinstance(self.model, PeftModel):
+            check_shared_weights(self.model)
             keep_embedding(self.model)
         self.eval_queries = list(eval_queries or ())
         self.compute_retrieval_metrics = compute_retrieval_metrics
