@@ -141,7 +141,7 @@ def main(args: QueryArguments) -> dict[str, int]:
 
     write_candidates(files["candidates"], requests, generator, show_progress_bar=True)
     written = read_candidates(files["candidates"], requests, generator.name)
-    kept, dropped = filter_queries(written, catalog, expert, 0)
+    kept, dropped = filter_queries(written, catalog, expert)
     train, validation = split_by_tool(kept, args.validation_share, args.seed)
     # Validation queries have no round trip: on those that search finds, nothing could be better than search.
     if args.round_trip:

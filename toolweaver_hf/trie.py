@@ -238,8 +238,3 @@ class CodeTrie:
             share = (leaf_logits - finite.gather(1, index)).exp()
             sums.append(finite + torch.zeros_like(peak).scatter_add(1, index, share).log())
         return sums
-
-    def tool_of(self, nodes: torch.Tensor) -> torch.Tensor:
-        """Return the tools of leaves, as rows of `tool_code_ids`; -1 for other nodes."""
-        leaves = nodes - (self.num_nodes - len(self))
-        return torch.where(leaves >= 0, self.tools[leaves.clamp(min=0)], -1)

