@@ -43,8 +43,9 @@ class AlignArguments:
         catalog (`str`, *optional*):
             The catalog, in any of the formats that [`ToolCatalog.from_file`] reads. Defaults to the log's.
         log (`str`, *optional*):
-            Usage log of `toolweaver gateway --log`. Training queries are the log's, each with the tools that were called
-            successfully for it; a tenth of them validates, and at least 20. The codes are learned from the tools of each session.
+            Usage log of `toolweaver gateway --log`. Training queries are the log's, each with the tools that were
+            called successfully for it; a tenth of them validates, and at least 20. The codes are learned from the tools
+            of each session.
         output_dir (`str`, *optional*, defaults to `"toolweaver-model"`):
             Output folder with `queries`, `codes`, `model`, and `align.json`, the record of completed steps.
         queries (`str`, *optional*):

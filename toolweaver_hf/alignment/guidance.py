@@ -30,15 +30,15 @@ def fit_guidance(
     seed: int = 0,
     show_progress_bar: bool = False,
 ) -> dict[str, float]:
-    r"""Fit the weights of a retriever's text expert by likelihood: of the cosine, BM25, the remembered queries and the model.
+    r"""Fit how far to trust the cosine, BM25, remembered queries and the model, by likelihood.
 
     The loss is the mean over queries and their ground-truth tools of \\(-\log p(tool | query)\\), where the other
     ground-truth tools of a query do not compete. (Where they do, weights come out flatter, and nDCG lower.)
 
     Search alone is fitted first. The centroids of remembered queries, their density and then the model are given a
     weight only if the loss falls by more than chance (a one-sided 5 % test over the queries); otherwise it is 0, so
-    that a model is never worse than search. Twenty queries are enough to tell a good model. Never fit on queries that the model was trained on: it knows
-    them by heart.
+    that a model is never worse than search. Twenty queries are enough to tell a good model. Never fit on queries that
+    the model was trained on: it knows them by heart.
 
     Args:
         retriever ([`ToolRetriever`]): The retriever; the weights of its text expert are set.

@@ -50,7 +50,8 @@ class AlignmentTrainingArguments(SFTConfig):
             Defaults to `learning_rate`.
         constrained_loss (`bool`, *optional*, defaults to `True`):
             Whether the loss of a code's tokens is the cross-entropy among those that constrained decoding leaves, and
-            the first token of a code in a trajectory counts for eight. With `False` it is that over the whole vocabulary, as ToolGen and the paper train.
+            the first token of a code in a trajectory counts for eight. With `False` it is that over the whole
+            vocabulary, as ToolGen and the paper train.
     """
 
     embedding_learning_rate: float | None = field(
