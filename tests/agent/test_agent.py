@@ -12,7 +12,7 @@ from bases import FAMILIES, build
 from conftest import small_llama
 from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper
 
-from toolweaver_hf import Tool, ToolAgent, ToolCatalog, ToolCodes, ToolWeaverTokenizer
+from toolweaver_hf import TextExpert, Tool, ToolAgent, ToolCatalog, ToolCodes, ToolWeaverTokenizer
 from toolweaver_hf.agent.run import AgentRun, save_trajectories
 from toolweaver_hf.data.trajectories import code_text, load_trajectories, render_calls
 
@@ -423,3 +423,20 @@ def test_a_call_of_an_earlier_question_is_made_again(tokenizer):
     first = agent(QUERY)
     second = agent([*first.messages, {"role": "user", "content": "And now?"}])
     assert [message["role"] for message in second.messages].count("tool") == 2
+
+
+def test_the_text_expert_reads_the_thought_once_a_tool_has_answered(tokenizer):
+    """A thought that leads astray does not hide what the user asks for."""
+    expert = TextExpert(CATALOG.ids, CATALOG.documents)
+    expert.bm25_weight = 100.0
+    spoken = [("I look at the wind, the wind.\n", {"place": "Oslo"}), ("Now I send a mail, a mail.\n", {})]
+    script = []
+    for thought, arguments in spoken:  # the expert names the tool once its code has begun
+        script += tokenizer.encode(thought, add_special_tokens=False) + tokenizer.code_token_ids[:1]
+        script += tokenizer.encode(json.dumps(arguments), add_special_tokens=False)
+    script += tokenizer.encode(end(tokenizer), add_special_tokens=False)
+    model = small_llama(len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    functions = {tool_id: lambda **arguments: "done" for tool_id in ("rain", "wind", "mail")}
+    processors = LogitsProcessorList([Script(script)])
+    run = ToolAgent(model, tokenizer, CATALOG, functions, logits_processor=processors, text_expert=expert)(QUERY)
+    assert [call["function"]["name"] for m in run.messages for call in m.get("tool_calls", ())] == ["rain", "mail"]

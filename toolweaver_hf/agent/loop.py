@@ -56,8 +56,9 @@ class ToolAgent:
         do_sample (`bool`, *optional*, defaults to `False`): Whether to use sampling; greedy decoding otherwise.
         text_expert ([`TextExpert`], *optional*):
             Text expert for the choice of tools, as in [`ToolRetriever`]. When the model starts a code, the tool is
-            chosen by the product of model and expert. The expert's query is the user's last message and the thought
-            before the code. [`ToolAgent.from_pretrained`] loads the expert that is saved with the model.
+            chosen by the product of model and expert. The expert's query is the user's last message, and once a tool
+            has answered it also the thought before the code. [`ToolAgent.from_pretrained`] loads the expert that is
+            saved with the model.
         logits_processor (`LogitsProcessorList`, *optional*): Applied before the constraints, for example a temperature.
 
     Raises:

@@ -130,7 +130,7 @@ class Turn:
         """Generate the next token, or the whole code if it starts one and there is a text expert."""
         input_ids = torch.tensor([self.ids + self.new_ids], device=self.agent.model.device)
         logits = self.state.read(input_ids[:, self.state.length :])
-        scores = self.agent.logits_processor(input_ids, logits.float())
+        scores = self.agent.logits_processor(input_ids, logits.to(torch.float32, copy=True))
         new_ids = input_ids[:, len(self.ids) :]
         has_code = self._code_start() + self.num_levels <= len(self.new_ids)
         scores = self.codes["forbidden" if has_code or self._refused is not None else "allowed"](new_ids, scores)
@@ -157,8 +157,11 @@ class Turn:
         return int(scores.argmax())
 
     def _expert_query(self) -> str:
-        """Return the text expert's query: the user's last message and the thought before the code."""
+        """Return the text expert's query: the user's last message, and once a tool has answered it also the thought
+        before the code, which says what is still to be done."""
         said = next((m["content"] for m in reversed(self.run.messages) if m["role"] == "user"), "")
+        if self.run.messages[-1]["role"] == "user":
+            return said
         thought = self.agent.tokenizer.decode(self.new_ids, skip_special_tokens=True).strip()
         return f"{said} {thought}".strip()
 
