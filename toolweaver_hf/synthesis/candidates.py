@@ -67,7 +67,8 @@ def write_candidates(
     """
     done = {_key_of_row(row) for _, row in _rows(path)}
     missing = [request for request in requests if _key(request, generator.name) not in done]
-    bar = {"desc": "Writing queries", "unit": "tool", "disable": not show_progress_bar}
+    # Drawn at every step: a batch's tools come all at once, and the next of them a minute later.
+    bar = {"desc": "Writing queries", "unit": "tool", "mininterval": 0, "disable": not show_progress_bar}
     with (
         tqdm(total=len(requests), initial=len(requests) - len(missing), **bar) as progress,
         open(path, "a", encoding="utf-8") as file,
