@@ -117,6 +117,9 @@ def test_a_file_of_something_else_is_left_alone(tmp_path):
         ("", "empty"),
         ("I'm sorry, but I can't help with rain in a city.", "refusal"),
         ("rain " * 70, "too long"),
+        ("rain-rain-city-2021-01-22-rain-city-x", "garbled"),
+        ("rain 0x10.0.0.1.1.1.1.0.0.0 in 22.12212.0001 and 0001 21-01-22 14:17:55", "garbled"),
+        ("Rain at https://example.com/weather/cities/oslo/tomorrow, please?", None),
     ],
 )
 def test_what_is_kept(expert, text, reason):
@@ -144,6 +147,14 @@ def test_queries_do_not_name_the_tool(expert):
     ]
     kept, dropped = filter_queries(rows, weather, TextExpert(weather.ids, weather.documents))
     assert kept == rows[2:] and dropped == {"names the tool": 2}
+
+    served = ToolCatalog([Tool("my-sky-server.rain", "Tell whether it rains."), Tool("sky.rain", "Tell of rain.")])
+    rows = [
+        {"text": "Ask my-sky-server for rain", "tools": ["my-sky-server.rain"]},
+        {"text": "Is there rain in the sky?", "tools": ["sky.rain"]},
+    ]
+    kept, dropped = filter_queries(rows, served, TextExpert(served.ids, served.documents))
+    assert kept == rows[1:] and dropped == {"names the tool": 1}
 
 
 def test_a_query_of_several_tools_leads_back_to_each(expert):

@@ -13,6 +13,9 @@ from ..text_expert import WORD_BOUNDARY, TextExpert
 
 
 MAX_WORDS = 60
+MAX_WORD_LENGTH = 30
+MIN_LETTERS = 0.75
+"""Share of letters and blanks from which on a text of more than a few words is language, and no row of codes."""
 SAME_MEANING = 0.95
 """Cosine from which on two queries for the same tools are one."""
 REFUSAL = re.compile(
@@ -59,6 +62,8 @@ def filter_queries(rows: Sequence[dict], catalog: ToolCatalog, expert: TextExper
             dropped["empty"] += 1
         elif len(said) > MAX_WORDS:
             dropped["too long"] += 1
+        elif _is_garbled(text):
+            dropped["garbled"] += 1
         elif REFUSAL.search(text):
             dropped["refusal"] += 1
         elif any(names.gives_away(said, tool_id) for tool_id in row["tools"]):
@@ -73,11 +78,23 @@ def filter_queries(rows: Sequence[dict], catalog: ToolCatalog, expert: TextExper
     return unlike, +dropped
 
 
+def _is_garbled(text: str) -> bool:
+    """Whether a text is a row of codes, as small models write them: a long word that is no address, or few letters."""
+    if any(len(word) > MAX_WORD_LENGTH and not {"/", "@"} & {*word} for word in text.split()):
+        return True
+    letters = sum(character.isalpha() or character.isspace() for character in text)
+    return len(text) > 2 * MAX_WORD_LENGTH and letters < MIN_LETTERS * len(text)
+
+
 class _Names:
     """The names of a catalog's tools, and which of them a person could use who does not know the tool."""
 
     def __init__(self, catalog: ToolCatalog):
         self.names = {tool.id: {words(tool.id.rpartition(".")[2]), words(tool.name)} - {()} for tool in catalog}
+        # Nor would anybody spell the name of its server, where that is not one word, such as GitHub.
+        servers = {tool.id: words(tool.id.rpartition(".")[0]) for tool in catalog}
+        for tool_id, name in servers.items():
+            self.names[tool_id] |= {name} if len(name) > 1 else set()
         self.ordinary = {word for tool in catalog for word in re.findall(r"\b[a-z]+\b", tool.description)}
 
     def gives_away(self, said: tuple[str, ...], tool_id: str) -> bool:
