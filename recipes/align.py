@@ -229,9 +229,11 @@ def _learn_codes(args: AlignArguments, folder: Path, train: str) -> None:
 
 
 def _align(args: AlignArguments, output: Path, train: str, validation: str | None) -> None:
+    import torch
     from trl import ModelConfig
 
     from toolweaver_hf.alignment.trainer import AlignmentTrainingArguments
+    from toolweaver_hf.text_expert import fast_dtype
 
     choose_best = {"eval_strategy": "epoch", "load_best_model_at_end": True} if validation else {}
     sft.main(
@@ -252,6 +254,7 @@ def _align(args: AlignArguments, output: Path, train: str, validation: str | Non
             warmup_steps=0.03,
             train_sampling_strategy="group_by_length",
             activation_checkpointing=False,
+            bf16=fast_dtype() == torch.bfloat16,
             max_length=1024,
             save_strategy="epoch",
             save_total_limit=1,
