@@ -186,17 +186,19 @@ def make_room(model: PreTrainedModel, num_tokens: int, multiple: int | None = EM
     # Other rows beyond those of the head have a use of their own, so that no token can take their place.
     can_grow = unpadded is not None or getattr(model.get_output_embeddings(), "out_features", before) >= before
     can_grow &= config.model_type != "reformer"  # whose larger head transformers cannot save
-    if can_grow and num_tokens <= (unpadded or before):
+    refusal = f"the embeddings of {type(model).__name__} cannot be resized, so it cannot learn new tokens"
+    if not can_grow:
+        raise ValueError(refusal)
+    if num_tokens <= (unpadded or before):
         return
     tables = [name for name, module in model.named_modules() if getattr(module, "num_embeddings", None) == before]
-    if can_grow:
-        try:
-            model.resize_token_embeddings(num_tokens, pad_to_multiple_of=multiple, mean_resizing=False)
-        except AttributeError:  # xLSTM initializes new embeddings by an attribute that it lacks
-            can_grow = False
+    try:
+        model.resize_token_embeddings(num_tokens, pad_to_multiple_of=multiple, mean_resizing=False)
+    except AttributeError as error:  # xLSTM initializes new embeddings by an attribute that it lacks
+        raise ValueError(refusal) from error
     after = model.get_input_embeddings().num_embeddings
-    if after < num_tokens or not can_grow:
-        raise ValueError(f"the embeddings of {type(model).__name__} cannot be resized, so it cannot learn new tokens")
+    if after < num_tokens:
+        raise ValueError(refusal)
     if unpadded is not None:
         before, config.unpadded_vocab_size = unpadded, after
     if getattr(config, "decoder_vocab_size", None) is not None:  # Marian's, which it does not set itself
