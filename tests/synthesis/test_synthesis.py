@@ -160,7 +160,8 @@ def test_queries_do_not_name_the_tool(expert):
 def test_a_query_of_several_tools_leads_back_to_each(expert):
     both = {"text": "Is rain likely in the city, and open a savings account", "tools": ["sky.rain", "bank.savings"]}
     one = {"text": "Is rain likely in the city tomorrow?", "tools": ["sky.rain", "Zorbly"]}
-    assert lead_back([both, one], expert, top_k=1) == [both]
+    other = {"text": "Which exchange rate do two currencies have?", "tools": ["sky.rain"]}
+    assert lead_back([both, one, other], expert, top_k=1) == [both]
 
 
 def test_near_duplicates(expert):

@@ -90,11 +90,13 @@ class _Names:
     """The names of a catalog's tools, and which of them a person could use who does not know the tool."""
 
     def __init__(self, catalog: ToolCatalog):
-        self.names = {tool.id: {words(tool.id.rpartition(".")[2]), words(tool.name)} - {()} for tool in catalog}
-        # Nor would anybody spell the name of its server, where that is not one word, such as GitHub.
-        servers = {tool.id: words(tool.id.rpartition(".")[0]) for tool in catalog}
-        for tool_id, name in servers.items():
-            self.names[tool_id] |= {name} if len(name) > 1 else set()
+        self.names: dict[str, set[tuple[str, ...]]] = {}
+        for tool in catalog:
+            server, _, name = tool.id.rpartition(".")
+            self.names[tool.id] = {words(name), words(tool.name)} - {()}
+            # Nor would anybody spell the name of its server, where that is not one word, such as GitHub.
+            if len(words(server)) > 1:
+                self.names[tool.id].add(words(server))
         self.ordinary = {word for tool in catalog for word in re.findall(r"\b[a-z]+\b", tool.description)}
 
     def gives_away(self, said: tuple[str, ...], tool_id: str) -> bool:
