@@ -48,6 +48,8 @@ WORTHWHILE = 0.2
 """How often drafts have to spare a pass to be read with every query; otherwise they are tried with a few."""
 TRIED_QUERIES = 16
 """Where drafts are not worthwhile, one query in as many is drafted, in case the next queries are of another kind."""
+CALLED_PENALTY = 3.0
+"""By how much a text expert's logit of a tool falls once it has answered a query."""
 
 
 class RetrievedTool(NamedTuple):
@@ -425,6 +427,7 @@ class ToolRetriever:
         logits: torch.Tensor,
         query: str,
         allowed_tools: Iterable[str] | None = None,
+        called_tools: Iterable[str] = (),
         num_beams: int = 10,
         top_k: int = 10,
     ) -> list[RetrievedTool]:
@@ -435,12 +438,17 @@ class ToolRetriever:
             logits (`torch.Tensor` of shape `(1, vocab_size)`): The logits of the next token.
             query (`str`): What the text expert reads.
             allowed_tools (`Iterable[str]`, *optional*): Ids of the only tools to choose from.
+            called_tools (`Iterable[str]`, *optional*):
+                Ids of the tools that have answered this query. The text expert does not know of their answers and would
+                name them again, so their logits are lowered by `CALLED_PENALTY`.
             num_beams (`int`, *optional*, defaults to 10): Prefixes kept at each level.
             top_k (`int`, *optional*, defaults to 10): Number of tools.
         """
         allowed = self._allowed_rows(None if allowed_tools is None else [list(allowed_tools)], 1)
         mask = None if allowed is None else self._allowed_mask(allowed)
         expert_logits = None if self.text_expert is None else self.text_expert.logits([query])
+        if expert_logits is not None:
+            expert_logits[:, [self._row_of_tool[tool_id] for tool_id in called_tools]] -= CALLED_PENALTY
         if self._searches():
             return self.name_tools(*self._search(expert_logits, mask, top_k))[0]
         found = self._beam_search(None, None, expert_logits, mask, num_beams, top_k, state.fork(), logits)

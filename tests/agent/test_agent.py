@@ -440,3 +440,18 @@ def test_the_text_expert_reads_the_thought_once_a_tool_has_answered(tokenizer):
     processors = LogitsProcessorList([Script(script)])
     run = ToolAgent(model, tokenizer, CATALOG, functions, logits_processor=processors, text_expert=expert)(QUERY)
     assert [call["function"]["name"] for m in run.messages for call in m.get("tool_calls", ())] == ["rain", "mail"]
+
+
+def test_the_text_expert_names_the_next_tool_once_one_has_answered(tokenizer):
+    """The user's words stay the same, and what they ask for first is done."""
+    expert = TextExpert(CATALOG.ids, CATALOG.documents)
+    query = "Will it rain, rain, and wind?"
+    rain, wind = expert.logits([query])[0][:2].tolist()
+    expert.bm25_weight *= 2 / (rain - wind)  # a lead of 2
+    code, ends = tokenizer.code_token_ids[:1], tokenizer.encode(end(tokenizer), add_special_tokens=False)
+    arguments = tokenizer.encode(json.dumps({"place": "Oslo"}), add_special_tokens=False)
+    model = small_llama(len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    functions = {tool_id: lambda **arguments: "done" for tool_id in ("rain", "wind", "mail")}
+    processors = LogitsProcessorList([Script([*code, *arguments] * 2 + ends)])
+    run = ToolAgent(model, tokenizer, CATALOG, functions, logits_processor=processors, text_expert=expert)(query)
+    assert [call["function"]["name"] for m in run.messages for call in m.get("tool_calls", ())] == ["rain", "wind"]

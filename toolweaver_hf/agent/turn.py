@@ -101,16 +101,18 @@ class Turn:
 
     def repeats(self) -> bool:
         """Whether the turn's call was made before, since the user's last message, and has a result that is no error."""
+        return (self.tool_id, self.arguments) in self._answered_calls()
+
+    def _answered_calls(self) -> list[tuple[str, dict[str, Any]]]:
+        """Return tool and arguments of the calls since the user's last message that have a result that is no error."""
         messages = self.run.messages
         asked = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=0)
-        answered = zip(messages[asked:], messages[asked + 1 :], strict=False)
-        made = [
+        return [
             (call["function"]["name"], call["function"]["arguments"])
-            for message, result in answered
+            for message, result in zip(messages[asked:], messages[asked + 1 :], strict=False)
             for call in message.get("tool_calls") or ()
             if result["role"] == "tool" and not _is_error(result["content"])
         ]
-        return (self.tool_id, self.arguments) in made
 
     def answer(self, stream_tokens: bool) -> Iterator[str]:
         """Generate the turn once more, as an answer: without a code, and with another first token."""
@@ -141,7 +143,8 @@ class Turn:
         token = self._next_token(scores[0])
         if token not in self.first_level or self.agent.retriever is None:
             return [token]
-        found = self.agent.retriever.choose(self.state, logits, self._expert_query(), self.allowed)
+        called = {tool_id for tool_id, _ in self._answered_calls()}
+        found = self.agent.retriever.choose(self.state, logits, self._expert_query(), self.allowed, called)
         weights = torch.tensor([tool.score for tool in found]).exp()
         best = int(weights.multinomial(1)) if self.agent.do_sample else 0
         return self.agent.tokenizer.encode_tool(found[best].tool_id)
