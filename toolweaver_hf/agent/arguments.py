@@ -77,7 +77,7 @@ class ToolArgumentsLogitsProcessor(LogitsProcessor):
         self._matcher_class = LLMatcher
         try:
             self._vocabulary = LLTokenizer(
-                json.dumps(_text_tokenizer(tokenizer)), n_vocab=len(tokenizer), eos_token=tokenizer.eos_token_id
+                json.dumps(text_tokenizer(tokenizer)), n_vocab=len(tokenizer), eos_token=tokenizer.eos_token_id
             )
         except Exception as error:
             raise ValueError(f"llguidance does not support this tokenizer: {error}") from None
@@ -163,7 +163,7 @@ class ToolArgumentsLogitsProcessor(LogitsProcessor):
         return self._grammars[tool_id]
 
 
-def _text_tokenizer(tokenizer: ToolWeaverTokenizer) -> dict[str, Any]:
+def text_tokenizer(tokenizer: ToolWeaverTokenizer) -> dict[str, Any]:
     """Return the content of a `tokenizer.json` that never parses code tokens or control tokens in a text.
 
     Code tokens, role markers and other added tokens keep their ids but become special tokens with a new spelling, so

@@ -138,6 +138,9 @@ class Turn:
         scores = self.codes["forbidden" if has_code or self._refused is not None else "allowed"](new_ids, scores)
         if self._refused is not None and not self.new_ids:
             scores[:, self._refused] = -torch.inf
+        if has_code and self.agent.copy_bonus:
+            said = [message["content"] for message in self.run.messages if message["role"] in ("user", "tool")]
+            scores[:, self.agent._copier(self._arguments_text(), said)] += self.agent.copy_bonus
         if self.agent._grammar is not None:
             scores = self.agent._grammar(new_ids, scores)
         token = self._next_token(scores[0])
@@ -183,12 +186,12 @@ class Turn:
         if self.agent._grammar is not None:
             return self.agent._grammar.is_complete(self.new_ids)
         text = self._arguments_text()
-        return text.endswith("}") and isinstance(_parse(text), dict)
+        return text.rstrip().endswith("}") and isinstance(_parse(text), dict)
 
     def _arguments_text(self) -> str:
         return self.agent.tokenizer.decode(
             self.new_ids[self._code_start() + self.num_levels :], skip_special_tokens=True
-        ).strip()
+        )
 
     def _read(self) -> None:
         """Parse the turn into thought, content, the chosen tool (`None` for an answer) and the arguments."""

@@ -1,0 +1,107 @@
+import json
+import re
+
+import pytest
+from bases import FAMILIES, build
+from conftest import small_llama
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from toolweaver_hf import Tool, ToolAgent, ToolCatalog, ToolCodes, ToolWeaverTokenizer
+from toolweaver_hf.agent.copying import WordCopier, open_value
+
+
+SAID = "Is the garage at City Hall full, or park-and-ride 7?"
+MARK = "\ue000"
+TEXTS = st.text(st.characters(exclude_characters=MARK, exclude_categories=["Cs"]), max_size=8)
+FIND = Tool(
+    "find",
+    "Find a place to park.",
+    parameters={"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]},
+)
+
+
+def make_tokenizer(family="smollm2"):
+    return ToolWeaverTokenizer.from_base(build(family), ToolCodes([2, 2], {"find": [0, 0]}))
+
+
+@given(
+    st.recursive(
+        TEXTS | st.integers() | st.none() | st.booleans(),
+        lambda values: st.lists(values, max_size=3) | st.dictionaries(TEXTS, values, max_size=3),
+    ),
+    TEXTS,
+    TEXTS,
+    st.booleans(),
+    st.sampled_from([None, 2]),
+)
+def test_the_value_that_is_open(before, said, rest, in_list, indent):
+    """Whatever stands before a string, and however it is escaped, its beginning is read as JSON reads it."""
+    opened = [before, said + MARK + rest] if in_list else said + MARK + rest
+    text = json.dumps({"a": before, "b": {"c": before, "d": opened}}, indent=indent)
+    assert open_value(text[: text.index(json.dumps(MARK)[1:-1])]) == said
+    key = json.dumps({"a": before, said + MARK + rest: 1}, ensure_ascii=False, indent=indent)
+    assert open_value(key[: key.index(MARK)]) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", '{"a', '{"a"', '{"a": ', '{"a": 12', '{"a": "b"', '{"a": "b\\', '{"a": "\\u00']
+)
+def test_where_no_value_is_open(text):
+    assert open_value(text) is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_words_can_be_copied_and_nothing_else(family):
+    tokenizer = make_tokenizer(family)
+    copier = WordCopier(tokenizer)
+    ids = copier._tokenizer.encode("City Hall", add_special_tokens=False).ids
+    for i, token_id in enumerate(ids):
+        begun = tokenizer.decode(ids[:i]) if i else ""
+        assert token_id in copier(f'{{"place": "{begun}', [SAID])
+    assert copier('{"place": "City Hall', [SAID]) and copier('{"place": "park-and-ride', [SAID])
+    ends = {token for token in copier('{"place": "City', [SAID]) if '"' in tokenizer.decode([token])}
+    assert ends and not ends.intersection(copier('{"place": "Cit', [SAID]))
+    assert copier('{"place": "Cities', [SAID]) == [] == copier('{"place": "all', [SAID])  # not the start of a word
+    assert copier('{"place', [SAID]) == [] == copier('{"place": "', [])
+    assert not {*copier('{"place": "', [SAID])} & {*tokenizer.code_token_ids, *tokenizer.all_special_ids}
+
+
+class Wish(LogitsProcessor):
+    """Calls the tool; in its arguments all tokens are alike, but for one that is worth `by` more."""
+
+    def __init__(self, code, token_id, by):
+        self.code, self.token_id, self.by, self.start = code, token_id, by, None
+
+    def __call__(self, input_ids, scores):
+        self.start = self.start or input_ids.shape[1]
+        done = input_ids.shape[1] - self.start
+        scores[:] = 0
+        if done < len(self.code):
+            scores[:, self.code[done]] = 1e4
+        else:
+            scores[:, self.token_id] = self.by
+        return scores
+
+
+@pytest.mark.parametrize("bonus, by, copies", [(3.0, 1.0, True), (3.0, 5.0, False), (0.0, 1.0, False)])
+def test_an_agent_copies_unless_the_model_is_sure(bonus, by, copies):
+    tokenizer = make_tokenizer()
+    (other,) = tokenizer.encode("x", add_special_tokens=False)
+    places = []
+    agent = ToolAgent(
+        small_llama(len(tokenizer), eos_token_id=tokenizer.eos_token_id),
+        tokenizer,
+        ToolCatalog([FIND]),
+        {"find": lambda place: places.append(place)},
+        logits_processor=LogitsProcessorList([Wish(tokenizer.encode_tool("find"), other, by)]),
+        copy_bonus=bonus,
+        max_steps=1,
+        max_new_tokens=16,
+    )
+    run = agent(SAID)
+    text = tokenizer.decode(run.token_ids)
+    value = open_value(text[text.rindex('{"place') :]) if not places else places[0]
+    assert bool(re.search(rf"\b{re.escape(value)}", SAID)) == copies
+    assert value.startswith("x") != copies
