@@ -120,6 +120,8 @@ def test_a_file_of_something_else_is_left_alone(tmp_path):
         ("rain-rain-city-2021-01-22-rain-city-x", "garbled"),
         ("rain 0x10.0.0.1.1.1.1.0.0.0 in 22.12212.0001 and 0001 21-01-22 14:17:55", "garbled"),
         ("Rain at https://example.com/weather/cities/oslo/tomorrow, please?", None),
+        ("请告诉我明天奥斯陆会不会下雨因为我打算和朋友们一起去公园散步然后去湖边野餐", None),
+        ("雨" * 61, "too long"),
     ],
 )
 def test_what_is_kept(expert, text, reason):

@@ -14,6 +14,10 @@ from ..text_expert import WORD_BOUNDARY, TextExpert
 
 MAX_WORDS = 60
 MAX_WORD_LENGTH = 30
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+"""Letters of scripts without blanks between words, such as Thai and Chinese; each counts as a word."""
+WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
+LONG_WORD = re.compile(rf"[!-~]{{{MAX_WORD_LENGTH + 1},}}")
 MIN_LETTERS = 0.75
 """Share of letters and blanks from which on a text of more than a few words is language, and no row of codes."""
 SAME_MEANING = 0.95
@@ -35,7 +39,7 @@ def clean(text: str) -> str:
 
 def words(text: str) -> tuple[str, ...]:
     """Return the words of a text in lower case, identifiers split."""
-    return tuple(re.findall(r"\w+", WORD_BOUNDARY.sub(" ", text).lower()))
+    return tuple(WORD.findall(WORD_BOUNDARY.sub(" ", text).lower()))
 
 
 def filter_queries(rows: Sequence[dict], catalog: ToolCatalog, expert: TextExpert) -> tuple[list[dict], Counter[str]]:
@@ -80,7 +84,7 @@ def filter_queries(rows: Sequence[dict], catalog: ToolCatalog, expert: TextExper
 
 def _is_garbled(text: str) -> bool:
     """Whether a text is a row of codes, as small models write them: a long word that is no address, or few letters."""
-    if any(len(word) > MAX_WORD_LENGTH and not {"/", "@"} & {*word} for word in text.split()):
+    if any(not {"/", "@"} & {*word} for word in LONG_WORD.findall(text)):
         return True
     letters = sum(character.isalpha() or character.isspace() for character in text)
     return len(text) > 2 * MAX_WORD_LENGTH and letters < MIN_LETTERS * len(text)
@@ -93,7 +97,9 @@ class _Names:
         self.names: dict[str, set[tuple[str, ...]]] = {}
         for tool in catalog:
             server, _, name = tool.id.rpartition(".")
-            self.names[tool.id] = {words(name), words(tool.name)} - {()}
+            # In a script without blanks, a name cannot be told from an ordinary word.
+            spelled = {text for text in (name, tool.name) if not re.search(f"[{UNSPACED}]", text)}
+            self.names[tool.id] = {words(text) for text in spelled} - {()}
             # Nor would anybody spell the name of its server, where that is not one word, such as GitHub.
             if len(words(server)) > 1:
                 self.names[tool.id].add(words(server))
