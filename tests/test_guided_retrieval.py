@@ -8,10 +8,10 @@ import torch
 from conftest import small_llama
 
 from toolweaver_hf import ToolCodes, ToolRetriever, ToolWeaverTokenizer
-from toolweaver_hf.text_expert import TextExpert
+from toolweaver_hf.text_expert import MAX_SENTENCES, TextExpert, mean_distribution, split_sentences
 
 
-QUERIES = ["Will it rain?", "How many dollars is a euro today, and was it more in the spring?", "mail"]
+QUERIES = ["Will it rain?", "How many dollars is a euro today? And was it more in the spring?", "mail"]
 SIZES = (3, 4, 5)
 
 
@@ -159,6 +159,60 @@ def test_identifiers_are_split_into_words():
     assert expert.log_probs(["row"]).argmax() == 1
 
 
+def test_each_sentence_of_a_query_counts(guided):
+    _, _, expert = guided
+    parts = ["Will it rain or snow? How much is a dollar?", "Will it rain or snow?", "How much is a dollar?"]
+    cosines, bm25, *_ = expert.scores([*parts, "mail"])
+    probs = (expert.cosine_weight * cosines + expert.bm25_weight * bm25).softmax(1)
+    expected = torch.stack([probs[:3].mean(0), probs[3]])
+    assert torch.allclose(expert.log_probs([parts[0], "mail"]).exp(), expected, atol=1e-5)
+    # What is remembered are whole queries
+    expert.remember(["Has it snowed?", "Is a dollar much?"], [["tool_3"], ["tool_5"]])
+    *_, centroids, memory = expert.scores([parts[0]])
+    remembered = expert.centroid_weight * centroids + expert.memory_weight * memory
+    assert torch.allclose(expert.log_probs(parts[:1]), (expected[:1].log() + remembered).log_softmax(1), atol=1e-4)
+
+
+def test_a_tool_of_the_next_sentence_comes_before_the_second_of_the_first():
+    logits = torch.tensor([[10.0, 9.0, 5.0], [10.0, 9.0, 0.0], [0.0, 0.0, 10.0]])
+    assert logits[0].argsort(descending=True).tolist() == [0, 1, 2]
+    mean = mean_distribution(logits, torch.zeros(3, dtype=torch.long))
+    assert mean[0].argsort(descending=True).tolist() == [0, 2, 1] and math.isclose(mean.exp().sum(), 1, abs_tol=1e-6)
+
+
+def test_mean_distribution_without_underflow():
+    logits = torch.tensor([[0.0, -300.0, -400.0], [0.0, -400.0, -300.0], [5.0, 5.0, 5.0]])
+    expected = torch.tensor([[0, -300, -300], [-math.log(3)] * 3]) - torch.tensor(
+        [[0, math.log(2), math.log(2)], [0] * 3]
+    )
+    assert torch.allclose(mean_distribution(logits, torch.tensor([0, 0, 1])), expected)
+    assert mean_distribution(logits, torch.tensor([0, 1, 2])) is logits
+
+
+@pytest.mark.parametrize(
+    ("query", "sentences"),
+    [
+        ("", []),
+        ("Will it rain?", []),
+        ("Hi! Will it rain in Oslo? Thanks.", []),  # two words ask for nothing
+        ("Ask Dr. Smith about the rain in 3.5 hours", []),
+        ("Book the train to Rome; write a mail to Ada.", ["Book the train to Rome;", "write a mail to Ada."]),
+        ("1. Look at the snow\n2. Write to Ada Lovelace", ["Look at the snow", "Write to Ada Lovelace"]),
+        ("明天会下雨吗？请给我的朋友写一封信。", ["明天会下雨吗？", "请给我的朋友写一封信。"]),
+    ],
+)
+def test_sentences(query, sentences):
+    texts, owners = split_sentences(["before", query, "after"])
+    assert texts == ["before", query, "after", *sentences]
+    assert owners.tolist() == [0, 1, 2, *[1] * len(sentences)]
+
+
+def test_a_long_query_is_read_in_few_parts():
+    sentences = [f"This is sentence {i}." for i in range(100)]
+    (whole, *parts), owners = split_sentences([" ".join(sentences)])
+    assert " ".join(parts) == whole and len(parts) <= MAX_SENTENCES and owners.tolist() == [0] * (1 + len(parts))
+
+
 def test_remembered_queries_score_tools_by_centroids_and_a_kernel_density(guided, tmp_path):
     expert = guided[2]
     asked = [
@@ -257,6 +311,11 @@ def test_weights_are_fitted_by_likelihood(guided):
     assert fitted["queries"] == 40 and expert.cosine_weight > 15 and expert.model_weight == 0
     assert fitted["loss"] == fitted["search_loss"]
     assert retriever(QUERIES) == ToolRetriever(text_expert=expert)(QUERIES)
+    several = [Query(str(i), f"{q.text}. What about that?", q.tools) for i, q in enumerate(queries[:20])]
+    fitted = fit_guidance(retriever, several)
+    rows = [expert.tool_ids.index(query.tools[0]) for query in several]
+    log_probs = expert.log_probs([query.text for query in several])
+    assert math.isclose(-log_probs[range(20), rows].mean(), fitted["loss"], abs_tol=1e-3)
     # Queries whose words tell nothing, but which are remembered in other words, are what the memory is for.
     asked = [f"{'abcdefghijklmnopqrstuvwxyz'[i % 26] * 9} {'xyzw'[i // 26] * 5}" for i in range(40)]
     expert.remember([f"{text} now" for text in asked], [[tool] for tool in expert.tool_ids])

@@ -41,6 +41,12 @@ WORD_BOUNDARY = re.compile(
     r"_|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])"
 )
 """Where an identifier is split into words: `getUserByID_v2` is read as `get User By ID v 2`."""
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+"""Letters of scripts without blanks between words, such as Thai and Chinese; each counts as a word."""
+WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
+SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|(?<=[。！？；])|\n+")
+MIN_WORDS = 3  # of a sentence that asks for something
+MAX_SENTENCES = 8  # of a query that are read apart; of a longer one, neighbors are read together
 
 
 def default_encoder() -> str:
@@ -69,6 +75,9 @@ class TextExpert:
       direction of the sum of the document's embedding and those of the tool's queries (Rocchio's);
     - of the same queries the log of a kernel density, \\(M = \log(\epsilon + \sum_j \exp(20 (\cos(query, query_j) - 1)))\\) over the remembered queries of
       the tool.
+
+    A query of several sentences often needs a tool for each. What its documents count for is then the mean of the
+    distributions by cosine and BM25 for the query and for each of its sentences.
 
     Before [`TextExpert.embed`] has been called, BM25 alone scores; it is ready at once, also for large catalogs.
 
@@ -343,10 +352,15 @@ class TextExpert:
         return self._encode(queries, as_queries=True)
 
     def logits(self, queries: Sequence[str]) -> torch.Tensor:
-        """Return the weighted sum of the scores, of shape `(num_queries, num_tools)`."""
+        """Return the logits of the tools, of shape `(num_queries, num_tools)`: the weighted sum of the scores, where those
+        of documents are the log of [`mean_distribution`] for a query of several sentences."""
+        texts, query_of_text = split_sentences(queries)
         # The default dtype is another one while a thread loads the encoder.
         weights = torch.tensor([getattr(self, name) for name in SCORE_WEIGHTS], dtype=torch.float32)
-        return torch.tensordot(weights, self.scores(queries), dims=1)
+        scores = self.scores(texts)
+        documents = torch.tensordot(weights[:2], scores[:2], dims=1)
+        remembered = torch.tensordot(weights[2:], scores[2:, : len(queries)], dims=1)
+        return mean_distribution(documents, query_of_text) + remembered
 
     def log_probs(self, queries: Sequence[str]) -> torch.Tensor:
         """Return the log-probabilities of the tools, of shape `(num_queries, num_tools)`."""
@@ -511,6 +525,47 @@ class _BM25Index:
 def _words(texts: Iterable[str], return_ids: bool) -> Any:
     split = [WORD_BOUNDARY.sub(" ", text) for text in texts]
     return bm25s.tokenize(split, stopwords="en", return_ids=return_ids, show_progress=False)
+
+
+def split_sentences(queries: Sequence[str]) -> tuple[list[str], torch.LongTensor]:
+    """Return the queries, then the sentences of those that have several.
+
+    Args:
+        queries (`Sequence[str]`): The queries.
+
+    Returns:
+        `tuple`: the texts, and for each text the query that it is or is part of, of shape `(num_texts,)`.
+    """
+    texts, query_of_text = [*queries], [*range(len(queries))]
+    for i, query in enumerate(queries):
+        sentences = [text for text in SENTENCE_END.split(query) if len(WORD.findall(text)) >= MIN_WORDS]
+        if len(sentences) > 1:
+            together = -(-len(sentences) // MAX_SENTENCES)
+            parts = [" ".join(sentences[k : k + together]) for k in range(0, len(sentences), together)]
+            texts += parts
+            query_of_text += [i] * len(parts)
+    return texts, torch.tensor(query_of_text, dtype=torch.long)
+
+
+def mean_distribution(logits: torch.Tensor, query_of_text: torch.LongTensor) -> torch.Tensor:
+    """Return the log of the mean of each query's distributions, or the logits themselves where all queries have one.
+
+    Args:
+        logits (`torch.Tensor` of shape `(num_texts, num_tools)`): The logits of each text.
+        query_of_text (`torch.LongTensor` of shape `(num_texts,)`): For each text its query, from [`split_sentences`].
+
+    Returns:
+        `torch.Tensor` of shape `(num_queries, num_tools)`.
+    """
+    counts = torch.bincount(query_of_text)
+    if len(counts) == len(logits):
+        return logits
+    log_probs = logits.log_softmax(1)
+    shape = (len(counts), logits.shape[1])
+    index = query_of_text[:, None].expand_as(log_probs)
+    most = log_probs.new_full(shape, -torch.inf).scatter_reduce(0, index, log_probs.detach(), "amax")
+    sums = log_probs.new_zeros(shape).index_add(0, query_of_text, (log_probs - most[query_of_text]).exp())
+    return most + sums.log() - counts[:, None].log()
 
 
 def fast_dtype() -> torch.dtype:

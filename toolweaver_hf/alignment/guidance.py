@@ -9,7 +9,7 @@ import torch
 
 from ..data.queries import Query
 from ..retrieval import ToolRetriever
-from ..text_expert import SCORE_WEIGHTS
+from ..text_expert import SCORE_WEIGHTS, mean_distribution, split_sentences
 
 
 SEARCH_WEIGHTS = {"cosine_weight", "bm25_weight"}
@@ -62,10 +62,10 @@ def fit_guidance(
     if not queries:
         raise ValueError("none of the queries has a ground-truth tool of the catalog")
     queries = random.Random(seed).sample(queries, min(max_queries, len(queries)))
-    texts = [query.text for query in queries]
+    texts, query_of_text = split_sentences([query.text for query in queries])
     features = dict(zip(SCORE_WEIGHTS, expert.scores(texts), strict=True))
     if retriever.trie is not None:
-        features["model_weight"] = retriever.model_log_probs(texts, show_progress_bar)
+        features["model_weight"] = retriever.model_log_probs(texts[: len(queries)], show_progress_bar)
     # A score that is 0 throughout says nothing.
     features = {name: scores.double() for name, scores in features.items() if scores.any()}
     relevant = torch.zeros((len(queries), len(row_of_tool)), dtype=torch.bool)
@@ -73,10 +73,10 @@ def fit_guidance(
         relevant[row, [row_of_tool[tool] for tool in query.tools if tool in row_of_tool]] = True
 
     names = [name for name in features if name in SEARCH_WEIGHTS]
-    weights, search_losses = _fit(features, names, relevant)
+    weights, search_losses = _fit(features, names, relevant, query_of_text)
     losses = search_losses
     for name in [name for name in features if name not in SEARCH_WEIGHTS]:
-        more_weights, fewer_losses = _fit(features, [*names, name], relevant)
+        more_weights, fewer_losses = _fit(features, [*names, name], relevant, query_of_text)
         gains = losses - fewer_losses
         if gains.mean() > SIGNIFICANT * gains.std() / len(gains) ** 0.5:
             names, weights, losses = [*names, name], more_weights, fewer_losses
@@ -88,16 +88,21 @@ def fit_guidance(
 
 
 def _fit(
-    features: dict[str, torch.Tensor], names: list[str], relevant: torch.Tensor
+    features: dict[str, torch.Tensor], names: list[str], relevant: torch.Tensor, query_of_text: torch.LongTensor
 ) -> tuple[dict[str, float], torch.Tensor]:
     """Fit the weights of some scores; return them, and the loss of each query."""
-    scores = torch.stack([features[name] for name in names])
+    search = [i for i, name in enumerate(names) if name in SEARCH_WEIGHTS]
+    others = [i for i, name in enumerate(names) if name not in SEARCH_WEIGHTS]
+    by_text = torch.stack([features[names[i]] for i in search])
     prior = torch.tensor([PRIORS[name] for name in names], dtype=torch.float64).log()
     log_weights = prior.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([log_weights], max_iter=100, line_search_fn="strong_wolfe")
 
     def losses() -> torch.Tensor:
-        logits = torch.tensordot(log_weights.exp(), scores, dims=1)
+        weights = log_weights.exp()
+        logits = mean_distribution(torch.tensordot(weights[search], by_text, dims=1), query_of_text)
+        for i in others:
+            logits = logits + weights[i] * features[names[i]][: len(relevant)]
         rivals = logits.masked_fill(relevant, -torch.inf).logsumexp(1, keepdim=True)
         log_probs = logits - torch.logaddexp(logits, rivals)
         return -log_probs.masked_fill(~relevant, 0.0).sum(1) / relevant.sum(1)

@@ -9,14 +9,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from ..data.catalog import ToolCatalog
-from ..text_expert import WORD_BOUNDARY, TextExpert
+from ..text_expert import UNSPACED, WORD, WORD_BOUNDARY, TextExpert
 
 
 MAX_WORDS = 60
 MAX_WORD_LENGTH = 30
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
-"""Letters of scripts without blanks between words, such as Thai and Chinese; each counts as a word."""
-WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 LONG_WORD = re.compile(rf"[!-~]{{{MAX_WORD_LENGTH + 1},}}")
 MIN_LETTERS = 0.75
 """Share of letters and blanks from which on a text of more than a few words is language, and no row of codes."""
