@@ -382,6 +382,20 @@ def test_the_cache_changes_nothing(tokenizer):
             assert logits[i - 1].argmax() == run.token_ids[i]
 
 
+def test_a_message_of_parts(tokenizer):
+    """As chat APIs give them: the text expert and the arguments read their texts."""
+    expert = TextExpert(CATALOG.ids, CATALOG.documents)
+    agent = make_agent(tokenizer, [], {"rain": lambda place: 4, "mail": lambda: 5}, text_expert=expert)
+    script = tokenizer.code_token_ids[:1]  # the expert names the tool once its code has begun
+    for text in (json.dumps({"place": "Oslo"}), end(tokenizer)):
+        script = script + tokenizer.encode(text, add_special_tokens=False)
+    agent.logits_processor = LogitsProcessorList([Script(script)])
+    run = agent(
+        [{"role": "user", "content": [{"type": "text", "text": part} for part in ("Will it rain", "in Oslo?")]}]
+    )
+    assert run.answer == "It will." and run.messages[1]["tool_calls"][0]["function"]["name"] == "rain"
+
+
 def test_errors(tokenizer):
     with pytest.raises(ValueError, match="the catalog lacks: snow"):
         make_agent(tokenizer, [], {"snow": print})

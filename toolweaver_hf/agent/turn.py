@@ -10,7 +10,7 @@ import torch
 from transformers.utils import logging
 
 from ..cache import DecodingState
-from ..data.trajectories import render_calls
+from ..data.trajectories import content_text, render_calls
 from ..logits_process import ToolCodeLogitsProcessor
 from ..retrieval import cut_prompt
 from .run import AgentRun, as_json
@@ -139,7 +139,8 @@ class Turn:
         if self._refused is not None and not self.new_ids:
             scores[:, self._refused] = -torch.inf
         if has_code and self.agent.copy_bonus:
-            said = [message["content"] for message in self.run.messages if message["role"] in ("user", "tool")]
+            messages = [message for message in self.run.messages if message["role"] in ("user", "tool")]
+            said = [content_text(message["content"]) for message in messages]
             scores[:, self.agent._copier(self._arguments_text(), said)] += self.agent.copy_bonus
         if self.agent._grammar is not None:
             scores = self.agent._grammar(new_ids, scores)
@@ -165,7 +166,7 @@ class Turn:
     def _expert_query(self) -> str:
         """Return the text expert's query: the user's last message, and once a tool has answered it also the thought
         before the code, which says what is still to be done."""
-        said = next((m["content"] for m in reversed(self.run.messages) if m["role"] == "user"), "")
+        said = next((content_text(m["content"]) for m in reversed(self.run.messages) if m["role"] == "user"), "")
         if self.run.messages[-1]["role"] == "user":
             return said
         thought = self.agent.tokenizer.decode(self.new_ids, skip_special_tokens=True).strip()
