@@ -168,9 +168,10 @@ def test_each_sentence_of_a_query_counts(guided):
     assert torch.allclose(expert.log_probs([parts[0], "mail"]).exp(), expected, atol=1e-5)
     # What is remembered are whole queries
     expert.remember(["Has it snowed?", "Is a dollar much?"], [["tool_3"], ["tool_5"]])
-    *_, centroids, memory = expert.scores([parts[0]])
-    remembered = expert.centroid_weight * centroids + expert.memory_weight * memory
-    assert torch.allclose(expert.log_probs(parts[:1]), (expected[:1].log() + remembered).log_softmax(1), atol=1e-4)
+    cosines, bm25, centroids, memory = expert.scores(parts)
+    probs = expert.cosine_weight * cosines + expert.bm25_weight * bm25 + expert.centroid_weight * centroids
+    expected = probs.softmax(1).mean(0).log() + expert.memory_weight * memory[0]
+    assert torch.allclose(expert.log_probs(parts[:1])[0], expected.log_softmax(0), atol=1e-4)
 
 
 def test_a_tool_of_the_next_sentence_comes_before_the_second_of_the_first():

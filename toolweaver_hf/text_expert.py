@@ -29,7 +29,8 @@ except ImportError:
 SCHEMA_VERSION = 1
 TEXT_EXPERT_FILE = "text_expert.json"
 TEXT_EMBEDDINGS_FILE = "text_expert.safetensors"
-SCORE_WEIGHTS = ("cosine_weight", "bm25_weight", "centroid_weight", "memory_weight")
+SENTENCE_WEIGHTS = ("cosine_weight", "bm25_weight", "centroid_weight")  # of what each sentence is compared with
+SCORE_WEIGHTS = (*SENTENCE_WEIGHTS, "memory_weight")
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 MAX_ENCODED_TOKENS = 128  # of a document: what tells tools apart comes first
 KERNEL_WIDTH = 20.0  # of remembered queries: a cosine less by 0.05 counts e times less
@@ -76,8 +77,8 @@ class TextExpert:
     - of the same queries the log of a kernel density, \\(M = \log(\epsilon + \sum_j \exp(20 (\cos(query, query_j) - 1)))\\) over the remembered queries of
       the tool.
 
-    A query of several sentences often needs a tool for each. What its documents count for is then the mean of the
-    distributions by cosine and BM25 for the query and for each of its sentences.
+    A query of several sentences often needs a tool for each. The first three scores then count as the mean of the
+    distributions that they make for the query and for each of its sentences; the last one is of whole queries.
 
     Before [`TextExpert.embed`] has been called, BM25 alone scores; it is ready at once, also for large catalogs.
 
@@ -352,15 +353,15 @@ class TextExpert:
         return self._encode(queries, as_queries=True)
 
     def logits(self, queries: Sequence[str]) -> torch.Tensor:
-        """Return the logits of the tools, of shape `(num_queries, num_tools)`: the weighted sum of the scores, where those
-        of documents are the log of [`mean_distribution`] for a query of several sentences."""
+        """Return the logits of the tools, of shape `(num_queries, num_tools)`: the weighted sum of the scores. For a query
+        of several sentences, those by sentence are the log of [`mean_distribution`]."""
         texts, query_of_text = split_sentences(queries)
         # The default dtype is another one while a thread loads the encoder.
         weights = torch.tensor([getattr(self, name) for name in SCORE_WEIGHTS], dtype=torch.float32)
         scores = self.scores(texts)
-        documents = torch.tensordot(weights[:2], scores[:2], dims=1)
-        remembered = torch.tensordot(weights[2:], scores[2:, : len(queries)], dims=1)
-        return mean_distribution(documents, query_of_text) + remembered
+        by_sentence = len(SENTENCE_WEIGHTS)
+        logits = mean_distribution(torch.tensordot(weights[:by_sentence], scores[:by_sentence], dims=1), query_of_text)
+        return logits + torch.tensordot(weights[by_sentence:], scores[by_sentence:, : len(queries)], dims=1)
 
     def log_probs(self, queries: Sequence[str]) -> torch.Tensor:
         """Return the log-probabilities of the tools, of shape `(num_queries, num_tools)`."""

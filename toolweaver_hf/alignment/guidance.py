@@ -9,7 +9,7 @@ import torch
 
 from ..data.queries import Query
 from ..retrieval import ToolRetriever
-from ..text_expert import SCORE_WEIGHTS, mean_distribution, split_sentences
+from ..text_expert import SCORE_WEIGHTS, SENTENCE_WEIGHTS, mean_distribution, split_sentences
 
 
 SEARCH_WEIGHTS = {"cosine_weight", "bm25_weight"}
@@ -91,16 +91,16 @@ def _fit(
     features: dict[str, torch.Tensor], names: list[str], relevant: torch.Tensor, query_of_text: torch.LongTensor
 ) -> tuple[dict[str, float], torch.Tensor]:
     """Fit the weights of some scores; return them, and the loss of each query."""
-    search = [i for i, name in enumerate(names) if name in SEARCH_WEIGHTS]
-    others = [i for i, name in enumerate(names) if name not in SEARCH_WEIGHTS]
-    by_text = torch.stack([features[names[i]] for i in search])
+    by_sentence = [i for i, name in enumerate(names) if name in SENTENCE_WEIGHTS]
+    others = [i for i, name in enumerate(names) if name not in SENTENCE_WEIGHTS]
+    scores = torch.stack([features[names[i]] for i in by_sentence])
     prior = torch.tensor([PRIORS[name] for name in names], dtype=torch.float64).log()
     log_weights = prior.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([log_weights], max_iter=100, line_search_fn="strong_wolfe")
 
     def losses() -> torch.Tensor:
         weights = log_weights.exp()
-        logits = mean_distribution(torch.tensordot(weights[search], by_text, dims=1), query_of_text)
+        logits = mean_distribution(torch.tensordot(weights[by_sentence], scores, dims=1), query_of_text)
         for i in others:
             logits = logits + weights[i] * features[names[i]][: len(relevant)]
         rivals = logits.masked_fill(relevant, -torch.inf).logsumexp(1, keepdim=True)
