@@ -49,7 +49,7 @@ WORTHWHILE = 0.2
 TRIED_QUERIES = 16
 """Where drafts are not worthwhile, one query in as many is drafted, in case the next queries are of another kind."""
 CALLED_PENALTY = 3.0
-"""By how much a text expert's logit of a tool falls once it has answered a query."""
+"""By how much a text expert's logit of a tool falls once it has answered: few queries need the same tool again."""
 
 
 class RetrievedTool(NamedTuple):
