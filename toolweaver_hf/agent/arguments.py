@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+NO_PREFIX = {"add_prefix_space": False, "prepend_scheme": "never", "prepend": ""}
+"""Settings of a `tokenizer.json` with which a text, and each piece that a grammar forces, gets no space before it."""
+
 
 class ToolArgumentsLogitsProcessor(LogitsProcessor):
     r"""
@@ -164,7 +167,8 @@ class ToolArgumentsLogitsProcessor(LogitsProcessor):
 
 
 def text_tokenizer(tokenizer: ToolWeaverTokenizer) -> dict[str, Any]:
-    """Return the content of a `tokenizer.json` that never parses code tokens or control tokens in a text.
+    """Return the content of a `tokenizer.json` that never parses code tokens or control tokens in a text, and puts no
+    space before it.
 
     Code tokens, role markers and other added tokens keep their ids but become special tokens with a new spelling, so
     that no text of a schema matches them. The new spelling has a control character, which JSON strings always escape.
@@ -185,6 +189,7 @@ def text_tokenizer(tokenizer: ToolWeaverTokenizer) -> dict[str, Any]:
     if "merges" in model:
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         model["merges"] = [pair for pair in pairs if not {*pair, "".join(pair)} & names.keys()]
-    if (document["pre_tokenizer"] or {}).get("add_prefix_space"):
-        document["pre_tokenizer"]["add_prefix_space"] = False  # else each forced piece would get a space
+    for step in (document["normalizer"] or {}, document["pre_tokenizer"] or {}):
+        for part in step.get("normalizers") or step.get("pretokenizers") or [step]:
+            part |= {key: value for key, value in NO_PREFIX.items() if key in part}
     return document | {"post_processor": None}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -15,7 +14,6 @@ from .arguments import text_tokenizer
 
 MAX_CHARACTERS = 4000  # of the texts, from their end: with more, there is little that is not in them
 MAX_TOKEN_LENGTH = 32  # characters that decide a text's first token
-NO_PREFIX = {"add_prefix_space": False, "prepend_scheme": "never", "prepend": ""}
 STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 CLOSED = re.compile(r"\{[^{}\[\]]*\}|\[[^{}\[\]]*\]")
 WORD_START = re.compile(r"(?<!\w)\w")
@@ -32,7 +30,7 @@ class WordCopier:
     """
 
     def __init__(self, tokenizer: ToolWeaverTokenizer):
-        self._tokenizer = Tokenizer.from_str(json.dumps(_inside_of_text(text_tokenizer(tokenizer))))
+        self._tokenizer = Tokenizer.from_str(json.dumps(text_tokenizer(tokenizer)))
         tokens = enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
         self._quotes = [token_id for token_id, token in tokens if token.startswith('"')]
 
@@ -57,16 +55,6 @@ class WordCopier:
         }
         may_end = value and any(not re.match(r"\w", text) for text in following)
         return sorted(first.union(self._quotes if may_end else ()))
-
-
-def _inside_of_text(document: dict[str, Any]) -> dict[str, Any]:
-    """Return a `tokenizer.json` that puts no space before a text, which goes on within a string."""
-    for name in ("normalizer", "pre_tokenizer"):
-        step = document[name] or {}
-        steps = step.get("normalizers") or step.get("pretokenizers") or [step]
-        for part in steps:
-            part |= {key: value for key, value in NO_PREFIX.items() if key in part}
-    return document
 
 
 def open_value(arguments: str) -> str | None:
