@@ -78,6 +78,23 @@ def make_agent(tokenizer, turns, functions, **kwargs):
     )
 
 
+def make_guided_agent(tokenizer, expert, calls, tools=("rain", "wind", "mail")):
+    """An agent whose text expert names the tool once its code has begun; each call is a thought and arguments."""
+    functions = {tool_id: lambda **arguments: "done" for tool_id in tools}
+    agent = make_agent(tokenizer, [], functions, text_expert=expert)
+    script = []
+    for thought, arguments in calls:
+        script += tokenizer.encode(thought, add_special_tokens=False) + tokenizer.code_token_ids[:1]
+        script += tokenizer.encode(json.dumps(arguments), add_special_tokens=False)
+    script += tokenizer.encode(end(tokenizer), add_special_tokens=False)
+    agent.logits_processor = LogitsProcessorList([Script(script)])
+    return agent
+
+
+def called_tools(run):
+    return [call["function"]["name"] for message in run.messages for call in message.get("tool_calls", ())]
+
+
 def call(tokenizer, tool_id, arguments, thought="I look.\n"):
     return f"{thought}{code_text(tool_id, tokenizer)}{json.dumps(arguments, ensure_ascii=False)}"
 
@@ -385,11 +402,7 @@ def test_the_cache_changes_nothing(tokenizer):
 def test_a_message_of_parts(tokenizer):
     """As chat APIs give them: the text expert and the arguments read their texts."""
     expert = TextExpert(CATALOG.ids, CATALOG.documents)
-    agent = make_agent(tokenizer, [], {"rain": lambda place: 4, "mail": lambda: 5}, text_expert=expert)
-    script = tokenizer.code_token_ids[:1]  # the expert names the tool once its code has begun
-    for text in (json.dumps({"place": "Oslo"}), end(tokenizer)):
-        script = script + tokenizer.encode(text, add_special_tokens=False)
-    agent.logits_processor = LogitsProcessorList([Script(script)])
+    agent = make_guided_agent(tokenizer, expert, [("", {"place": "Oslo"})], tools=("rain", "mail"))
     run = agent(
         [{"role": "user", "content": [{"type": "text", "text": part} for part in ("Will it rain", "in Oslo?")]}]
     )
@@ -444,16 +457,7 @@ def test_the_text_expert_reads_the_thought_once_a_tool_has_answered(tokenizer):
     expert = TextExpert(CATALOG.ids, CATALOG.documents)
     expert.bm25_weight = 100.0
     spoken = [("I look at the wind, the wind.\n", {"place": "Oslo"}), ("Now I send a mail, a mail.\n", {})]
-    script = []
-    for thought, arguments in spoken:  # the expert names the tool once its code has begun
-        script += tokenizer.encode(thought, add_special_tokens=False) + tokenizer.code_token_ids[:1]
-        script += tokenizer.encode(json.dumps(arguments), add_special_tokens=False)
-    script += tokenizer.encode(end(tokenizer), add_special_tokens=False)
-    model = small_llama(len(tokenizer), eos_token_id=tokenizer.eos_token_id)
-    functions = {tool_id: lambda **arguments: "done" for tool_id in ("rain", "wind", "mail")}
-    processors = LogitsProcessorList([Script(script)])
-    run = ToolAgent(model, tokenizer, CATALOG, functions, logits_processor=processors, text_expert=expert)(QUERY)
-    assert [call["function"]["name"] for m in run.messages for call in m.get("tool_calls", ())] == ["rain", "mail"]
+    assert called_tools(make_guided_agent(tokenizer, expert, spoken)(QUERY)) == ["rain", "mail"]
 
 
 def test_the_text_expert_names_the_next_tool_once_one_has_answered(tokenizer):
@@ -462,10 +466,5 @@ def test_the_text_expert_names_the_next_tool_once_one_has_answered(tokenizer):
     query = "Will it rain, rain, and wind?"
     rain, wind = expert.logits([query])[0][:2].tolist()
     expert.bm25_weight *= 2 / (rain - wind)  # a lead of 2
-    code, ends = tokenizer.code_token_ids[:1], tokenizer.encode(end(tokenizer), add_special_tokens=False)
-    arguments = tokenizer.encode(json.dumps({"place": "Oslo"}), add_special_tokens=False)
-    model = small_llama(len(tokenizer), eos_token_id=tokenizer.eos_token_id)
-    functions = {tool_id: lambda **arguments: "done" for tool_id in ("rain", "wind", "mail")}
-    processors = LogitsProcessorList([Script([*code, *arguments] * 2 + ends)])
-    run = ToolAgent(model, tokenizer, CATALOG, functions, logits_processor=processors, text_expert=expert)(query)
-    assert [call["function"]["name"] for m in run.messages for call in m.get("tool_calls", ())] == ["rain", "wind"]
+    agent = make_guided_agent(tokenizer, expert, [("", {"place": "Oslo"})] * 2)
+    assert called_tools(agent(query)) == ["rain", "wind"]
