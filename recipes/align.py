@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 STEPS_FILE = "align.json"
 STEPS_VERSION = 1
+MAX_ROWS = 8  # that are computed at once: a document of a thousand tokens takes more than a gigabyte in training
 VALIDATION_QUERIES = 20  # of a log at least, to fit how far to trust the model
 
 
@@ -229,12 +230,11 @@ def _learn_codes(args: AlignArguments, folder: Path, train: str) -> None:
 
 
 def _align(args: AlignArguments, output: Path, train: str, validation: str | None) -> None:
-    import torch
     from trl import ModelConfig
 
     from toolweaver_hf.alignment.trainer import AlignmentTrainingArguments
-    from toolweaver_hf.text_expert import fast_dtype
 
+    parts = -(-args.batch_size // MAX_ROWS)
     choose_best = {"eval_strategy": "epoch", "load_best_model_at_end": True} if validation else {}
     sft.main(
         sft.AlignmentArguments(
@@ -248,13 +248,12 @@ def _align(args: AlignArguments, output: Path, train: str, validation: str | Non
             output_dir=str(output / "model"),
             learning_rate=args.learning_rate,
             num_train_epochs=args.num_train_epochs,
-            per_device_train_batch_size=args.batch_size,
+            per_device_train_batch_size=-(-args.batch_size // parts),
+            gradient_accumulation_steps=parts,
             per_device_eval_batch_size=args.batch_size,
             lr_scheduler_type="cosine",
             warmup_steps=0.03,
-            train_sampling_strategy="group_by_length",
             activation_checkpointing=False,
-            bf16=fast_dtype() == torch.bfloat16,
             max_length=1024,
             save_strategy="epoch",
             save_total_limit=1,
