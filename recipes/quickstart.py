@@ -103,7 +103,7 @@ PRETRAINED = Recipe(
 )
 SCRATCH = Recipe(
     stages={"memorization": 1.0, "retrieval": 1.0, "trajectory": 8.0},
-    training={"learning_rate": 1e-3, "num_train_epochs": 2, "per_device_train_batch_size": 16},
+    training={"learning_rate": 1e-3, "num_train_epochs": 2, "per_device_train_batch_size": 16, "bf16": False},
     augmentations=20,
 )
 
@@ -126,7 +126,6 @@ def choose_base(args: QuickstartArguments, texts: list[str]) -> tuple[str, Recip
 
 def main(args: QuickstartArguments) -> None:
     """Run the quick start and print what it found."""
-    import torch
     from transformers import set_seed
     from trl import ModelConfig
 
@@ -183,14 +182,12 @@ def main(args: QuickstartArguments) -> None:
         ),
         AlignmentTrainingArguments(
             output_dir=str(model_dir),
-            train_sampling_strategy="group_by_length",
             lr_scheduler_type="cosine",
             warmup_steps=0.1,
             adam_beta2=0.98,
             weight_decay=0.1,
             max_length=512,
             activation_checkpointing=False,
-            bf16=recipe is PRETRAINED and fast_dtype() == torch.bfloat16,
             logging_steps=100,
             save_strategy="no",
             report_to="none",

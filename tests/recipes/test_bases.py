@@ -56,7 +56,7 @@ def train(world, base, output, lora, **kwargs):
     arguments = {"stages": ["retrieval", "trajectory"], "embedding_init": "random", "guided": False}
     arguments |= {name: str(world / f"{name}.jsonl") for name in ("queries", "trajectories")}
     settings = {"max_steps": 3, "save_steps": 2, "per_device_train_batch_size": 6, "learning_rate": 1e-3}
-    settings |= {"report_to": "none", "disable_tqdm": True, "activation_checkpointing": False}
+    settings |= {"report_to": "none", "disable_tqdm": True, "activation_checkpointing": False, "bf16": False}
     sft.main(
         sft.AlignmentArguments(codes_dir=str(world / "codes"), **arguments),
         AlignmentTrainingArguments(str(output), **(settings | kwargs)),

@@ -36,6 +36,7 @@ from toolweaver_hf.alignment.trainer import CODE_START_WEIGHT, AlignmentTrainer,
 from toolweaver_hf.data.queries import load_queries
 from toolweaver_hf.demo import DEMO_FOLDER
 from toolweaver_hf.recipes import sft
+from toolweaver_hf.text_expert import fast_dtype
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -75,6 +76,7 @@ def run(world, output, model="tied", model_args=None, **kwargs):
         "max_steps": 4,
         "per_device_train_batch_size": 8,
         "learning_rate": 1e-2,
+        "bf16": False,  # losses are compared
         "activation_checkpointing": False,
         "report_to": "none",
         "save_strategy": "no",
@@ -429,6 +431,7 @@ def launch(world, output, *options):
         "max_steps": 60,
         "per_device_train_batch_size": 4,
         "learning_rate": 5e-3,
+        "bf16": False,
         "activation_checkpointing": False,
         "report_to": "none",
         "save_steps": 10,
@@ -619,6 +622,7 @@ def test_arguments_are_honored_or_refused(world, tmp_path):
         AlignmentTrainingArguments(str(tmp_path), dataset_text_field="x", eos_token="y")
     with pytest.raises(ValueError, match="--constrained_loss false"):
         AlignmentTrainingArguments(str(tmp_path), label_smoothing_factor=0.1)
+    assert AlignmentTrainingArguments(str(tmp_path)).bf16 == (fast_dtype() == torch.bfloat16)
     template = tmp_path / "template.jinja"
     template.write_text(CHATML.replace("Be helpful.", "Be brief."))
     output = run(world, tmp_path / "out", max_steps=1, chat_template_path=str(template))

@@ -27,6 +27,7 @@ from ..cache import can_share_prompts, can_use_cache
 from ..data.queries import Query
 from ..files import write_json
 from ..retrieval import ToolRetriever
+from ..text_expert import fast_dtype
 from .checkpoints import load_weights
 from .lora import check_shared_weights
 
@@ -42,7 +43,7 @@ IGNORED_ARGUMENTS = ("dataset_text_field", "completion_only_loss", "assistant_on
 
 @dataclass
 class AlignmentTrainingArguments(SFTConfig):
-    """[`SFTConfig`] with CPU-safe defaults, which selects the best checkpoint by retrieval.
+    """[`SFTConfig`] that selects the best checkpoint by retrieval, and computes in bf16 where the device is fast at it.
 
     Args:
         embedding_learning_rate (`float`, *optional*):
@@ -75,8 +76,8 @@ class AlignmentTrainingArguments(SFTConfig):
         if not torch.accelerator.is_available():
             self.use_cpu = True
             self.dataloader_pin_memory = False
-            if self.bf16 is None:
-                self.bf16 = False
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and fast_dtype() == torch.bfloat16
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "nDCG@1"
         if self.packing and self.packing_strategy == "wrapped":
