@@ -185,7 +185,10 @@ The aligned model is in {output / "model"}:
     from toolweaver_hf import ToolRetriever
     retriever = ToolRetriever.from_pretrained("{output / "model"}")
 
-Measure it with queries of people: toolweaver evaluate --model {output / "model"} --queries my_queries.jsonl""")
+With 20 queries of people or more, fit how far to trust it; with others, measure it:
+
+    toolweaver fit-guidance --model {output / "model"} --queries my_validation_queries.jsonl
+    toolweaver evaluate --model {output / "model"} --queries my_test_queries.jsonl""")
 
 
 def _settings(arguments: Any) -> dict[str, Any]:

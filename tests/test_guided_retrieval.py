@@ -1,6 +1,7 @@
 """Search, guided decoding and abstention: exact against brute force over every tool."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -299,7 +300,7 @@ def test_the_next_stage_takes_over_what_is_remembered(guided):
 
 
 def test_weights_are_fitted_by_likelihood(guided):
-    from toolweaver_hf.alignment.guidance import fit_guidance
+    from toolweaver_hf.alignment.guidance import GENERATED_WEIGHTS, fit_guidance
     from toolweaver_hf.data.queries import Query
 
     model, tokenizer, expert = guided
@@ -323,6 +324,11 @@ def test_weights_are_fitted_by_likelihood(guided):
     riddles = [Query(str(i), text, (tool,)) for i, (tool, text) in enumerate(zip(expert.tool_ids, asked, strict=True))]
     fitted = fit_guidance(retriever, riddles)
     assert expert.centroid_weight > 1 and fitted["loss"] < fitted["search_loss"] - 0.5
+    # A generator's queries are like those that it wrote for training: nothing is fitted on them.
+    generated = [replace(query, generator="org/model") for query in riddles]
+    assert fit_guidance(retriever, generated + riddles) == fitted
+    assert fit_guidance(retriever, generated) == GENERATED_WEIGHTS | {"queries": 0}
+    assert expert.model_weight == GENERATED_WEIGHTS["model_weight"]
     with pytest.raises(ValueError, match="no text expert"):
         fit_guidance(ToolRetriever(model, tokenizer), queries)
     with pytest.raises(ValueError, match="none of the queries"):

@@ -21,6 +21,7 @@ class Query:
         tools (`tuple[str, ...]`): Ids of the ground-truth tools, at least one.
         group (`str`, *optional*): A group that is reported separately, such as ToolBench's I1, I2 and I3.
         place (`str`, *optional*): The file and line of the query, for error messages.
+        generator (`str`, *optional*): The language model that wrote the query. `None` for a query of a person.
     """
 
     id: str
@@ -28,6 +29,7 @@ class Query:
     tools: tuple[str, ...]
     group: str | None = None
     place: str | None = field(default=None, compare=False, repr=False)
+    generator: str | None = field(default=None, compare=False, repr=False)
 
 
 def load_queries(
@@ -41,7 +43,7 @@ def load_queries(
             ToolGen's rows for memorization and retrieval, whose `conversations` have a user message and the tool's
             token `<<tool&&api>>`. Also, as JSONL or a JSON list: ToolBench's instructions with `relevant APIs`,
             Seal-Tools' rows with `calling`, and ToolRet's rows with `labels`; rows of these benchmarks without a
-            relevant tool are skipped. A row may have a `group` (or `split`).
+            relevant tool are skipped. A row may have a `group` (or `split`), and a generated one has a `source`.
         qrels (`str`, *optional*):
             The relevance file of a BEIR queries file: tab-separated `query-id`, `corpus-id` and `score` with a header
             line; scores above 0 are relevant. Queries without a relevant tool are skipped.
@@ -82,8 +84,11 @@ def _read_query(place: str, row: dict[str, Any], relevant: dict[str, list[str]] 
         raise ValueError(f"{place}: query {query_id!r} needs 'tools', a list of tool ids (or give a qrels file)")
     if not tools and relevant is None and "query" not in row:
         raise ValueError(f"{place}: query {query_id!r} has no ground-truth tool")
-    group = row.get("group", row.get("split"))
-    return Query(query_id, text, tuple(dict.fromkeys(tools)), group and str(group), place) if tools else None
+    group, source = row.get("group", row.get("split")), row.get("source")
+    generator = source.get("generator") if isinstance(source, dict) else None
+    if not tools:
+        return None
+    return Query(query_id, text, tuple(dict.fromkeys(tools)), group and str(group), place, generator)
 
 
 def _as_id(value: Any) -> Any:
