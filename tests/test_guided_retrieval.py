@@ -131,6 +131,13 @@ def test_an_expert_is_saved_with_its_retriever(guided, tmp_path):
     assert [t.tool_id for t in alone[0]] == [t.tool_id for t in ToolRetriever(model, tokenizer)(QUERIES)[0]]
 
 
+def test_a_local_encoder_is_found_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "encoder").mkdir()
+    TextExpert(["rain"], ["the weather"], "encoder").save_pretrained("expert")
+    assert TextExpert.from_pretrained("expert").encoder == str(tmp_path / "encoder")
+
+
 def test_embeddings_are_cached_by_document(guided, tmp_path):
     expert = guided[2]
 

@@ -418,7 +418,8 @@ class TextExpert:
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the expert into a folder: texts and weights as JSON, embeddings in half precision as safetensors."""
         os.makedirs(folder, exist_ok=True)
-        encoder = DEFAULT_ENCODER if self.encoder == default_encoder() else self.encoder
+        encoder = os.path.abspath(self.encoder) if os.path.isdir(self.encoder) else self.encoder
+        encoder = DEFAULT_ENCODER if self.encoder == default_encoder() else encoder
         document = {
             "schema_version": SCHEMA_VERSION,
             "encoder": encoder,
