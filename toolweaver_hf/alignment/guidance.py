@@ -24,13 +24,7 @@ PRIORS = {
     "memory_weight": 0.5,
     "model_weight": 0.5,
 }
-GENERATED_WEIGHTS = {
-    "cosine_weight": 15.0,
-    "bm25_weight": 0.4,
-    "centroid_weight": 0.0,
-    "memory_weight": 0.0,
-    "model_weight": 0.15,
-}
+GENERATED_WEIGHTS = PRIORS | {"centroid_weight": 0.0, "memory_weight": 0.0, "model_weight": 0.15}
 """How far to trust what was learned from generated queries, where there are no others to fit on: the model a little, the
 remembered queries not at all. A generator's held-out queries are of the kind that it wrote for training: weights fitted
 on them made the product worse than search on queries of people, by five points of nDCG@1 on two catalogs of three."""
@@ -78,7 +72,8 @@ def fit_guidance(
     queries = [query for query in queries if any(tool in row_of_tool for tool in query.tools)]
     if not queries:
         raise ValueError("none of the queries has a ground-truth tool of the catalog")
-    if all(query.generator for query in queries):
+    asked = [query for query in queries if not query.generator]
+    if not asked:
         logger.warning(
             f"a generator wrote all {len(queries)} queries, which tell little of people's: the weights are cautious ones. "
             "Fit them with 20 queries of people or more: toolweaver fit-guidance"
@@ -86,8 +81,7 @@ def fit_guidance(
         for name, value in GENERATED_WEIGHTS.items():
             setattr(expert, name, value)
         return {**GENERATED_WEIGHTS, "queries": 0}
-    queries = [query for query in queries if not query.generator]
-    queries = random.Random(seed).sample(queries, min(max_queries, len(queries)))
+    queries = random.Random(seed).sample(asked, min(max_queries, len(asked)))
     texts, query_of_text = split_sentences([query.text for query in queries])
     features = dict(zip(SCORE_WEIGHTS, expert.scores(texts), strict=True))
     if retriever.trie is not None:
