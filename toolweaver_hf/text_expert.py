@@ -70,7 +70,8 @@ class TextExpert:
     \\(p(tool | query) \propto \exp(\tau \cos(query, tool) + \nu \mathrm{BM25}(query, tool) + \gamma C(query, tool)
     + \mu M(query, tool))\\):
 
-    - the cosine of sentence embeddings of query and document;
+    - the cosine of sentence embeddings of query and tool, where a tool's is the direction of the sum of three: of its
+      document, of its description and of its name, see [`document_views`];
     - BM25 of the document's words, identifiers split into theirs;
     - where [`TextExpert.remember`] was given queries whose tools are known, the cosine of query and centroid, the
       direction of the sum of the document's embedding and those of the tool's queries (Rocchio's);
@@ -89,7 +90,7 @@ class TextExpert:
         tool_ids (`Sequence[str]`):
             Ids of the tools.
         documents (`Sequence[str]`):
-            For each tool the text to match queries with.
+            For each tool the text to match queries with, such as [`Tool.document`].
         encoder (`str`, *optional*):
             Id or path of a sentence-transformers model. Its own prompts for queries and documents are used. Defaults
             to [`default_encoder`].
@@ -173,7 +174,7 @@ class TextExpert:
                 raise ValueError(f"the text expert knows the tool {tool_id!r} already: remove it first")
             known.add(tool_id)
         if self.embeddings is not None and len(documents):
-            self.embeddings = torch.cat([self.embeddings, self._encode(documents)])
+            self.embeddings = torch.cat([self.embeddings, self._encode_documents(documents)])
         if self.memory is not None:
             self._added_later.update(tool_ids)
         self.tool_ids = [*self.tool_ids, *tool_ids]
@@ -226,7 +227,9 @@ class TextExpert:
             raise ValueError(f"the text expert does not know the tool {min(unknown)!r}")
         if self.embeddings is not None and documents:
             self.embeddings = self.embeddings.clone()
-            self.embeddings[[row_of_tool[tool_id] for tool_id in documents]] = self._encode([*documents.values()])
+            self.embeddings[[row_of_tool[tool_id] for tool_id in documents]] = self._encode_documents(
+                [*documents.values()]
+            )
         self.documents = [documents.get(i, text) for i, text in zip(self.tool_ids, self.documents, strict=True)]
         self._index = None
 
@@ -257,7 +260,7 @@ class TextExpert:
             checksums = _checksums(documents)
             new = {checksum: i for i, checksum in enumerate(checksums) if checksum not in rows}
             if new:
-                found = self._encode([documents[i] for i in new.values()], show_progress_bar)
+                found = self._encode_documents([documents[i] for i in new.values()], show_progress_bar)
                 rows |= {checksum: len(cached) + k for k, checksum in enumerate(new)}
                 cached = torch.cat([cached, found]) if len(cached) else found
             embeddings = cached[[rows[checksum] for checksum in checksums]]
@@ -268,7 +271,7 @@ class TextExpert:
         if path is not None and len(cached) > num_cached:
             path.parent.mkdir(parents=True, exist_ok=True)
             tensors = {"embeddings": embeddings.half(), "checksums": torch.tensor(checksums)}
-            _save(tensors, path, {"encoder": self.encoder})
+            _save(tensors, path, _cache_key(self.encoder))
         return self
 
     def remember(
@@ -398,6 +401,14 @@ class TextExpert:
         if self._index is None:
             self._index = _BM25Index(self.documents)
         return self._index.scores(queries)
+
+    def _encode_documents(self, documents: Sequence[str], show_progress_bar: bool = False) -> torch.Tensor:
+        """Return the tools' embeddings, unit vectors of shape `(num_documents, embedding_dim)`, float32."""
+        views = [document_views(document) for document in documents]
+        tools = torch.tensor([tool for tool, texts in enumerate(views) for _ in texts], dtype=torch.long)
+        encoded = self._encode([text for texts in views for text in texts], show_progress_bar)
+        sums = torch.zeros((len(views), encoded.shape[1])).index_add(0, tools, encoded)
+        return torch.nn.functional.normalize(sums, dim=1)
 
     def _encode(self, texts: Sequence[str], show_progress_bar: bool = False, as_queries: bool = False) -> torch.Tensor:
         if self._encoder_module is None:
@@ -529,6 +540,33 @@ def _words(texts: Iterable[str], return_ids: bool) -> Any:
     return bm25s.tokenize(split, stopwords="en", return_ids=return_ids, show_progress=False)
 
 
+def document_views(document: str) -> list[str]:
+    """Return the texts whose embeddings make up a tool's: the document, and the description and the name in it.
+
+    A query resembles a description more than a document with a category and parameters, and often names what the tool
+    is named after. What stands before the first colon, behind the category, is the name, read as words. The description
+    is what follows, up to the parameters. Of another text the whole is the only view.
+
+    Args:
+        document (`str`): A tool's document, `category. name: description Parameters: ...`.
+
+    Returns:
+        `list[str]`: one to three texts.
+
+    Example:
+
+    ```python
+    >>> document_views("Weather. rain_chance: Give the probability of rain. Parameters: city.")
+    ['Weather. rain_chance: Give the probability of rain. Parameters: city.', 'Give the probability of rain.', 'rain chance']
+    ```
+    """
+    head, _, rest = document.partition(": ")
+    words = WORD.findall(WORD_BOUNDARY.sub(" ", head.rpartition(". ")[2]))
+    name = " ".join(words) if rest and not head.isdigit() else ""
+    description = rest.partition(" Parameters: ")[0].strip()
+    return [document, *filter(None, [description, name])]
+
+
 def split_sentences(queries: Sequence[str]) -> tuple[list[str], torch.LongTensor]:
     """Return the queries, then the sentences of those that have several.
 
@@ -583,13 +621,17 @@ def _checksums(documents: Sequence[str]) -> list[int]:
     return [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1 for text in documents]
 
 
+def _cache_key(encoder: str) -> dict[str, str]:
+    return {"encoder": encoder, "views": "document, description, name"}
+
+
 def _read_cache(path: Path | None, encoder: str) -> tuple[torch.Tensor, dict[int, int]]:
     """Return the embeddings that a cache holds, and the row of each checksum; none if it is broken or of another
     encoder."""
     try:
         if path is not None and path.exists():
             with safe_open(path, framework="pt") as file:
-                if file.metadata() == {"encoder": encoder}:
+                if file.metadata() == _cache_key(encoder):
                     checksums = file.get_tensor("checksums").tolist()
                     return file.get_tensor("embeddings").float(), {key: row for row, key in enumerate(checksums)}
     except SafetensorError:
