@@ -9,7 +9,13 @@ import torch
 from conftest import small_llama
 
 from toolweaver_hf import ToolCodes, ToolRetriever, ToolWeaverTokenizer
-from toolweaver_hf.text_expert import MAX_SENTENCES, TextExpert, mean_distribution, split_sentences
+from toolweaver_hf.text_expert import (
+    MAX_SENTENCES,
+    TextExpert,
+    document_views,
+    mean_distribution,
+    split_sentences,
+)
 
 
 QUERIES = ["Will it rain?", "How many dollars is a euro today? And was it more in the spring?", "mail"]
@@ -167,6 +173,36 @@ def test_identifiers_are_split_into_words():
     assert expert.log_probs(["row"]).argmax() == 1
 
 
+@pytest.mark.parametrize(
+    ("document", "views"),
+    [
+        (
+            "Weather. rain_chance: Give the odds of rain. Parameters: city (its name).",
+            ["Give the odds of rain.", "rain chance"],
+        ),
+        ("github.createIssue: File a bug.", ["File a bug.", "github create Issue"]),
+        ("17: Latest rates.", ["Latest rates."]),
+        ("send_mail: ", []),
+        ("Some text of no tool.", []),
+        ("", []),
+    ],
+)
+def test_views_of_a_document(document, views):
+    assert document_views(document) == [document, *views]
+
+
+def test_a_tool_is_embedded_by_its_views():
+    documents = ["Weather. rain_chance: Give the odds of rain. Parameters: city.", "send_mail: Write to somebody."]
+    expert = TextExpert(["rain", "mail"], documents)
+    expert._encoder_module = LetterEncoder()
+    sums = torch.stack([LetterEncoder().encode_document(document_views(text)).sum(0) for text in documents])
+    torch.testing.assert_close(expert.embed().embeddings, torch.nn.functional.normalize(sums, dim=1))
+    expert.add(["late"], documents[:1])
+    torch.testing.assert_close(expert.embeddings[2], expert.embeddings[0])
+    expert.describe({"mail": documents[0]})
+    torch.testing.assert_close(expert.embeddings[1], expert.embeddings[0])
+
+
 def test_each_sentence_of_a_query_counts(guided):
     _, _, expert = guided
     parts = ["Will it rain or snow? How much is a dollar?", "Will it rain or snow?", "How much is a dollar?"]
@@ -307,7 +343,7 @@ def test_the_next_stage_takes_over_what_is_remembered(guided):
 
 
 def test_weights_are_fitted_by_likelihood(guided):
-    from toolweaver_hf.alignment.guidance import GENERATED_WEIGHTS, fit_guidance
+    from toolweaver_hf.alignment.guidance import CAUTIOUS_WEIGHTS, fit_guidance
     from toolweaver_hf.data.queries import Query
 
     model, tokenizer, expert = guided
@@ -331,11 +367,11 @@ def test_weights_are_fitted_by_likelihood(guided):
     riddles = [Query(str(i), text, (tool,)) for i, (tool, text) in enumerate(zip(expert.tool_ids, asked, strict=True))]
     fitted = fit_guidance(retriever, riddles)
     assert expert.centroid_weight > 1 and fitted["loss"] < fitted["search_loss"] - 0.5
-    # A generator's queries are like those that it wrote for training: nothing is fitted on them.
-    generated = [replace(query, generator="org/model") for query in riddles]
+    # An unreliable generator's queries are like those that it wrote for training: nothing is fitted on them.
+    generated = [replace(query, reliable=False) for query in riddles]
     assert fit_guidance(retriever, generated + riddles) == fitted
-    assert fit_guidance(retriever, generated) == GENERATED_WEIGHTS | {"queries": 0}
-    assert expert.model_weight == GENERATED_WEIGHTS["model_weight"]
+    assert fit_guidance(retriever, generated) == CAUTIOUS_WEIGHTS | {"queries": 0}
+    assert expert.model_weight == CAUTIOUS_WEIGHTS["model_weight"]
     with pytest.raises(ValueError, match="no text expert"):
         fit_guidance(ToolRetriever(model, tokenizer), queries)
     with pytest.raises(ValueError, match="none of the queries"):

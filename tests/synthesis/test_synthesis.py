@@ -298,6 +298,34 @@ def test_the_command_with_an_endpoint(tmp_path, capsys, monkeypatch):
     assert {query.tools[0] for query in train} == set(CATALOG.ids) - {"Zorbly"}
     assert len(validation) == round(0.1 * (len(train) + len(validation)))
     assert {query.group for query in train} == {style.tier for style in STYLES.values()}
+    assert all(query.reliable for query in train + validation)
+
+
+def test_an_unreliable_generator_is_checked_by_search(tmp_path, capsys):
+    catalog = write_catalog(tmp_path)
+
+    def write(generator, number_of_garbled):
+        def reply(question):
+            asked = re.search(r": (.*?)\.", question.rsplit("Tool: ", 1)[1])[1]
+            # Search finds the tool of the second query, and hardly that of the first.
+            written = [f"My {len(asked)} aunts want to know it by Friday", f"My uncle asks: {asked}"]
+            written += [f"Somebody in Rome asks, in other words: {asked}", f"{asked}, please"]
+            return json.dumps({"messages": ["x" * 40] * number_of_garbled + written[number_of_garbled:]})
+
+        output = tmp_path / generator / "queries.train.jsonl"
+        with ChatServer(reply) as server:
+            options = ["--catalog", str(catalog), "--generator", server.url, "--generator_model", generator]
+            recipe.cli(
+                [*options, "--per_tool", "4", "--groups", "0", "--validation_share", "0", "--output", str(output)]
+            )
+        return load_queries(output), capsys.readouterr().out
+
+    queries, printed = write("careful", 0)
+    assert all(query.reliable for query in queries) and "breaks" not in printed
+    assert "by Friday" in " ".join(query.text for query in queries)
+    queries, printed = write("careless", 1)
+    assert queries and not any(query.reliable for query in queries)
+    assert "often breaks its instructions" in printed
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,11 @@ PRIORS = {
     "memory_weight": 0.5,
     "model_weight": 0.5,
 }
-GENERATED_WEIGHTS = PRIORS | {"centroid_weight": 0.0, "memory_weight": 0.0, "model_weight": 0.15}
-"""How far to trust what was learned from generated queries, where there are no others to fit on: the model a little, the
-remembered queries not at all. A generator's held-out queries are of the kind that it wrote for training: weights fitted
-on them made the product worse than search on queries of people, by five points of nDCG@1 on two catalogs of three."""
+CAUTIOUS_WEIGHTS = PRIORS | {"centroid_weight": 0.0, "memory_weight": 0.0, "model_weight": 0.15}
+"""How far to trust what was learned from the queries of an unreliable generator, where there are no others to fit on:
+the model a little, the remembered queries not at all. Its held-out queries are of the kind that it wrote for training:
+weights fitted on them made the product worse than search on queries of people, by five points of nDCG@1 on two catalogs
+of three."""
 SIGNIFICANT = 1.64  # standard errors, one-sided 5 %
 
 
@@ -48,8 +49,8 @@ def fit_guidance(
     that a model is never worse than search. Twenty queries are enough to tell a good model. Never fit on queries that
     the model was trained on: it knows them by heart.
 
-    Generated queries (see [`Query`]) are left out. If there are no others the weights are not fitted, but set to cautious
-    ones, with a warning.
+    Queries of an unreliable generator (see [`Query`]) are left out. If there are no others the weights are not fitted, but
+    set to cautious ones, with a warning.
 
     Args:
         retriever ([`ToolRetriever`]): The retriever; the weights of its text expert are set.
@@ -72,16 +73,16 @@ def fit_guidance(
     queries = [query for query in queries if any(tool in row_of_tool for tool in query.tools)]
     if not queries:
         raise ValueError("none of the queries has a ground-truth tool of the catalog")
-    asked = [query for query in queries if not query.generator]
-    if not asked:
+    reliable = [query for query in queries if query.reliable]
+    if not reliable:
         logger.warning(
-            f"a generator wrote all {len(queries)} queries, which tell little of people's: the weights are cautious ones. "
-            "Fit them with 20 queries of people or more: toolweaver fit-guidance"
+            f"all {len(queries)} queries are of a generator that often breaks its instructions, and tell little of "
+            "people's: the weights are cautious ones. Fit them with 20 queries of people or more: toolweaver fit-guidance"
         )
-        for name, value in GENERATED_WEIGHTS.items():
+        for name, value in CAUTIOUS_WEIGHTS.items():
             setattr(expert, name, value)
-        return {**GENERATED_WEIGHTS, "queries": 0}
-    queries = random.Random(seed).sample(asked, min(max_queries, len(asked)))
+        return {**CAUTIOUS_WEIGHTS, "queries": 0}
+    queries = random.Random(seed).sample(reliable, min(max_queries, len(reliable)))
     texts, query_of_text = split_sentences([query.text for query in queries])
     features = dict(zip(SCORE_WEIGHTS, expert.scores(texts), strict=True))
     if retriever.trie is not None:

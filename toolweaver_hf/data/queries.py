@@ -21,7 +21,8 @@ class Query:
         tools (`tuple[str, ...]`): Ids of the ground-truth tools, at least one.
         group (`str`, *optional*): A group that is reported separately, such as ToolBench's I1, I2 and I3.
         place (`str`, *optional*): The file and line of the query, for error messages.
-        generator (`str`, *optional*): The language model that wrote the query. `None` for a query of a person.
+        reliable (`bool`, *optional*, defaults to `True`): Whether the query can stand for those of people. Not so a
+            generated one, unless its generator follows its instructions (see `toolweaver queries`).
     """
 
     id: str
@@ -29,7 +30,7 @@ class Query:
     tools: tuple[str, ...]
     group: str | None = None
     place: str | None = field(default=None, compare=False, repr=False)
-    generator: str | None = field(default=None, compare=False, repr=False)
+    reliable: bool = field(default=True, compare=False, repr=False)
 
 
 def load_queries(
@@ -85,10 +86,10 @@ def _read_query(place: str, row: dict[str, Any], relevant: dict[str, list[str]] 
     if not tools and relevant is None and "query" not in row:
         raise ValueError(f"{place}: query {query_id!r} has no ground-truth tool")
     group, source = row.get("group", row.get("split")), row.get("source")
-    generator = source.get("generator") if isinstance(source, dict) else None
+    reliable = source.get("reliable") is True if isinstance(source, dict) else True
     if not tools:
         return None
-    return Query(query_id, text, tuple(dict.fromkeys(tools)), group and str(group), place, generator)
+    return Query(query_id, text, tuple(dict.fromkeys(tools)), group and str(group), place, reliable)
 
 
 def _as_id(value: Any) -> Any:
