@@ -24,11 +24,11 @@ PRIORS = {
     "memory_weight": 0.5,
     "model_weight": 0.5,
 }
-CAUTIOUS_WEIGHTS = PRIORS | {"centroid_weight": 0.0, "memory_weight": 0.25, "model_weight": 0.15}
+CAUTIOUS_WEIGHTS = PRIORS | {"centroid_weight": 0.0, "memory_weight": 0.0, "model_weight": 0.15}
 """How far to trust what was learned from the queries of an unreliable generator, where there are no others to fit on:
-the model and the remembered queries a little, the centroids not at all. Its held-out queries are of the kind that it
-wrote for training: weights fitted on them made the product worse than search on queries of people, by five points of
-nDCG@1 on two catalogs of three."""
+the model a little, the remembered queries not at all. Its held-out queries are of the kind that it wrote for training:
+weights fitted on them made the product worse than search on queries of people, by five points of nDCG@1 on two catalogs
+of three."""
 SIGNIFICANT = 1.64  # standard errors, one-sided 5 %
 
 
