@@ -72,6 +72,9 @@ def test_prompts_show_the_tools_and_three_examples():
             assert [message["role"] for message in messages] == ["system", *["user", "assistant"] * 3, "user"]
             assert all(word in messages[-1]["content"] for word in shown)
         assert one[:-1] == query_messages([CATALOG["Zorbly"]], style)[:-1]
+    # Of a name, its words without those of the server.
+    asked = query_messages([Tool("acme-mcp.getRainChance", "Tell how likely rain is.", category="Sky")], "vague")[-1]
+    assert asked["content"].startswith("Tool: Sky. get Rain Chance: Tell how likely rain is.")
 
 
 def test_a_run_goes_on_where_it_was_cut_off(tmp_path):

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..data.catalog import Tool
+from ..text_expert import WORD, WORD_BOUNDARY
 
 
-PROMPT_VERSION = 1
+PROMPT_VERSION = 2
 MAX_DOCUMENT_CHARS = 500
 """How much of a tool's document is shown: what it does comes first, and a small model loses the thread of more."""
 
@@ -112,8 +113,15 @@ def query_messages(tools: Sequence[Tool], style: str) -> list[dict[str, str]]:
     for documents, texts in examples:
         messages.append({"role": "user", "content": _question(documents, style)})
         messages.append({"role": "assistant", "content": texts[style]})
-    messages.append({"role": "user", "content": _question([tool.document for tool in tools], style)})
+    messages.append({"role": "user", "content": _question([_shown(tool) for tool in tools], style)})
     return messages
+
+
+def _shown(tool: Tool) -> str:
+    """Return a tool's document with the words of its name, without its server's: small models repeat an identifier, and
+    lose the thread of one that is no word."""
+    words = WORD.findall(WORD_BOUNDARY.sub(" ", tool.name.rpartition(".")[2]))
+    return tool.document.replace(tool.name, " ".join(words), 1)
 
 
 def _question(documents: Sequence[str], style: str) -> str:
