@@ -343,7 +343,7 @@ def test_the_next_stage_takes_over_what_is_remembered(guided):
 
 
 def test_weights_are_fitted_by_likelihood(guided):
-    from toolweaver_hf.alignment.guidance import CAUTIOUS_WEIGHTS, fit_guidance
+    from toolweaver_hf.alignment.guidance import CAUTIOUS_WEIGHTS, PRIORS, fit_guidance
     from toolweaver_hf.data.queries import Query
 
     model, tokenizer, expert = guided
@@ -367,8 +367,14 @@ def test_weights_are_fitted_by_likelihood(guided):
     riddles = [Query(str(i), text, (tool,)) for i, (tool, text) in enumerate(zip(expert.tool_ids, asked, strict=True))]
     fitted = fit_guidance(retriever, riddles)
     assert expert.centroid_weight > 1 and fitted["loss"] < fitted["search_loss"] - 0.5
-    # An unreliable generator's queries are like those that it wrote for training: nothing is fitted on them.
-    generated = [replace(query, reliable=False) for query in riddles]
+    # A generator's queries are like those that it wrote for training: they count half, or not at all.
+    generated = [replace(query, generated=True) for query in riddles]
+    assert fit_guidance(retriever, generated + riddles) == fitted
+    half = fit_guidance(retriever, generated)
+    assert half["loss"] == fitted["loss"]
+    for name in PRIORS.keys() & half.keys():
+        assert math.isclose(half[name], math.sqrt(PRIORS[name] * fitted[name]), abs_tol=1e-2)
+    generated = [replace(query, reliable=False) for query in generated]
     assert fit_guidance(retriever, generated + riddles) == fitted
     assert fit_guidance(retriever, generated) == CAUTIOUS_WEIGHTS | {"queries": 0}
     assert expert.model_weight == CAUTIOUS_WEIGHTS["model_weight"]

@@ -49,8 +49,10 @@ def fit_guidance(
     that a model is never worse than search. Twenty queries are enough to tell a good model. Never fit on queries that
     the model was trained on: it knows them by heart.
 
-    Queries of an unreliable generator (see [`Query`]) are left out. If there are no others the weights are not fitted, but
-    set to cautious ones, with a warning.
+    Where there are queries of people, generated ones (see [`Query`]) are left out. Otherwise, on those of a reliable
+    generator, the weights are set halfway from the defaults to the fit, as geometric means: the queries resemble those
+    that the model was trained on, so that a fit trusts it too much. On those of an unreliable one nothing is fitted, but
+    cautious weights are set, with a warning.
 
     Args:
         retriever ([`ToolRetriever`]): The retriever; the weights of its text expert are set.
@@ -61,7 +63,7 @@ def fit_guidance(
 
     Returns:
         `dict[str, float]`: the weights, the number of `queries`, and `search_loss` and `loss` in nats, of search alone
-        and of what was fitted; these are missing where nothing was.
+        and of the fit; these are missing where nothing was fitted.
 
     Raises:
         `ValueError`: for a retriever without a text expert, or if no query has a tool that the retriever knows.
@@ -73,8 +75,9 @@ def fit_guidance(
     queries = [query for query in queries if any(tool in row_of_tool for tool in query.tools)]
     if not queries:
         raise ValueError("none of the queries has a ground-truth tool of the catalog")
-    reliable = [query for query in queries if query.reliable]
-    if not reliable:
+    people = [query for query in queries if not query.generated]
+    asked = people or [query for query in queries if query.reliable]
+    if not asked:
         logger.warning(
             f"all {len(queries)} queries are of a generator that often breaks its instructions, and tell little of "
             "people's: the weights are cautious ones. Fit them with 20 queries of people or more: toolweaver fit-guidance"
@@ -82,7 +85,7 @@ def fit_guidance(
         for name, value in CAUTIOUS_WEIGHTS.items():
             setattr(expert, name, value)
         return {**CAUTIOUS_WEIGHTS, "queries": 0}
-    queries = random.Random(seed).sample(reliable, min(max_queries, len(reliable)))
+    queries = random.Random(seed).sample(asked, min(max_queries, len(asked)))
     texts, query_of_text = split_sentences([query.text for query in queries])
     features = dict(zip(SCORE_WEIGHTS, expert.scores(texts), strict=True))
     if retriever.trie is not None:
@@ -101,6 +104,8 @@ def fit_guidance(
         gains = losses - fewer_losses
         if gains.mean() > SIGNIFICANT * gains.std() / len(gains) ** 0.5:
             names, weights, losses = [*names, name], more_weights, fewer_losses
+    if not people:
+        weights = {name: (PRIORS[name] * weight) ** 0.5 for name, weight in weights.items()}
     fitted = {name: round(weights.get(name, 0.0), 4) for name in features}
     for name, value in fitted.items():
         setattr(expert, name, value)

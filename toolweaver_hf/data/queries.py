@@ -21,6 +21,7 @@ class Query:
         tools (`tuple[str, ...]`): Ids of the ground-truth tools, at least one.
         group (`str`, *optional*): A group that is reported separately, such as ToolBench's I1, I2 and I3.
         place (`str`, *optional*): The file and line of the query, for error messages.
+        generated (`bool`, *optional*, defaults to `False`): Whether a language model wrote the query.
         reliable (`bool`, *optional*, defaults to `True`): Whether the query can stand for those of people. Not so a
             generated one, unless its generator follows its instructions (see `toolweaver queries`).
     """
@@ -30,6 +31,7 @@ class Query:
     tools: tuple[str, ...]
     group: str | None = None
     place: str | None = field(default=None, compare=False, repr=False)
+    generated: bool = field(default=False, compare=False, repr=False)
     reliable: bool = field(default=True, compare=False, repr=False)
 
 
@@ -86,10 +88,12 @@ def _read_query(place: str, row: dict[str, Any], relevant: dict[str, list[str]] 
     if not tools and relevant is None and "query" not in row:
         raise ValueError(f"{place}: query {query_id!r} has no ground-truth tool")
     group, source = row.get("group", row.get("split")), row.get("source")
-    reliable = source.get("reliable") is True if isinstance(source, dict) else True
+    source = source if isinstance(source, dict) else {}
+    generated = "generator" in source
+    reliable = not generated or source.get("reliable") is True
     if not tools:
         return None
-    return Query(query_id, text, tuple(dict.fromkeys(tools)), group and str(group), place, reliable)
+    return Query(query_id, text, tuple(dict.fromkeys(tools)), group and str(group), place, generated, reliable)
 
 
 def _as_id(value: Any) -> Any:
