@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 
 
 ROUND_TRIP = 5
-RELIABLE_SHARE = (
-    0.9  # of what is written that follows the instructions: 0.56 to 0.79 by SmolLM2-135M, 0.98 by a large model
-)
+RELIABLE_SHARE = 0.9
+"""Share of what a reliable generator writes that passes the filters: 0.56 to 0.79 by SmolLM2-135M, 0.98 by a large model."""
 
 
 @dataclass

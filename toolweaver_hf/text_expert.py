@@ -540,6 +540,11 @@ def _words(texts: Iterable[str], return_ids: bool) -> Any:
     return bm25s.tokenize(split, stopwords="en", return_ids=return_ids, show_progress=False)
 
 
+def spell_out(identifier: str) -> str:
+    """Return an identifier as words: `getUser_v2` as `get User v 2`."""
+    return " ".join(WORD.findall(WORD_BOUNDARY.sub(" ", identifier)))
+
+
 def document_views(document: str) -> list[str]:
     """Return the texts whose embeddings make up a tool's: the document, and the description and the name in it.
 
@@ -561,8 +566,7 @@ def document_views(document: str) -> list[str]:
     ```
     """
     head, _, rest = document.partition(": ")
-    words = WORD.findall(WORD_BOUNDARY.sub(" ", head.rpartition(". ")[2]))
-    name = " ".join(words) if rest and not head.isdigit() else ""
+    name = spell_out(head.rpartition(". ")[2]) if rest and not head.isdigit() else ""
     description = rest.partition(" Parameters: ")[0].strip()
     return [document, *filter(None, [description, name])]
 

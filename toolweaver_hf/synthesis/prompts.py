@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..data.catalog import Tool
-from ..text_expert import WORD, WORD_BOUNDARY
+from ..text_expert import spell_out
 
 
 PROMPT_VERSION = 2
@@ -120,8 +120,7 @@ def query_messages(tools: Sequence[Tool], style: str) -> list[dict[str, str]]:
 def _shown(tool: Tool) -> str:
     """Return a tool's document with the words of its name, without its server's: small models repeat an identifier, and
     lose the thread of one that is no word."""
-    words = WORD.findall(WORD_BOUNDARY.sub(" ", tool.name.rpartition(".")[2]))
-    return tool.document.replace(tool.name, " ".join(words), 1)
+    return tool.document.replace(tool.name, spell_out(tool.name.rpartition(".")[2]), 1)
 
 
 def _question(documents: Sequence[str], style: str) -> str:
