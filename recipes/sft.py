@@ -69,8 +69,6 @@ class AlignmentArguments:
             rows for memorization or retrieval.
         qrels (`str`, *optional*):
             The relevance file of BEIR queries.
-        tools_as_sequence (`bool`, *optional*, defaults to `False`):
-            Whether a query's ground-truth tools are one answer, their codes one after another, rather than a row each.
         trajectories (`str`, *optional*):
             Training trajectories for `trajectory`: JSONL with `messages`, or with ShareGPT's `conversations`.
         replay (`str`, *optional*):
@@ -110,9 +108,6 @@ class AlignmentArguments:
     )
     queries: str | None = field(default=None, metadata={"help": "Training queries (JSONL)."})
     qrels: str | None = field(default=None, metadata={"help": "Relevance file (TSV) of BEIR queries."})
-    tools_as_sequence: bool = field(
-        default=False, metadata={"help": "Answer a query by all of its tools in one row, not by a row for each."}
-    )
     trajectories: str | None = field(default=None, metadata={"help": "Training trajectories (JSONL)."})
     replay: str | None = field(default=None, metadata={"help": "General conversations (JSONL)."})
     eval_queries: str | None = field(default=None, metadata={"help": "Queries to evaluate on while training."})
@@ -315,7 +310,7 @@ def load_rows(
         elif stage == "retrieval":
             queries = load_queries(args.queries, args.qrels, bad_rows)
             asked += [(query.text, query.tools) for query in queries]
-            rows = retrieval_rows(queries, tokenizer, args.tools_as_sequence, bad_rows)
+            rows = retrieval_rows(queries, tokenizer, bad_rows)
         elif stage == "trajectory":
             trajectories = load_trajectories(args.trajectories, bad_rows)
             asked += asked_in_trajectories(trajectories)
@@ -323,13 +318,10 @@ def load_rows(
         else:
             rows = replay_rows(load_trajectories(args.replay, bad_rows), tokenizer, bad_rows)
         num_rows = len(rows) + len(bad_rows)
-        # A sequence of codes has to say where it ends; the answer that is one code does not.
-        codes_alone = stage == "memorization" or (stage == "retrieval" and not args.tools_as_sequence)
         encode = partial(
             tokenize_rows,
             tokenizer=tokenizer,
             max_length=max_length,
-            codes_alone=codes_alone,
             eos_token_id=eos_token_id,
         )
         dataset, too_long = encode(rows, bad_rows=bad_rows)
@@ -459,7 +451,7 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
     eval_queries = load_eval_queries(args, training_args.seed)
     eval_dataset = None
     if eval_queries:
-        eval_dataset, _ = tokenize_rows(retrieval_rows(eval_queries, tokenizer), tokenizer, codes_alone=True)
+        eval_dataset, _ = tokenize_rows(retrieval_rows(eval_queries, tokenizer), tokenizer)
     if not training_args.packing:
         training_args.max_length = None  # no row is longer, so none is to be cut
 

@@ -96,19 +96,16 @@ def test_each_turn_is_learned_as_it_is_generated(family):
 
 
 def test_a_query_is_the_prompt_of_its_code(family):
-    """Of one code, or of several and the token at which generation stops; a thought that is opened is closed."""
+    """Of one code, or of all and the token at which generation stops; a thought that is opened is closed."""
     _, tokenizer, stops = family
     query = Query("1", "Rain, <a_0> or wind?", ("rain", "wind"))
     prompt = tokenizer.encode_query(query.text)
-    codes = [tokenizer.encode_tool(tool) for tool in query.tools]
-    rows, _ = tokenize_rows(retrieval_rows([query], tokenizer), tokenizer, codes_alone=True, eos_token_id=stops)
-    for row, code in zip(rows, codes, strict=True):
-        assert row["input_ids"] == prompt + code
-        assert row["labels"] == [-100] * len(prompt) + code
-    (row,) = tokenize_rows(retrieval_rows([query], tokenizer, as_sequence=True), tokenizer, eos_token_id=stops)[0]
-    (_, _, head), (is_learned, _, tokens) = stretches(row)
-    assert is_learned and head == prompt and tokens[: 2 * len(codes[0])] == codes[0] + codes[1]
-    assert tokens[-1] in stops and not set(tokens[:-1]) & set(stops)
+    rain, wind = (tokenizer.encode_tool(tool) for tool in query.tools)
+    rows, _ = tokenize_rows(retrieval_rows([query], tokenizer), tokenizer, eos_token_id=stops)
+    for row, answer in zip(rows, (rain + wind + [rows[0]["labels"][-1]], wind), strict=True):
+        assert row["input_ids"] == prompt + answer
+        assert row["labels"] == [-100] * len(prompt) + answer
+    assert rows[0]["labels"][-1] in stops
     text = tokenizer.decode(prompt)
     assert text.count("<think>") == text.count("</think>")
 
@@ -118,9 +115,12 @@ def test_what_is_learned_token_by_token(name):
     """A golden file for each family, to look at: the tokens, with `+` before those that are learned."""
     tokenizer = ToolWeaverTokenizer.from_base(build(name), CODES)
     stops = tokenizer.convert_tokens_to_ids(stop_tokens(name))
-    queries = retrieval_rows([Query("1", "Rain in Oslo?", ("rain", "wind"))], tokenizer, as_sequence=True)
+    queries = retrieval_rows([Query("1", "Rain in Oslo?", ("rain", "wind"))], tokenizer)
     lines = []
-    for row in [*tokenize_rows(queries, tokenizer, eos_token_id=stops)[0], *rows_of(CONVERSATION, tokenizer, stops)]:
+    for row in [
+        *tokenize_rows(queries[:1], tokenizer, eos_token_id=stops)[0],
+        *rows_of(CONVERSATION, tokenizer, stops),
+    ]:
         lines.append("trajectory:" if lines else "retrieval:")
         for is_learned, start, tokens in stretches(row):
             if start == 0:  # from the user's text on: what a template says before may hold the day
@@ -238,7 +238,6 @@ def test_the_recipe_trains_on_every_family(name, tmp_path):
         queries=str(tmp_path / "queries.jsonl"),
         trajectories=str(tmp_path / "chat.jsonl"),
         replay=str(tmp_path / "chat.jsonl"),
-        tools_as_sequence=True,
         embedding_init="random",
         max_bad_rows=0,
     )

@@ -383,14 +383,49 @@ class ToolRetriever:
             log_probs[row, tools[0].cpu()] = scores[0].cpu() + log_share
         return log_probs
 
-    def encode_query(self, query: str) -> list[int]:
+    def encode_query(self, query: str, answered: Sequence[str] = ()) -> list[int]:
         """Return the token ids of the prompt that asks for a query's tools.
 
         Of a query that is longer than the model reads, the beginning is cut, with a warning.
+
+        Args:
+            query (`str`): The query.
+            answered (`Sequence[str]`, *optional*): Ids of tools whose codes the answer begins with.
         """
+        codes = [token_id for tool_id in answered for token_id in self.tokenizer.encode_tool(tool_id)]
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        room = None if positions is None else positions - len(self.tokenizer.codebook_sizes)
-        return cut_prompt(self.tokenizer.encode_query(query), self.tokenizer.encode_query(""), room)
+        room = None if positions is None else positions - len(self.tokenizer.codebook_sizes) - len(codes)
+        return cut_prompt(self.tokenizer.encode_query(query), self.tokenizer.encode_query(""), room) + codes
+
+    @torch.inference_mode()
+    def read_answer(self, query: str, answered: Sequence[str]) -> tuple[DecodingState, torch.Tensor]:
+        """Read a query and the beginning of its answer, for [`ToolRetriever.more_log_odds`] and
+        [`ToolRetriever.choose`].
+
+        Args:
+            query (`str`): The query.
+            answered (`Sequence[str]`): Ids of the tools that the answer begins with.
+
+        Returns:
+            `tuple[DecodingState, torch.Tensor]`: what the model has read, and the logits of the next token, of shape
+            `(1, vocab_size)`.
+        """
+        from .cache import DecodingState
+
+        state = DecodingState(self.model)
+        return state, state.read(torch.tensor([self.encode_query(query, answered)], device=self.model.device))
+
+    def more_log_odds(self, logits: torch.Tensor) -> float:
+        """Return the log-odds that an answer goes on with a further tool rather than end.
+
+        Models learn it with the tools of queries. Whether they know it is told by [`TextExpert.tells_end`].
+
+        Args:
+            logits (`torch.Tensor` of shape `(1, vocab_size)`): What [`ToolRetriever.read_answer`] returns.
+        """
+        ends = end_token_ids(self.model, self.tokenizer)
+        begins, _ = self.trie.children(self.trie.roots[:1], self.trie.max_children[0])
+        return float(logits[0, begins[0]].float().logsumexp(0) - logits[0, ends].float().logsumexp(0))
 
     def rank(
         self,
@@ -765,6 +800,12 @@ class ToolRetriever:
         logits = self.model(input_ids=ids).logits[:, -1]
         hidden = self.model.base_model(input_ids=ids)[0][:, -1]
         return hidden.shape[1] == head.in_features and torch.allclose(head(hidden), logits, rtol=1e-3, atol=1e-3)
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: ToolWeaverTokenizer) -> list[int]:
+    """Return the tokens at which a turn of the model ends, in ascending order."""
+    ends = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
 
 
 def cut_prompt(input_ids: list[int], frame: list[int], max_length: int | None) -> list[int]:

@@ -60,7 +60,7 @@ def load_rows(tokenizer: ToolWeaverTokenizer) -> dict[str, tuple[Dataset, Datase
     from toolweaver_hf.demo import DEMO_FOLDER
 
     queries = retrieval_rows(load_queries(DEMO_FOLDER / "queries.train.jsonl"), tokenizer)
-    queries, _ = tokenize_rows(queries, tokenizer, codes_alone=True)
+    queries, _ = tokenize_rows(queries, tokenizer)
     trajectories = trajectory_rows(load_trajectories(DEMO_FOLDER / "trajectories.train.jsonl"), tokenizer)
     trajectories, _ = tokenize_rows(trajectories, tokenizer)
     return {"queries": (queries, share_prompts(queries)), "trajectories": (trajectories, trajectories)}

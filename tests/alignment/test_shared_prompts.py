@@ -72,11 +72,13 @@ def test_loss_and_gradient_are_those_of_separate_rows(shapes, num_shared, max_pa
 
 def test_a_query_is_read_once(tokenizer):
     queries = [Query("both", "Shall I take a coat?", ("rain", "wind")), Query("one", "Euros in dollars?", ("fx",))]
-    dataset, _ = tokenize_rows(retrieval_rows(queries, tokenizer), tokenizer, codes_alone=True)
+    dataset, _ = tokenize_rows(retrieval_rows(queries, tokenizer), tokenizer)
     shared = share_prompts(dataset)
     assert shared["id"] == ["both", "one"]
     learned = [[label for label in row if label != -100] for row in shared["labels"]]
-    assert learned == [tokenizer.encode_tool("rain") + tokenizer.encode_tool("wind"), tokenizer.encode_tool("fx")]
+    rain, wind, fx = (tokenizer.encode_tool(tool) for tool in ("rain", "wind", "fx"))
+    end = tokenizer.eos_token_id
+    assert learned == [[*rain, *wind, end, *wind], [*fx, end]]
     assert shared[1]["input_ids"] == dataset[2]["input_ids"]
 
 
@@ -86,7 +88,7 @@ def test_the_trainer_learns_them_and_counts_their_tokens(tokenizer, tmp_path):
         Query("one", "Euros in dollars?", ("fx",)),
         Query("three", "Is there mail about the storm that comes up tonight?", ("mail", "wind", "rain")),
     ]
-    apart = tokenize_rows(retrieval_rows(queries, tokenizer), tokenizer, codes_alone=True)[0]
+    apart = tokenize_rows(retrieval_rows(queries, tokenizer), tokenizer)[0]
     dataset = share_prompts(apart)
     args = AlignmentTrainingArguments(
         str(tmp_path),

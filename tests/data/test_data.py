@@ -219,11 +219,19 @@ def test_rows_with_tools_beside_them(tmp_path, atomic):
         load_trajectories(path)
 
 
-def test_several_tools_make_a_row_each_or_a_sequence(atomic):
-    query = Query("1", "Weather?", ("Weather&&rain", "<<Weather&&wind>>"))
-    assert [row["messages"][1]["content"] for row in retrieval_rows([query], atomic)] == ["<a_0><b_0>", "<a_1><b_1>"]
-    (row,) = retrieval_rows([query], atomic, as_sequence=True)
-    assert row["messages"][1]["content"] == "<a_0><b_0><a_1><b_1>"
+def test_several_tools_make_a_row_each_of_which_one_says_all(atomic):
+    """In turn the first, the second and so on: that a query needs a second tool is learned behind each of them."""
+    tools = ("Weather&&rain", "<<Weather&&wind>>")
+    queries = [Query(str(n), "Weather?", tools) for n in range(2)] + [Query("2", "Rain?", tools[:1])]
+    rows = retrieval_rows(queries, atomic)
+    rain, wind = "<a_0><b_0>", "<a_1><b_1>"
+    assert [(row["messages"][1]["content"], row["whole"]) for row in rows] == [
+        (rain + wind, True),
+        (wind, False),
+        (rain, False),
+        (wind + rain, True),
+        (rain, True),
+    ]
 
 
 def test_long_rows_are_left_out_whole_and_counted(atomic):

@@ -20,7 +20,6 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from architectures import tiny_model
 from bases import CHATML, build
 from conftest import small_llama
-from datasets import concatenate_datasets
 from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, TrainerState
@@ -33,7 +32,7 @@ from toolweaver_hf.alignment.embedding_init import initialize_code_embeddings
 from toolweaver_hf.alignment.lora import trainable_code_rows
 from toolweaver_hf.alignment.rows import retrieval_rows, tokenize_rows
 from toolweaver_hf.alignment.trainer import CODE_START_WEIGHT, AlignmentTrainer, AlignmentTrainingArguments
-from toolweaver_hf.data.queries import load_queries
+from toolweaver_hf.data.queries import Query, load_queries
 from toolweaver_hf.demo import DEMO_FOLDER
 from toolweaver_hf.recipes import sft
 from toolweaver_hf.text_expert import fast_dtype
@@ -118,11 +117,10 @@ def trainer_of(world, model_name, tmp_path, lora=False, codes=None, queries=None
     tokenizer = ToolWeaverTokenizer.from_base(build("smollm2"), codes)
     model = AutoModelForCausalLM.from_pretrained(world / model_name)
     initialize_code_embeddings(model, tokenizer, method="random")
-    rows = retrieval_rows(load_queries(queries or world / "queries.jsonl"), tokenizer)
+    queries = load_queries(queries or world / "queries.jsonl")
+    rows = retrieval_rows([*queries, Query("two", "Both?", (queries[0].tools[0], queries[1].tools[0]))], tokenizer)
     rows.append({"id": "call", "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": CALL}]})
-    dataset = concatenate_datasets(
-        [tokenize_rows(rows[:-1], tokenizer, codes_alone=True)[0], tokenize_rows(rows[-1:], tokenizer)[0]]
-    )
+    dataset, _ = tokenize_rows(rows, tokenizer)
     settings = {"activation_checkpointing": False, "report_to": "none", "max_length": None} | kwargs
     peft_config = get_peft_config(ModelConfig(use_peft=True, lora_r=4)) if lora else None
     if lora:
@@ -138,31 +136,35 @@ def trainer_of(world, model_name, tmp_path, lora=False, codes=None, queries=None
 
 def loss_token_by_token(model, tokenizer, batch):
     """The mean cross-entropy of the labels over the valid continuations, by brute force over all codes; in a call, a
-    code's first token counts for several."""
+    code's first token counts for several. An answer of codes ends, or goes on with another, where a code does."""
     labels = batch["labels"]
     logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
     codes = [tokenizer.encode_tool(tool_id) for tool_id in tokenizer.tool_ids]
     losses = []
     for row, learned in enumerate(labels.tolist()):
-        only_code = [label for label in learned if label != -100] in codes
+        answer = [label for label in learned if label != -100]
+        only_codes = not set(answer) - set(tokenizer.code_token_ids) - {tokenizer.eos_token_id}
         for i, label in enumerate(learned):
             if label == -100:
                 continue
             allowed = range(len(tokenizer))  # the rest is padding of the matrix
             for code in codes:
-                for depth in range(0 if only_code else 1, len(code)):
+                for depth in range(1, len(code)):
                     if learned[i - depth : i + 1] == code[: depth + 1]:
                         allowed = sorted({other[depth] for other in codes if other[:depth] == code[:depth]})
+            if only_codes and label in {tokenizer.eos_token_id, *(code[0] for code in codes)}:
+                end = set() if learned[i - 1] == -100 else {tokenizer.eos_token_id}
+                allowed = sorted({code[0] for code in codes} | end)
             scores = logits[row, i - 1, list(allowed)]
             loss = scores.logsumexp(0) - scores[list(allowed).index(label)]
-            begins = not only_code and label in {code[0] for code in codes}
+            begins = not only_codes and label in {code[0] for code in codes}
             losses.append(CODE_START_WEIGHT * loss if begins else loss)
     return torch.stack(losses).mean()
 
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("model", ["tied", "untied"])
-@pytest.mark.parametrize("rows", [(0, 1, 2, -1), (0, 1, 2)], ids=["codes and text", "codes alone"])
+@pytest.mark.parametrize("rows", [(0, 1, -3, -2, -1), (0, 1, -3, -2)], ids=["codes and text", "codes alone"])
 def test_the_loss_is_among_what_decoding_leaves(world, tmp_path, model, lora, rows):
     """Codes alone from their first token on, a call from its second; all else in the whole vocabulary."""
     trainer = trainer_of(world, model, tmp_path, lora)

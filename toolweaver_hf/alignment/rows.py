@@ -27,21 +27,18 @@ def memorization_rows(catalog: ToolCatalog, tokenizer: ToolWeaverTokenizer) -> l
 
 
 def retrieval_rows(
-    queries: Iterable[Query],
-    tokenizer: ToolWeaverTokenizer,
-    as_sequence: bool = False,
-    bad_rows: list[str] | None = None,
+    queries: Iterable[Query], tokenizer: ToolWeaverTokenizer, bad_rows: list[str] | None = None
 ) -> list[dict[str, Any]]:
-    """Rows that teach query -> code.
+    """Rows that teach query -> code: one conversation for each ground-truth tool of a query.
+
+    In one of them, in turn the first, the second and so on, the query's other tools follow and the answer ends, so that
+    the model also learns how many tools a query needs.
 
     Args:
         queries (`Iterable[Query]`):
             The queries.
         tokenizer ([`ToolWeaverTokenizer`]):
             The tokenizer with the tools' codes.
-        as_sequence (`bool`, *optional*, defaults to `False`):
-            Whether a query's ground-truth tools make one conversation, answered by their codes one after another,
-            rather than one conversation for each tool.
         bad_rows (`list[str]`, *optional*):
             Where it is given, a query that cannot be learned is left out, and what is wrong with it is added to this
             list.
@@ -50,12 +47,17 @@ def retrieval_rows(
         `ValueError`: naming the query whose tool has no code.
     """
     rows = []
-    for query in queries:
-        answers = [query.tools] if as_sequence else [[tool_id] for tool_id in query.tools]
+    for number, query in enumerate(queries):
+        tools, whole = query.tools, number % len(query.tools)
+        answers: list[Sequence[str]] = [[tool_id] for tool_id in tools]
+        answers[whole] = [*tools[whole:], *tools[:whole]]
         try:
-            rows += [_code_row(query.id, query.text, answer, tokenizer, query.place) for answer in answers]
+            answered = [_code_row(query.id, query.text, answer, tokenizer, query.place) for answer in answers]
         except ValueError as error:
             _refuse(query.place or query.id, error, bad_rows)
+            continue
+        answered[whole]["whole"] = True
+        rows += answered
     return rows
 
 
@@ -64,7 +66,7 @@ def _code_row(
 ) -> dict[str, Any]:
     answer = "".join(code_text(tool_id, tokenizer) for tool_id in tool_ids)
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-    return {"id": row_id, "messages": messages, "task": "retrieval", "place": place or row_id}
+    return {"id": row_id, "messages": messages, "task": "retrieval", "whole": False, "place": place or row_id}
 
 
 def trajectory_rows(
@@ -135,7 +137,6 @@ def tokenize_rows(
     rows: Iterable[dict[str, Any]],
     tokenizer: ToolWeaverTokenizer,
     max_length: int | None = None,
-    codes_alone: bool = False,
     split_share: float = 0.0,
     seed: int = 0,
     eos_token_id: int | Sequence[int] | None = None,
@@ -148,14 +149,12 @@ def tokenize_rows(
 
     Args:
         rows (`Iterable[dict]`):
-            Rows of an `id` and `messages` with a plain `content`.
+            Rows of an `id` and `messages` with a plain `content`. Of those with the `task` retrieval, codes are learned
+            and, if they say that they are `whole`, the token that ends the answer; nothing else stands in it.
         tokenizer ([`ToolWeaverTokenizer`]):
             The tokenizer with the tools' codes.
         max_length (`int`, *optional*):
             Rows of more tokens are left out whole: a cut row would lose the answer that it teaches.
-        codes_alone (`bool`, *optional*, defaults to `False`):
-            Whether to learn of an answer its codes alone, and end the row with them, since retrieval decodes a code
-            and nothing else.
         split_share (`float`, *optional*, defaults to 0):
             Fraction of unlabeled tokens to re-split at random (as in BPE-dropout).
         seed (`int`, *optional*, defaults to 0):
@@ -187,10 +186,11 @@ def tokenize_rows(
             continue
         for encoded in encoded_rows:
             ids, mask = encoded["input_ids"], encoded["assistant_mask"]
-            if codes_alone:
-                mask = [int(learn and token_id in codes) for token_id, learn in zip(ids, mask, strict=True)]
-                length = max((i + 1 for i, learn in enumerate(mask) if learn), default=0)
-                ids, mask = ids[:length], mask[:length]
+            if row.get("task") == "retrieval":
+                prompt = ids[: mask.index(1)]
+                answer = [token_id for token_id, learn in zip(ids, mask, strict=True) if learn]
+                answer = [token_id for token_id in answer if token_id in codes] + answer[-1:] * row["whole"]
+                ids, mask = prompt + answer, [0] * len(prompt) + [1] * len(answer)
             input_ids, labels = [], []
             for learn, part in groupby(zip(ids, mask, strict=True), itemgetter(1)):
                 ids = [token_id for token_id, _ in part]

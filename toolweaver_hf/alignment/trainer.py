@@ -26,7 +26,7 @@ from ..adapter import BASE_MODEL_FILE, BASE_MODEL_VERSION, keep_embedding
 from ..cache import can_share_prompts, can_use_cache
 from ..data.queries import Query
 from ..files import write_json
-from ..retrieval import ToolRetriever
+from ..retrieval import ToolRetriever, end_token_ids
 from ..text_expert import fast_dtype
 from .checkpoints import load_weights
 from .lora import check_shared_weights
@@ -207,8 +207,8 @@ class AlignmentTrainer(SFTTrainer):
     [`SFTTrainer`] for rows of `id`, `input_ids` and `labels`, as [`~data.tokenize_rows`] makes them.
 
     The loss of a token is the cross-entropy among those that constrained decoding leaves to choose from: inside a code
-    the ones that go on to a tool, and all of the vocabulary in free text. An answer that is one code and nothing else,
-    as retrieval gives it, is one from its first token on. So nothing is spent on telling codes from text or tools
+    the ones that go on to a tool, and all of the vocabulary in free text. An answer that is codes and nothing else, as
+    retrieval gives it, is a code from its first token on, and behind a code goes on with another one or ends. So nothing is spent on telling codes from text or tools
     from codes that none has, which decoding knows, and rows of the vocabulary that cannot be chosen do not move. In a
     trajectory the first token of a code, which decides that a tool is called, counts for eight.
     (With `constrained_loss=False` it is the cross-entropy over the whole vocabulary everywhere.) Rows of the embeddings
@@ -241,6 +241,11 @@ class AlignmentTrainer(SFTTrainer):
         self.eval_queries = list(eval_queries or ())
         self.compute_retrieval_metrics = compute_retrieval_metrics
         self.trie = self.processing_class.trie.to(self.args.device)
+        ends = end_token_ids(self.model, self.processing_class)
+        self._end_ids = torch.tensor(ends, device=self.args.device)
+        self._answer_ids = torch.tensor([*self.processing_class.code_token_ids, *ends], device=self.args.device)
+        self._answer_place = torch.zeros(len(self.processing_class), dtype=torch.long, device=self.args.device)
+        self._answer_place[self._answer_ids] = torch.arange(len(self._answer_ids), device=self.args.device)
         # No process holds the whole of a sharded model, and bitsandbytes rounds on a CPU what was called to predict.
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if not (sharded or getattr(self.model, "is_quantized", False)):
@@ -335,16 +340,14 @@ class AlignmentTrainer(SFTTrainer):
         """The loss among what decoding leaves, by way of the output embeddings of the tokens with a label alone."""
         labels = inputs["labels"]
         keep = labels[:, 1:] != -100
-        nodes = self._decoding_nodes(labels) if self.args.constrained_loss else torch.full_like(labels, -1)
-        nodes, labels = nodes[:, 1:][keep], labels[:, 1:][keep]
+        nodes, may_end = self._decoding_nodes(labels)
+        nodes, may_end, labels = nodes[:, 1:][keep], may_end[:, 1:][keep], labels[:, 1:][keep]
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         free, bound = nodes < 0, nodes >= 0
         codes_alone = not free.any() and type(head) is torch.nn.Linear and "forward" not in vars(head)
-        first = self.processing_class.level_offsets[0] if codes_alone else 0
-        if codes_alone:  # the rows of the code tokens are all that is looked at
-            rows = slice(first, first + sum(self.processing_class.codebook_sizes))
-            bias = None if head.bias is None else head.bias[rows]
-            head.forward = lambda hidden: linear(hidden, head.weight[rows], bias)
+        if codes_alone:  # the rows of the code tokens and the ends are all that is looked at
+            bias = None if head.bias is None else head.bias[self._answer_ids]
+            head.forward = lambda hidden: linear(hidden, head.weight[self._answer_ids], bias)
         hook = head.register_forward_pre_hook(lambda module, args: (args[0][:, :-1][keep],))
         try:
             others = {name: value for name, value in inputs.items() if name != "labels"}
@@ -355,12 +358,16 @@ class AlignmentTrainer(SFTTrainer):
             hook.remove()
             if codes_alone:
                 del head.forward
-        logits = output.logits[:, : len(self.processing_class)]  # the rest is padding of the matrix
+        logits = output.logits
         tokens, present = self.trie.children(nodes[bound], max(self.trie.max_children))
-        children = logits[bound].gather(1, torch.where(present, tokens - first, 0)).float()
-        children = children.masked_fill(~present, -torch.inf)
+        tokens = torch.cat([tokens, self._end_ids.expand(len(tokens), -1)], dim=1)
+        present = torch.cat([present, may_end[bound, None].expand(-1, len(self._end_ids))], dim=1)
+        columns = self._answer_place[tokens] if codes_alone else tokens
+        choices = logits[bound].gather(1, torch.where(present, columns, 0)).float()
+        choices = choices.masked_fill(~present, -torch.inf)
         place = ((tokens == labels[bound, None]) & present).int().argmax(1)
-        loss = cross_entropy(children, place, reduction="sum")
+        loss = cross_entropy(choices, place, reduction="sum")
+        logits = logits[:, : len(self.processing_class)]  # the rest is padding of the matrix
         told = cross_entropy(logits[free].float(), labels[free], reduction="none")
         begin, size = self.processing_class.level_offsets[0], self.processing_class.codebook_sizes[0]
         begins = self.args.constrained_loss & (labels[free] >= begin) & (labels[free] < begin + size)
@@ -379,20 +386,29 @@ class AlignmentTrainer(SFTTrainer):
             loss = loss + self.router_aux_loss_coef * output.aux_loss / batches
         return loss
 
-    def _decoding_nodes(self, labels: torch.LongTensor) -> torch.LongTensor:
-        """Find where in the trie decoding stands before each label; -1 where any token may follow."""
-        trie, levels, length = self.trie, self.trie.num_levels, labels.shape[1]
+    def _decoding_nodes(self, labels: torch.LongTensor) -> tuple[torch.LongTensor, torch.BoolTensor]:
+        """Find where in the trie decoding stands before each label, -1 where any token may follow; and where, in an
+        answer of codes alone, the answer may end in place of another code."""
+        trie, levels = self.trie, self.trie.num_levels
         nodes = torch.full_like(labels, -1)
+        if not self.args.constrained_loss:
+            return nodes, nodes >= 0
         reached = trie.step(torch.zeros_like(labels), labels)
+        begins = reached >= 0
+        codes = begins
         for _ in range(levels - 1):
             before = pad(reached, (1, 0), value=-1)[:, :-1]
             reached = trie.step(before, labels)
             nodes = torch.where(reached >= 0, before, nodes)
-        # One code and nothing else: a whole code ends there, with no label on either side of it
-        around = pad(labels, (1, levels), value=-100) == -100
-        ends = pad(reached, (0, levels), value=-1)[:, levels - 1 : levels - 1 + length] >= 0
-        nodes[around[:, :length] & ends & around[:, levels + 1 :]] = 0
-        return nodes
+            codes = codes | (reached >= 0)
+        learned = labels != -100
+        ends = torch.isin(labels, self._end_ids)
+        first = learned & ~pad(learned, (1, 0))[:, :-1]
+        turns = first.cumsum(1)
+        text = pad(torch.zeros_like(turns), (0, 1)).scatter_add(1, turns, (learned & ~codes & ~ends).long())
+        may_end = learned & ~first & (begins | ends) & (text.gather(1, turns) == 0)
+        nodes[may_end | (first & begins & (text.gather(1, turns) == 0))] = 0
+        return nodes, may_end
 
     def _count_tokens(self, inputs: dict[str, Any]) -> int:
         """Count the tokens of a batch on all processes. TRL takes every entry of a mask for one."""
