@@ -376,12 +376,30 @@ def test_weights_are_fitted_by_likelihood(guided):
         assert math.isclose(half[name], math.sqrt(PRIORS[name] * fitted[name]), abs_tol=1e-2)
     generated = [replace(query, reliable=False) for query in generated]
     assert fit_guidance(retriever, generated + riddles) == fitted
-    assert fit_guidance(retriever, generated) == CAUTIOUS_WEIGHTS | {"queries": 0}
+    assert fit_guidance(retriever, generated) == CAUTIOUS_WEIGHTS | {"tells_end": False, "queries": 0}
     assert expert.model_weight == CAUTIOUS_WEIGHTS["model_weight"]
     with pytest.raises(ValueError, match="no text expert"):
         fit_guidance(ToolRetriever(model, tokenizer), queries)
     with pytest.raises(ValueError, match="none of the queries"):
         fit_guidance(ToolRetriever(text_expert=expert), queries[-1:])
+
+
+def test_the_log_odds_of_a_further_tool_are_those_of_the_model(guided):
+    model, tokenizer, expert = guided
+    retriever = ToolRetriever(model, tokenizer, expert)
+    answered = expert.tool_ids[:2]
+    codes = [token_id for tool_id in answered for token_id in tokenizer.encode_tool(tool_id)]
+    state, logits = retriever.read_answer("rain and mail", answered)
+    ids = torch.tensor([tokenizer.encode_query("rain and mail") + codes])
+    with torch.no_grad():
+        expected = model(ids).logits[0, -1].softmax(0)
+    begins = sorted({tokenizer.encode_tool(tool_id)[0] for tool_id in tokenizer.tool_ids})
+    odds = expected[begins].sum() / expected[tokenizer.eos_token_id]
+    assert math.isclose(retriever.more_log_odds(logits), odds.log(), abs_tol=1e-3)
+    assert state.length == ids.shape[1]
+    context = model.config.max_position_embeddings
+    longest = retriever.encode_query("rain " * context, answered)
+    assert len(longest) == context - len(SIZES) and longest[-len(codes) :] == codes
 
 
 def test_generate_is_guided_as_the_product_says(guided):

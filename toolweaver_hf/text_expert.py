@@ -107,6 +107,8 @@ class TextExpert:
             [`ToolRetriever`].
         learned (`Iterable[str]`, *optional*):
             Ids of the tools that the aligned model was trained on; it abstains on the others. Defaults to all.
+        tells_end (`bool`, *optional*, defaults to `False`):
+            Whether the aligned model is known to tell when a query needs no further tool, so that an agent asks it.
 
     Raises:
         `ValueError`: if ids and documents are not equally many, there is none, or two ids are equal.
@@ -134,6 +136,7 @@ class TextExpert:
         memory_weight: float = 0.5,
         model_weight: float = 0.5,
         learned: Iterable[str] | None = None,
+        tells_end: bool = False,
     ):
         if not tool_ids or len(tool_ids) != len(documents):
             raise ValueError(f"{len(tool_ids)} tools and {len(documents)} documents: give a document for each tool")
@@ -144,6 +147,7 @@ class TextExpert:
         self.centroid_weight, self.memory_weight = float(centroid_weight), float(memory_weight)
         self.model_weight = float(model_weight)
         self.learned = None if learned is None else frozenset(learned)
+        self.tells_end = tells_end
         self.tool_ids: list[str] = []
         self.documents: list[str] = []
         self.embeddings: torch.Tensor | None = None
@@ -317,7 +321,7 @@ class TextExpert:
         Args:
             earlier ([`TextExpert`]): An expert with the same encoder.
         """
-        for name in (*SCORE_WEIGHTS, "model_weight"):
+        for name in (*SCORE_WEIGHTS, "model_weight", "tells_end"):
             setattr(self, name, getattr(earlier, name))
         if self.learned is not None:
             self.learned = None if earlier.learned is None else self.learned | earlier.learned
@@ -436,6 +440,7 @@ class TextExpert:
             "encoder": encoder,
             **{name: getattr(self, name) for name in (*SCORE_WEIGHTS, "model_weight")},
             "learned": None if self.learned is None else sorted(self.learned),
+            "tells_end": self.tells_end,
             "added_later": sorted(self._added_later),
             "tools": dict(zip(self.tool_ids, self.documents, strict=True)),
         }
@@ -476,7 +481,8 @@ class TextExpert:
                 raise ValueError("the document of every tool must be a text")
             encoder = default_encoder() if document["encoder"] == DEFAULT_ENCODER else document["encoder"]
             weights = {name: document[name] for name in (*SCORE_WEIGHTS, "model_weight")}
-            expert = cls(list(tools), list(tools.values()), encoder, **weights, learned=document["learned"])
+            trust = {"learned": document["learned"], "tells_end": document.get("tells_end", False)}
+            expert = cls(list(tools), list(tools.values()), encoder, **weights, **trust)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is not a valid text expert: {error}") from None
         weights = cached_file(

@@ -468,3 +468,44 @@ def test_the_text_expert_names_the_next_tool_once_one_has_answered(tokenizer):
     expert.bm25_weight *= 2 / (rain - wind)  # a lead of 2
     agent = make_guided_agent(tokenizer, expert, [("", {"place": "Oslo"})] * 2)
     assert called_tools(agent(query)) == ["rain", "wind"]
+
+
+def test_a_model_that_tells_is_asked_for_further_tools(tokenizer):
+    """As in retrieval, once a tool has answered: for one that is missing, or whether any is."""
+    expert = TextExpert(["rain", "wind", "mail"], ["rain", "wind", "mail"], bm25_weight=20, tells_end=True)
+    agent = make_guided_agent(tokenizer, expert, [])
+    optimizer = torch.optim.Adam(agent.model.parameters(), 1e-2)
+
+    def learn(*tools):
+        answer = [token_id for tool_id in tools for token_id in tokenizer.encode_tool(tool_id)]
+        prompt = tokenizer.encode_query("rain?")
+        ids = torch.tensor([[*prompt, *answer, tokenizer.eos_token_id]])
+        labels = ids.masked_fill(torch.arange(ids.shape[1]) < len(prompt), -100)
+        for _ in range(30):
+            agent.model(ids, labels=labels).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def run(*turns, rain=lambda **arguments: 1, **kwargs):
+        script = [token for turn in turns for token in tokenizer.encode(turn, add_special_tokens=False)]
+        agent.logits_processor = LogitsProcessorList([Script(script)])
+        agent.functions["rain"] = rain
+        return agent("rain?", **kwargs)
+
+    def fails(**arguments):
+        raise OSError("no rain today")
+
+    # With the first token of a code the text expert chooses the tool.
+    first, thought, second = 'I look.\n<a_0>{"place": "Oslo"}', "I look at the wind.\n<a_0>", '{"place": "Rome"}'
+    answer = end(tokenizer)
+    learn("rain", "wind")
+    found = run(first, second, answer)
+    assert called_tools(found) == ["rain", "wind"] and found.answer == "It will."
+    assert found.messages[3]["content"] == ""
+    assert called_tools(run(first, answer, allowed_tools=["rain"])) == ["rain"]
+    assert called_tools(run(first, answer, rain=fails)) == ["rain"]
+    expert.tells_end = False
+    assert called_tools(run(first, answer)) == ["rain"]
+    expert.tells_end = True
+    learn("rain")  # nothing else is needed, but perhaps the same in another place
+    assert called_tools(run(first, thought + second, answer)) == ["rain", "rain"]

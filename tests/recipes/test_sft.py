@@ -109,6 +109,32 @@ def test_an_aligned_model_is_guided_and_its_weights_are_fitted(world, tmp_path):
     assert hits > sum(tools[0].tool_id == row["tools"][0] for tools, row in zip(alone, rows, strict=True))
 
 
+def test_a_model_learns_how_many_tools_a_query_needs(world, tmp_path):
+    """And it is found out on the validation queries whether it has."""
+    singles = [{"text": f"Please do thing {i * 7}", "tools": [f"t{i}"]} for i in range(24)]
+    pairs = [
+        {"text": f"Please do {i * 7} and {j * 7}", "tools": [f"t{i}", f"t{j}"]} for i in range(24) for j in (1, 5)
+    ]
+    pairs = [row for row in pairs if len(set(row["tools"])) == 2]
+    rows = [{"id": str(i)} | row for i, row in enumerate(singles + pairs)]
+    for name, part in (("train", 1), ("held_out", 0)):
+        chosen = [row for i, row in enumerate(rows) if (i % 3 > 0) == part]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    files = {"queries": str(tmp_path / "train.jsonl"), "eval_queries": str(tmp_path / "held_out.jsonl")}
+    folder = run(world, tmp_path / "out", max_steps=60, **files)
+    retriever = ToolRetriever.from_pretrained(folder)
+    assert retriever.text_expert.tells_end
+    told = [
+        (retriever.more_log_odds(retriever.read_answer(query.text, query.tools[:1])[1]) > 0) == (len(query.tools) > 1)
+        for query in load_queries(tmp_path / "held_out.jsonl")
+    ]
+    assert sum(told) > 0.8 * len(told)
+    singles_alone = tmp_path / "singles.jsonl"
+    singles_alone.write_text("".join(json.dumps({"id": row["text"]} | row) + "\n" for row in singles))
+    folder = run(world, tmp_path / "untold", queries=files["queries"], eval_queries=str(singles_alone), max_steps=2)
+    assert not TextExpert.from_pretrained(folder).tells_end  # where all need one tool there is nothing to tell
+
+
 CALL = 'I look.\n<a_0><b_0>{"city": "Oslo", "code": "<a_1>"}'
 
 

@@ -18,7 +18,7 @@ from transformers.utils import cached_file, logging
 from ..cache import can_use_cache
 from ..data.catalog import ToolCatalog
 from ..loading import load_aligned_model, split_hub_kwargs
-from ..retrieval import ToolRetriever
+from ..retrieval import ToolRetriever, end_token_ids
 from ..text_expert import TEXT_EXPERT_FILE, TextExpert
 from ..tokenization_toolweaver import ToolWeaverTokenizer
 from ..trie import CodeTrie
@@ -39,6 +39,10 @@ class ToolAgent:
     Arguments that still violate the schema are generated once more, given the error. A failed call results in the
     observation `{"error": ...}`, and the run continues. A call that repeats one of the same run, whose result the model
     has, is not made: the turn is generated once more, as an answer.
+
+    Where the model is known to tell how many tools a query needs (see [`TextExpert`]), it is asked after each result, as
+    in retrieval, whether one is missing. If so, the next turn begins with that tool's code, without a thought; if not,
+    it calls no tool that has not answered yet.
 
     User messages and tool results are tokenized as plain text, so they cannot contain codes or role markers. Generated
     tokens are kept as they are; the conversation is never tokenized again.
@@ -121,9 +125,7 @@ class ToolAgent:
             self.retriever.add(catalog[tool_id] for tool_id in functions.keys() - set(text_expert.tool_ids))
         self._tool_rows = {tool_id: row for row, tool_id in enumerate(functions)}
         self.trie = CodeTrie(torch.tensor([tokenizer.encode_tool(tool_id) for tool_id in functions]))
-        ends = model.generation_config.eos_token_id
-        ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-        self._end_ids = sorted(ends)
+        self._end_ids = end_token_ids(model, tokenizer)
         try:
             self._grammar = ToolArgumentsLogitsProcessor(tokenizer, catalog, self._end_ids)
         except (ImportError, ValueError) as error:
@@ -201,7 +203,7 @@ class ToolAgent:
         turn = Turn(self, run, allowed)
         yield run.messages[-1]
         for _ in range(self.max_steps):
-            yield from turn.generate(stream_tokens)
+            yield from turn.generate(stream_tokens, begun=turn.plan())
             if turn.tool_id is not None and turn.arguments_error and not turn.stop_reason:
                 yield from turn.retry(stream_tokens)
             if turn.tool_id is not None and not turn.stop_reason and turn.repeats():

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from ..cache import DecodingState
 from ..data.trajectories import content_text, render_calls
 from ..logits_process import ToolCodeLogitsProcessor
-from ..retrieval import cut_prompt
+from ..retrieval import CALLED_PENALTY, RetrievedTool, cut_prompt
 from .run import AgentRun, as_json
 from .schema import find_error
 from .text_stream import TextStream
@@ -33,22 +33,24 @@ class Turn:
         tokenizer = agent.tokenizer
         self.ids = self._encode(render_calls(run.messages, tokenizer))
         self.state = DecodingState(agent.model)
-        self.codes = {
-            start: ToolCodeLogitsProcessor(
-                agent.trie,
-                mode="trajectory",
-                code_start=start,
-                code_token_ids=tokenizer.code_token_ids,
-                allowed_rows=[[agent._tool_rows[tool_id] for tool_id in allowed]],
-                vocab_size=len(tokenizer),
-            )
-            for start in ("allowed", "forbidden")
-        }
+        self.codes = {start: self._constraint(start, allowed) for start in ("allowed", "forbidden")}
+        self._again: list[str] = []  # the tools that alone a turn may call, since no other is missing
         first = tokenizer.level_offsets[0]
         self.first_level = range(first, first + tokenizer.codebook_sizes[0])
         self.num_levels = len(tokenizer.codebook_sizes)
         self.new_ids: list[int] = []
         self._refused: int | None = None  # what an answer must not begin with, where a turn has to be one
+
+    def _constraint(self, code_start: str, tool_ids: Sequence[str]) -> ToolCodeLogitsProcessor:
+        agent, tokenizer = self.agent, self.agent.tokenizer
+        return ToolCodeLogitsProcessor(
+            agent.trie,
+            mode="trajectory",
+            code_start=code_start,
+            code_token_ids=tokenizer.code_token_ids,
+            allowed_rows=[[agent._tool_rows[tool_id] for tool_id in tool_ids]],
+            vocab_size=len(tokenizer),
+        )
 
     def _encode(self, messages: list[dict[str, Any]]) -> list[int]:
         """Tokenize a conversation; its oldest messages are dropped if it exceeds the model's context length."""
@@ -90,6 +92,31 @@ class Turn:
         if piece := text.end():
             yield piece
         self._read()
+
+    @torch.inference_mode()
+    def plan(self) -> list[int]:
+        """Decide what the next turn may call, and return the code that it has to begin with, if any.
+
+        Once a tool has answered, a model that is known to tell is asked, as in retrieval, whether the query needs
+        another one. If so, the turn begins with its code. If not, the turn may call none but those that have answered,
+        with other arguments, since a query's tools do not say how often each is needed. Before the first result and
+        after an error the model decides alone.
+        """
+        self._again = []
+        retriever, messages = self.agent.retriever, self.run.messages
+        if retriever is None or retriever.trie is None or not retriever.text_expert.tells_end:
+            return []
+        called = list(dict.fromkeys(tool_id for tool_id, _ in self._answered_calls()))
+        others = [tool_id for tool_id in self.allowed if tool_id not in called]
+        if messages[-1]["role"] != "tool" or _is_error(messages[-1]["content"]) or not called or not others:
+            return []
+        query = self._asked()
+        state, logits = retriever.read_answer(query, called)
+        if retriever.more_log_odds(logits) > 0:
+            return self._draw(retriever.choose(state, logits, query, others))
+        self._again = called
+        self.codes["again"] = self._constraint("allowed", called)
+        return []
 
     def retry(self, stream_tokens: bool) -> Iterator[str]:
         """Generate the arguments of the same tool once more, given the error, which the conversation does not keep."""
@@ -135,7 +162,10 @@ class Turn:
         scores = self.agent.logits_processor(input_ids, logits.to(torch.float32, copy=True))
         new_ids = input_ids[:, len(self.ids) :]
         has_code = self._code_start() + self.num_levels <= len(self.new_ids)
-        scores = self.codes["forbidden" if has_code or self._refused is not None else "allowed"](new_ids, scores)
+        may_call = "again" if self._again else "allowed"
+        scores = self.codes["forbidden" if has_code or self._refused is not None else may_call](new_ids, scores)
+        if self._again:
+            scores[:, self.first_level.start : self.first_level.stop] -= CALLED_PENALTY
         if self._refused is not None and not self.new_ids:
             scores[:, self._refused] = -torch.inf
         if has_code and self.agent.copy_bonus:
@@ -148,7 +178,12 @@ class Turn:
         if token not in self.first_level or self.agent.retriever is None:
             return [token]
         called = {tool_id for tool_id, _ in self._answered_calls()}
-        found = self.agent.retriever.choose(self.state, logits, self._expert_query(), self.allowed, called)
+        return self._draw(
+            self.agent.retriever.choose(self.state, logits, self._expert_query(), self._again or self.allowed, called)
+        )
+
+    def _draw(self, found: Sequence[RetrievedTool]) -> list[int]:
+        """Return the code of the best of some tools, or of one that is sampled."""
         weights = torch.tensor([tool.score for tool in found]).exp()
         best = int(weights.multinomial(1)) if self.agent.do_sample else 0
         return self.agent.tokenizer.encode_tool(found[best].tool_id)
@@ -163,10 +198,14 @@ class Turn:
             return self.first_level.start + int(scores[begin].argmax())
         return int(scores.argmax())
 
+    def _asked(self) -> str:
+        """Return the user's last message."""
+        return next((content_text(m["content"]) for m in reversed(self.run.messages) if m["role"] == "user"), "")
+
     def _expert_query(self) -> str:
         """Return the text expert's query: the user's last message, and once a tool has answered it also the thought
         before the code, which says what is still to be done."""
-        said = next((content_text(m["content"]) for m in reversed(self.run.messages) if m["role"] == "user"), "")
+        said = self._asked()
         if self.run.messages[-1]["role"] == "user":
             return said
         thought = self.agent.tokenizer.decode(self.new_ids, skip_special_tokens=True).strip()

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 
 import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers.utils import logging
 
 from ..data.queries import Query
@@ -54,6 +55,9 @@ def fit_guidance(
     that the model was trained on, so that a fit trusts it too much. On those of an unreliable one nothing is fitted, but
     cautious weights are set, with a warning.
 
+    It also finds out whether the model tells how many tools a query needs (`tells_end`): whether it predicts the end of
+    the ground-truth tools better than their mean number does, by more than chance.
+
     Args:
         retriever ([`ToolRetriever`]): The retriever; the weights of its text expert are set.
         queries (`Sequence[Query]`): Held-out queries. Ground-truth tools that the retriever lacks are left out.
@@ -62,8 +66,8 @@ def fit_guidance(
         show_progress_bar (`bool`, *optional*, defaults to `False`): Whether to show a progress bar.
 
     Returns:
-        `dict[str, float]`: the weights, the number of `queries`, and `search_loss` and `loss` in nats, of search alone
-        and of the fit; these are missing where nothing was fitted.
+        `dict[str, float]`: the weights, `tells_end`, the number of `queries`, and `search_loss` and `loss` in nats, of
+        search alone and of the fit; these are missing where nothing was fitted.
 
     Raises:
         `ValueError`: for a retriever without a text expert, or if no query has a tool that the retriever knows.
@@ -84,7 +88,8 @@ def fit_guidance(
         )
         for name, value in CAUTIOUS_WEIGHTS.items():
             setattr(expert, name, value)
-        return {**CAUTIOUS_WEIGHTS, "queries": 0}
+        expert.tells_end = False
+        return {**CAUTIOUS_WEIGHTS, "tells_end": False, "queries": 0}
     queries = random.Random(seed).sample(asked, min(max_queries, len(asked)))
     texts, query_of_text = split_sentences([query.text for query in queries])
     features = dict(zip(SCORE_WEIGHTS, expert.scores(texts), strict=True))
@@ -101,16 +106,40 @@ def fit_guidance(
     losses = search_losses
     for name in [name for name in features if name not in SEARCH_WEIGHTS]:
         more_weights, fewer_losses = _fit(features, [*names, name], relevant, query_of_text)
-        gains = losses - fewer_losses
-        if gains.mean() > SIGNIFICANT * gains.std() / len(gains) ** 0.5:
+        if _is_gain(losses - fewer_losses):
             names, weights, losses = [*names, name], more_weights, fewer_losses
     if not people:
         weights = {name: (PRIORS[name] * weight) ** 0.5 for name, weight in weights.items()}
     fitted = {name: round(weights.get(name, 0.0), 4) for name in features}
+    fitted["tells_end"] = _tells_end(retriever, queries)
     for name, value in fitted.items():
         setattr(expert, name, value)
     means = {"search_loss": search_losses.mean(), "loss": losses.mean()}
     return {**fitted, "queries": len(queries), **{name: round(float(mean), 4) for name, mean in means.items()}}
+
+
+def _is_gain(gains: torch.Tensor) -> bool:
+    """Whether the mean of some gains is above 0 by more than chance."""
+    return bool(gains.mean() > SIGNIFICANT * gains.std() / len(gains) ** 0.5)
+
+
+def _tells_end(retriever: ToolRetriever, queries: Sequence[Query]) -> bool:
+    """Whether the model predicts, behind each of a query's tools, if another one follows."""
+    tokenizer, log_odds, follows = retriever.tokenizer, [], []
+    if tokenizer is None or retriever.trie is None:
+        return False
+    for query in queries:
+        if all(tokenizer.has_tool(tool_id) for tool_id in query.tools):
+            for count in range(1, len(query.tools) + 1):
+                _, logits = retriever.read_answer(query.text, query.tools[:count])
+                log_odds.append(retriever.more_log_odds(logits))
+                follows.append(float(count < len(query.tools)))
+    if len(set(follows)) < 2:
+        return False
+    told, target = torch.tensor(log_odds), torch.tensor(follows)
+    guess = target.mean().logit().expand(len(target))
+    losses = [binary_cross_entropy_with_logits(odds, target, reduction="none") for odds in (guess, told)]
+    return _is_gain(losses[0] - losses[1])
 
 
 def _fit(
