@@ -164,7 +164,7 @@ class Turn:
         has_code = self._code_start() + self.num_levels <= len(self.new_ids)
         may_call = "again" if self._again else "allowed"
         scores = self.codes["forbidden" if has_code or self._refused is not None else may_call](new_ids, scores)
-        if self._again:
+        if self._again:  # few queries need the same tool again
             scores[:, self.first_level.start : self.first_level.stop] -= CALLED_PENALTY
         if self._refused is not None and not self.new_ids:
             scores[:, self._refused] = -torch.inf
