@@ -94,7 +94,7 @@ class Recipe:
 PRETRAINED = Recipe(
     stages={"retrieval": 1.0, "trajectory": 1.0},
     training={
-        "learning_rate": 5e-4,
+        "learning_rate": 3.5e-4,
         "embedding_learning_rate": 1.2e-3,
         "num_train_epochs": 1,
         "per_device_train_batch_size": 8,
