@@ -237,15 +237,18 @@ def show_gains(queries: Sequence[Query], rankings: dict[str, list[list[Retrieved
 
 
 def show_agent(agent: ToolAgent, path: Path, catalog: ToolCatalog) -> None:
-    """Let the agent do the first test tasks, count the right runs, and print the first of these."""
+    """Let the agent do the first test tasks, count the right runs and answers, and print the first of these."""
     from toolweaver_hf.data.trajectories import code_text
+    from toolweaver_hf.evaluation.judges import AnswerChecker
     from toolweaver_hf.evaluation.tasks import evaluate_runs, load_tasks
 
     tasks = load_tasks(path)[:NUM_AGENT_RUNS]
     runs = {task.id: agent(task.messages) for task in tasks}
     right = [task for task in tasks if evaluate_runs([task], runs, catalog)["argument_exact_match"] == 1]
-    print(f"{len(right)} of the first {len(tasks)} test tasks are done with exactly the right calls. ", end="")
-    task = (right or tasks)[0]
+    answered = [task for task in right if AnswerChecker().solves(task, runs[task.id]).value == "solved"]
+    print(f"{len(right)} of the first {len(tasks)} test tasks are done with exactly the right calls,")
+    print(f"and {len(answered)} of them answered in full. ", end="")
+    task = (answered or right or tasks)[0]
     print("The first of these:" if right else "The first task:")
     for message in runs[task.id].messages:
         print(f"\n  {message['role']}: {message['content']}")
