@@ -389,7 +389,7 @@ def test_the_log_odds_of_a_further_tool_are_those_of_the_model(guided):
     retriever = ToolRetriever(model, tokenizer, expert)
     answered = expert.tool_ids[:2]
     codes = [token_id for tool_id in answered for token_id in tokenizer.encode_tool(tool_id)]
-    state, logits = retriever.read_answer("rain and mail", answered)
+    state, logits = retriever.read_answers(["rain and mail"], [answered])
     ids = torch.tensor([tokenizer.encode_query("rain and mail") + codes])
     with torch.no_grad():
         expected = model(ids).logits[0, -1].softmax(0)
@@ -397,6 +397,8 @@ def test_the_log_odds_of_a_further_tool_are_those_of_the_model(guided):
     odds = expected[begins].sum() / expected[tokenizer.eos_token_id]
     assert math.isclose(retriever.more_log_odds(logits), odds.log(), abs_tol=1e-3)
     assert state.length == ids.shape[1]
+    _, batched = retriever.read_answers(["rain", "rain and mail"], [answered[:1], answered])  # with padding
+    assert math.isclose(retriever.more_log_odds(batched)[1], odds.log(), abs_tol=1e-3)
     context = model.config.max_position_embeddings
     longest = retriever.encode_query("rain " * context, answered)
     assert len(longest) == context - len(SIZES) and longest[-len(codes) :] == codes

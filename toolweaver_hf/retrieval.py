@@ -333,11 +333,7 @@ class ToolRetriever:
             if searches:
                 found = self._search(logits, mask, top_k)
             else:
-                longest = max(len(prompts[i]) for i in batch)
-                pad = self.tokenizer.pad_token_id or 0
-                input_ids = torch.tensor([[pad] * (longest - len(prompts[i])) + prompts[i] for i in batch])
-                attended = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
-                found = self._beam_search(input_ids, attended, logits, mask, num_beams, top_k)
+                found = self._beam_search(*self._pad([prompts[i] for i in batch]), logits, mask, num_beams, top_k)
             for i, tools in zip(batch, self.name_tools(*found), strict=True):
                 results[i] = tools
         return results
@@ -398,34 +394,44 @@ class ToolRetriever:
         return cut_prompt(self.tokenizer.encode_query(query), self.tokenizer.encode_query(""), room) + codes
 
     @torch.inference_mode()
-    def read_answer(self, query: str, answered: Sequence[str]) -> tuple[DecodingState, torch.Tensor]:
-        """Read a query and the beginning of its answer, for [`ToolRetriever.more_log_odds`] and
+    def read_answers(
+        self, queries: Sequence[str], answered: Sequence[Sequence[str]]
+    ) -> tuple[DecodingState, torch.Tensor]:
+        """Read queries with the beginnings of their answers, for [`ToolRetriever.more_log_odds`] and, where it is one,
         [`ToolRetriever.choose`].
 
         Args:
-            query (`str`): The query.
-            answered (`Sequence[str]`): Ids of the tools that the answer begins with.
+            queries (`Sequence[str]`): The queries.
+            answered (`Sequence[Sequence[str]]`): For each query the ids of the tools that its answer begins with.
 
         Returns:
-            `tuple[DecodingState, torch.Tensor]`: what the model has read, and the logits of the next token, of shape
-            `(1, vocab_size)`.
+            `tuple[DecodingState, torch.Tensor]`: what the model has read, and the logits of the next tokens, of shape
+            `(batch, vocab_size)`.
         """
         from .cache import DecodingState
 
+        prompts = [self.encode_query(*pair) for pair in zip(queries, answered, strict=True)]
+        input_ids, mask = self._pad(prompts)
         state = DecodingState(self.model)
-        return state, state.read(torch.tensor([self.encode_query(query, answered)], device=self.model.device))
+        return state, state.read(input_ids.to(self.model.device), mask.to(self.model.device))
 
-    def more_log_odds(self, logits: torch.Tensor) -> float:
-        """Return the log-odds that an answer goes on with a further tool rather than end.
+    def _pad(self, prompts: Sequence[list[int]]) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """Pad prompts on the left; return the tokens and the mask of what is no padding."""
+        longest, pad = max(map(len, prompts)), self.tokenizer.pad_token_id or 0
+        input_ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
+        return input_ids, torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+
+    def more_log_odds(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the log-odds that answers go on with a further tool rather than end, of shape `(batch,)`.
 
         Models learn it with the tools of queries. Whether they know it is told by [`TextExpert.tells_end`].
 
         Args:
-            logits (`torch.Tensor` of shape `(1, vocab_size)`): What [`ToolRetriever.read_answer`] returns.
+            logits (`torch.Tensor` of shape `(batch, vocab_size)`): What [`ToolRetriever.read_answers`] returns.
         """
         ends = end_token_ids(self.model, self.tokenizer)
         begins, _ = self.trie.children(self.trie.roots[:1], self.trie.max_children[0])
-        return float(logits[0, begins[0]].float().logsumexp(0) - logits[0, ends].float().logsumexp(0))
+        return logits[:, begins[0]].float().logsumexp(1) - logits[:, ends].float().logsumexp(1)
 
     def rank(
         self,

@@ -125,7 +125,8 @@ def test_a_model_learns_how_many_tools_a_query_needs(world, tmp_path):
     retriever = ToolRetriever.from_pretrained(folder)
     assert retriever.text_expert.tells_end
     told = [
-        (retriever.more_log_odds(retriever.read_answer(query.text, query.tools[:1])[1]) > 0) == (len(query.tools) > 1)
+        bool(retriever.more_log_odds(retriever.read_answers([query.text], [query.tools[:1]])[1]) > 0)
+        == (len(query.tools) > 1)
         for query in load_queries(tmp_path / "held_out.jsonl")
     ]
     assert sum(told) > 0.8 * len(told)

@@ -111,7 +111,7 @@ class Turn:
         if messages[-1]["role"] != "tool" or _is_error(messages[-1]["content"]) or not called or not others:
             return []
         query = self._asked()
-        state, logits = retriever.read_answer(query, called)
+        state, logits = retriever.read_answers([query], [called])
         if retriever.more_log_odds(logits) > 0:
             return self._draw(retriever.choose(state, logits, query, others))
         self._again = called
