@@ -429,7 +429,7 @@ class ToolRetriever:
         Args:
             logits (`torch.Tensor` of shape `(batch, vocab_size)`): What [`ToolRetriever.read_answers`] returns.
         """
-        ends = end_token_ids(self.model, self.tokenizer)
+        ends = self.tokenizer.end_token_ids(self.model.generation_config.eos_token_id)
         begins, _ = self.trie.children(self.trie.roots[:1], self.trie.max_children[0])
         return logits[:, begins[0]].float().logsumexp(1) - logits[:, ends].float().logsumexp(1)
 
@@ -806,12 +806,6 @@ class ToolRetriever:
         logits = self.model(input_ids=ids).logits[:, -1]
         hidden = self.model.base_model(input_ids=ids)[0][:, -1]
         return hidden.shape[1] == head.in_features and torch.allclose(head(hidden), logits, rtol=1e-3, atol=1e-3)
-
-
-def end_token_ids(model: PreTrainedModel, tokenizer: ToolWeaverTokenizer) -> list[int]:
-    """Return the tokens at which a turn of the model ends, in ascending order."""
-    ends = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
 
 
 def cut_prompt(input_ids: list[int], frame: list[int], max_length: int | None) -> list[int]:

@@ -394,6 +394,16 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
             rows.append({"input_ids": [token_id for token_id, _ in tokens], "assistant_mask": mask})
         return rows
 
+    def end_token_ids(self, eos_token_id: int | Sequence[int] | None = None) -> list[int]:
+        """Return the tokens at which a turn ends, in ascending order: the tokenizer's own and others.
+
+        Args:
+            eos_token_id (`int` or `Sequence[int]`, *optional*):
+                As for [`~ToolWeaverTokenizer.encode_for_training`].
+        """
+        ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+        return sorted({*ends, self.eos_token_id} - {None})
+
     def split_thought(self, text: str) -> tuple[str, str]:
         """Split what the model wrote in a turn into its thought and the rest, each without control tokens.
 
@@ -411,8 +421,7 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
         if isinstance(template, dict):
             name = "tool_use" if task != "chat" and "tool_use" in template else "default"
             template = template.get(name) or next(iter(template.values()))
-        ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
-        ends = tuple(sorted({*ends, self.eos_token_id} - {None}))
+        ends = tuple(self.end_token_ids(eos_token_id))
         key = (template, ends, task == "retrieval")
         if key not in self._writers:
             self._writers[key] = ConversationWriter(

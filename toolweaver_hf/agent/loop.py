@@ -18,7 +18,7 @@ from transformers.utils import cached_file, logging
 from ..cache import can_use_cache
 from ..data.catalog import ToolCatalog
 from ..loading import load_aligned_model, split_hub_kwargs
-from ..retrieval import ToolRetriever, end_token_ids
+from ..retrieval import ToolRetriever
 from ..text_expert import TEXT_EXPERT_FILE, TextExpert
 from ..tokenization_toolweaver import ToolWeaverTokenizer
 from ..trie import CodeTrie
@@ -125,7 +125,7 @@ class ToolAgent:
             self.retriever.add(catalog[tool_id] for tool_id in functions.keys() - set(text_expert.tool_ids))
         self._tool_rows = {tool_id: row for row, tool_id in enumerate(functions)}
         self.trie = CodeTrie(torch.tensor([tokenizer.encode_tool(tool_id) for tool_id in functions]))
-        self._end_ids = end_token_ids(model, tokenizer)
+        self._end_ids = tokenizer.end_token_ids(model.generation_config.eos_token_id)
         try:
             self._grammar = ToolArgumentsLogitsProcessor(tokenizer, catalog, self._end_ids)
         except (ImportError, ValueError) as error:

@@ -93,7 +93,6 @@ class Turn:
             yield piece
         self._read()
 
-    @torch.inference_mode()
     def plan(self) -> list[int]:
         """Decide what the next turn may call, and return the code that it has to begin with, if any.
 
@@ -106,9 +105,11 @@ class Turn:
         retriever, messages = self.agent.retriever, self.run.messages
         if retriever is None or retriever.trie is None or not retriever.text_expert.tells_end:
             return []
+        if messages[-1]["role"] != "tool" or _is_error(messages[-1]["content"]):
+            return []
         called = list(dict.fromkeys(tool_id for tool_id, _ in self._answered_calls()))
         others = [tool_id for tool_id in self.allowed if tool_id not in called]
-        if messages[-1]["role"] != "tool" or _is_error(messages[-1]["content"]) or not called or not others:
+        if not called or not others:
             return []
         query = self._asked()
         state, logits = retriever.read_answers([query], [called])

@@ -52,21 +52,26 @@ def retrieval_rows(
         answers: list[Sequence[str]] = [[tool_id] for tool_id in tools]
         answers[whole] = [*tools[whole:], *tools[:whole]]
         try:
-            answered = [_code_row(query.id, query.text, answer, tokenizer, query.place) for answer in answers]
+            rows += [
+                _code_row(query.id, query.text, answer, tokenizer, query.place, i == whole)
+                for i, answer in enumerate(answers)
+            ]
         except ValueError as error:
             _refuse(query.place or query.id, error, bad_rows)
-            continue
-        answered[whole]["whole"] = True
-        rows += answered
     return rows
 
 
 def _code_row(
-    row_id: str, text: str, tool_ids: Sequence[str], tokenizer: ToolWeaverTokenizer, place: str | None = None
+    row_id: str,
+    text: str,
+    tool_ids: Sequence[str],
+    tokenizer: ToolWeaverTokenizer,
+    place: str | None = None,
+    whole: bool = False,
 ) -> dict[str, Any]:
     answer = "".join(code_text(tool_id, tokenizer) for tool_id in tool_ids)
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-    return {"id": row_id, "messages": messages, "task": "retrieval", "whole": False, "place": place or row_id}
+    return {"id": row_id, "messages": messages, "task": "retrieval", "whole": whole, "place": place or row_id}
 
 
 def trajectory_rows(

@@ -26,7 +26,7 @@ from ..adapter import BASE_MODEL_FILE, BASE_MODEL_VERSION, keep_embedding
 from ..cache import can_share_prompts, can_use_cache
 from ..data.queries import Query
 from ..files import write_json
-from ..retrieval import ToolRetriever, end_token_ids
+from ..retrieval import ToolRetriever
 from ..text_expert import fast_dtype
 from .checkpoints import load_weights
 from .lora import check_shared_weights
@@ -208,9 +208,10 @@ class AlignmentTrainer(SFTTrainer):
 
     The loss of a token is the cross-entropy among those that constrained decoding leaves to choose from: inside a code
     the ones that go on to a tool, and all of the vocabulary in free text. An answer that is codes and nothing else, as
-    retrieval gives it, is a code from its first token on, and behind a code goes on with another one or ends. So nothing is spent on telling codes from text or tools
-    from codes that none has, which decoding knows, and rows of the vocabulary that cannot be chosen do not move. In a
-    trajectory the first token of a code, which decides that a tool is called, counts for eight.
+    retrieval gives it, is a code from its first token on, and behind a code goes on with another one or ends. So nothing
+    is spent on telling codes from text or tools from codes that none has, which decoding knows, and rows of the
+    vocabulary that cannot be chosen do not move. In a trajectory the first token of a code, which decides that a tool
+    is called, counts for eight.
     (With `constrained_loss=False` it is the cross-entropy over the whole vocabulary everywhere.) Rows of the embeddings
     beyond the tokenizer's tokens are in no loss. A mixture of experts adds its auxiliary loss.
 
@@ -241,7 +242,7 @@ class AlignmentTrainer(SFTTrainer):
         self.eval_queries = list(eval_queries or ())
         self.compute_retrieval_metrics = compute_retrieval_metrics
         self.trie = self.processing_class.trie.to(self.args.device)
-        ends = end_token_ids(self.model, self.processing_class)
+        ends = self.processing_class.end_token_ids(self.model.generation_config.eos_token_id)
         self._end_ids = torch.tensor(ends, device=self.args.device)
         self._answer_ids = torch.tensor([*self.processing_class.code_token_ids, *ends], device=self.args.device)
         self._answer_place = torch.zeros(len(self.processing_class), dtype=torch.long, device=self.args.device)
@@ -406,9 +407,9 @@ class AlignmentTrainer(SFTTrainer):
         first = learned & ~pad(learned, (1, 0))[:, :-1]
         turns = first.cumsum(1)
         text = pad(torch.zeros_like(turns), (0, 1)).scatter_add(1, turns, (learned & ~codes & ~ends).long())
-        may_end = learned & ~first & (begins | ends) & (text.gather(1, turns) == 0)
-        nodes[may_end | (first & begins & (text.gather(1, turns) == 0))] = 0
-        return nodes, may_end
+        between = learned & (text.gather(1, turns) == 0) & (begins | ends & ~first)
+        nodes[between] = 0
+        return nodes, between & ~first
 
     def _count_tokens(self, inputs: dict[str, Any]) -> int:
         """Count the tokens of a batch on all processes. TRL takes every entry of a mask for one."""
