@@ -59,13 +59,13 @@ def test_words_can_be_copied_and_nothing_else(family):
     ids = copier._tokenizer.encode("City Hall", add_special_tokens=False).ids
     for i, token_id in enumerate(ids):
         begun = tokenizer.decode(ids[:i]) if i else ""
-        assert token_id in copier(f'{{"place": "{begun}', [SAID])
-    assert copier('{"place": "City Hall', [SAID]) and copier('{"place": "park-and-ride', [SAID])
-    ends = {token for token in copier('{"place": "City', [SAID]) if '"' in tokenizer.decode([token])}
-    assert ends and not ends.intersection(copier('{"place": "Cit', [SAID]))
-    assert copier('{"place": "Cities', [SAID]) == [] == copier('{"place": "all', [SAID])  # not the start of a word
-    assert copier('{"place', [SAID]) == [] == copier('{"place": "', [])
-    assert not {*copier('{"place": "', [SAID])} & {*tokenizer.code_token_ids, *tokenizer.all_special_ids}
+        assert token_id in copier.in_arguments(f'{{"place": "{begun}', [SAID])
+    assert copier.in_arguments('{"place": "City Hall', [SAID]) and copier.in_arguments('{"place": "park-and-ride', [SAID])
+    ends = {token for token in copier.in_arguments('{"place": "City', [SAID]) if '"' in tokenizer.decode([token])}
+    assert ends and not ends.intersection(copier.in_arguments('{"place": "Cit', [SAID]))
+    assert copier.in_arguments('{"place": "Cities', [SAID]) == [] == copier.in_arguments('{"place": "all', [SAID])  # not the start of a word
+    assert copier.in_arguments('{"place', [SAID]) == [] == copier.in_arguments('{"place": "', [])
+    assert not {*copier.in_arguments('{"place": "', [SAID])} & {*tokenizer.code_token_ids, *tokenizer.all_special_ids}
 
 
 class Wish(LogitsProcessor):

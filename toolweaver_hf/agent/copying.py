@@ -1,10 +1,10 @@
-"""Arguments in the words of the conversation: small models change names that they should copy."""
+"""Arguments and answers in the words of the conversation: small models change names that they should copy."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tokenizers import Tokenizer
 
@@ -17,13 +17,12 @@ MAX_TOKEN_LENGTH = 32  # characters that decide a text's first token
 STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 CLOSED = re.compile(r"\{[^{}\[\]]*\}|\[[^{}\[\]]*\]")
 WORD_START = re.compile(r"(?<!\w)\w")
+INSIDE_WORD = re.compile(r"(?:\w|\d[.,:])$")
+OPENING = "(\"'#$€£"  # what a word follows without a space
 
 
 class WordCopier:
-    """Finds the tokens that go on with a string value as a conversation does.
-
-    A value is copied from the start of a word on, and may end at the end of one. Where it has left what the
-    conversation says, as a translation or a date in another format does, there is nothing to go on with.
+    """Finds the tokens that go on as a conversation does.
 
     Args:
         tokenizer ([`ToolWeaverTokenizer`]): The tokenizer.
@@ -34,8 +33,11 @@ class WordCopier:
         tokens = enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
         self._quotes = [token_id for token_id, token in tokens if token.startswith('"')]
 
-    def __call__(self, arguments: str, texts: Iterable[str]) -> list[int]:
-        """Return the tokens that go on as the conversation does.
+    def in_arguments(self, arguments: str, texts: Iterable[str]) -> list[int]:
+        """Return the tokens that go on with a string value as the conversation does.
+
+        A value is copied from the start of a word on, and may end at the end of one. Where it has left what the
+        conversation says, as a translation or a date in another format does, there is nothing to go on with.
 
         Args:
             arguments (`str`): The arguments of a call as far as they are generated, a prefix of a JSON object.
@@ -48,13 +50,28 @@ class WordCopier:
         if value is None:
             return []
         following = _continuations("\n".join(texts)[-MAX_CHARACTERS:], value)
-        first = {
-            token_id
-            for encoding in self._tokenizer.encode_batch([*following - {""}], add_special_tokens=False)
-            for token_id in encoding.ids[:1]
-        }
         may_end = value and any(not re.match(r"\w", text) for text in following)
-        return sorted(first.union(self._quotes if may_end else ()))
+        return sorted(self._first_tokens(following).union(self._quotes if may_end else ()))
+
+    def in_answer(self, answer: str, facts: Sequence[str]) -> tuple[list[int], list[int]]:
+        """Return the tokens that go on with a fact, and those that begin one.
+
+        Args:
+            answer (`str`): An answer as far as it is generated.
+            facts (`Sequence[str]`): The facts that it has yet to tell.
+
+        Returns:
+            `tuple[list[int], list[int]]`: Tokens, without repetition. Of the two lists, one is empty: a fact is gone on
+            with where the answer ends in the beginning of one.
+        """
+        begun = {fact[length:] for fact in facts if (length := _length_begun(answer, fact))}
+        space = "" if not answer or answer[-1].isspace() or answer[-1] in OPENING else " "
+        begins = () if begun else [space + fact for fact in facts]
+        return sorted(self._first_tokens(begun)), sorted(self._first_tokens(begins))
+
+    def _first_tokens(self, texts: Iterable[str]) -> set[int]:
+        encodings = self._tokenizer.encode_batch([text[:MAX_TOKEN_LENGTH] for text in texts if text], add_special_tokens=False)
+        return {token_id for encoding in encodings for token_id in encoding.ids[:1]}
 
 
 def open_value(arguments: str) -> str | None:
@@ -82,3 +99,12 @@ def _continuations(text: str, value: str) -> set[str]:
     else:
         ends = [found.start() for found in WORD_START.finditer(text)]
     return {text[end : end + MAX_TOKEN_LENGTH] for end in ends}
+
+
+def _length_begun(text: str, fact: str) -> int:
+    """Return how many characters of a fact a text ends in, from the start of a word or number on, but not all of it."""
+    text = text[-len(fact) - 1 :].lower()
+    for length in range(min(len(fact) - 1, len(text)), 0, -1):
+        if text.endswith(fact[:length].lower()) and not INSIDE_WORD.search(text[: len(text) - length]):
+            return length
+    return 0

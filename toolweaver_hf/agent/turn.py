@@ -13,6 +13,7 @@ from ..cache import DecodingState
 from ..data.trajectories import content_text, render_calls
 from ..logits_process import ToolCodeLogitsProcessor
 from ..retrieval import CALLED_PENALTY, RetrievedTool, cut_prompt
+from .facts import facts_of, tells, tells_more
 from .run import AgentRun, as_json
 from .schema import find_error
 from .text_stream import TextStream
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 
 
 logger = logging.get_logger(__name__)
+
+MAX_FACTS, MAX_FACT_WORDS = 20, 12
+"""An answer to a result with more facts selects from them, and sums up longer ones."""
+BEGIN_SHARE, END_SHARE = 2 / 3, 5 / 3
+"""Fractions of the copy bonus: for beginning a fact in an answer, and against ending it before all are told."""
 
 
 class Turn:
@@ -73,6 +79,7 @@ class Turn:
         agent, tokenizer = self.agent, self.agent.tokenizer
         self.new_ids, self.stop_reason = list(begun), None
         self._chosen: list[int] = []  # the rest of a code that was chosen as a whole
+        self._facts = self._facts_to_tell()
         text = TextStream(tokenizer)
         while True:
             if self.run._cancelled.done():
@@ -133,8 +140,7 @@ class Turn:
 
     def _answered_calls(self) -> list[tuple[str, dict[str, Any]]]:
         """Return tool and arguments of the calls since the user's last message that have a result that is no error."""
-        messages = self.run.messages
-        asked = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=0)
+        messages, asked = self.run.messages, self._asked_at()
         return [
             (call["function"]["name"], call["function"]["arguments"])
             for message, result in zip(messages[asked:], messages[asked + 1 :], strict=False)
@@ -169,10 +175,8 @@ class Turn:
             scores[:, self.first_level.start : self.first_level.stop] -= CALLED_PENALTY
         if self._refused is not None and not self.new_ids:
             scores[:, self._refused] = -torch.inf
-        if has_code and self.agent.copy_bonus:
-            messages = [message for message in self.run.messages if message["role"] in ("user", "tool")]
-            said = [content_text(message["content"]) for message in messages]
-            scores[:, self.agent._copier(self._arguments_text(), said)] += self.agent.copy_bonus
+        if self.agent.copy_bonus:
+            self._favor_copies(scores, has_code)
         if self.agent._grammar is not None:
             scores = self.agent._grammar(new_ids, scores)
         token = self._next_token(scores[0])
@@ -182,6 +186,38 @@ class Turn:
         return self._draw(
             self.agent.retriever.choose(self.state, logits, self._expert_query(), self._again or self.allowed, called)
         )
+
+    def _favor_copies(self, scores: torch.Tensor, in_call: bool) -> None:
+        """Raise the scores of what goes on as the conversation does: with its words in arguments; with the facts of
+        results in an answer, which also ends less readily before it has told them."""
+        bonus, copier = self.agent.copy_bonus, self.agent._copier
+        if in_call:
+            messages = [message for message in self.run.messages if message["role"] in ("user", "tool")]
+            said = [content_text(message["content"]) for message in messages]
+            scores[:, copier.in_arguments(self._arguments_text(), said)] += bonus
+            return
+        written = self.agent.tokenizer.decode(self.new_ids)
+        thought, answer = self.agent.tokenizer.split_thought(written)
+        if not self._facts or (thought and not answer):
+            return
+        missing = [fact for fact in self._facts if not tells(answer, fact)]
+        going_on, beginning = copier.in_answer(answer + written[len(written.rstrip()) :], missing)
+        scores[:, going_on] += bonus
+        scores[:, beginning] += BEGIN_SHARE * bonus
+        if missing and tells_more(answer, self._facts):  # otherwise it does not get there by going on
+            scores[:, self.agent._end_ids] -= END_SHARE * bonus
+
+    def _facts_to_tell(self) -> list[str]:
+        """Return the facts that the turn has to tell if it is known to be an answer, and they are few and short."""
+        if not self._again and self._refused is None:
+            return []
+        results = [
+            content_text(message["content"])
+            for message in self.run.messages[self._asked_at() :]
+            if message["role"] == "tool" and not _is_error(message["content"])
+        ]
+        facts = [fact for fact in facts_of(results) if len(fact.split()) <= MAX_FACT_WORDS]
+        return facts if len(facts) <= MAX_FACTS else []
 
     def _draw(self, found: Sequence[RetrievedTool]) -> list[int]:
         """Return the code of the best of some tools, or of one that is sampled."""
@@ -198,6 +234,10 @@ class Turn:
         if scores[begin].logsumexp(0) >= scores.max():
             return self.first_level.start + int(scores[begin].argmax())
         return int(scores.argmax())
+
+    def _asked_at(self) -> int:
+        """Return the position of the user's last message."""
+        return max((i for i, message in enumerate(self.run.messages) if message["role"] == "user"), default=0)
 
     def _asked(self) -> str:
         """Return the user's last message."""

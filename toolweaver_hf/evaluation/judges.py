@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..agent.facts import facts_of, tells
 from ..agent.run import AgentRun
 from ..files import read_rows, truncate_partial_line
 from .chat_endpoint import ChatEndpoint
@@ -85,11 +85,11 @@ class AnswerChecker:
             return Judgment("solved" if same_calls else "unsolved", "by the calls alone")
         if not run.answer:
             return Judgment("unsolved", "no final answer")
-        facts = [fact for fact in _facts(task.observations) if _tells(task.answer, fact)]
+        facts = [fact for fact in facts_of(task.observations) if tells(task.answer, fact)]
         if not facts:
             return Judgment("unsure" if same_calls else "unsolved", "nothing in the answer can be checked")
-        answered = set(_facts(observations_of(run)))
-        missing = [fact for fact in facts if not (_tells(run.answer, fact) and fact in answered)]
+        answered = set(facts_of(observations_of(run)))
+        missing = [fact for fact in facts if not (tells(run.answer, fact) and fact in answered)]
         if missing:
             return Judgment("unsolved", f"not told, or not learned from a tool: {', '.join(missing)}")
         return Judgment("solved", f"tells {', '.join(facts)}")
@@ -98,32 +98,6 @@ class AnswerChecker:
         ranks = [(SCORES[self.solves(task, run).value], -len([*calls_of(run)])) for run in (candidate, reference)]
         value = "tie" if ranks[0] == ranks[1] else "candidate" if ranks[0] > ranks[1] else "reference"
         return Judgment(value, "solves more, or as much with fewer calls")
-
-
-def _facts(observations: Iterable[str]) -> list[str]:
-    """List the distinct numbers and strings of observations; booleans and blanks are skipped."""
-    facts: dict[str, None] = {}
-
-    def collect(value: Any) -> None:
-        if isinstance(value, dict):
-            value = list(value.values())
-        if isinstance(value, list):
-            for item in value:
-                collect(item)
-        elif isinstance(value, (str, int, float)) and not isinstance(value, bool) and str(value).strip():
-            facts[str(value).strip()] = None
-
-    for observation in observations:
-        try:
-            collect(json.loads(observation))
-        except ValueError:
-            collect(observation)
-    return list(facts)
-
-
-def _tells(answer: str, fact: str) -> bool:
-    """Whether an answer mentions a fact as a whole word or number."""
-    return re.search(rf"(?<![\w.])(?<!\w,){re.escape(fact)}(?!\w|[.,]\d)", answer, re.IGNORECASE) is not None
 
 
 SOLVED_INSTRUCTIONS = """\
