@@ -10,6 +10,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from toolweaver_hf import Tool, ToolAgent, ToolCatalog, ToolCodes, ToolWeaverTokenizer
 from toolweaver_hf.agent.copying import WordCopier, open_value
+from toolweaver_hf.agent.facts import facts_of, tells, tells_more
 
 
 SAID = "Is the garage at City Hall full, or park-and-ride 7?"
@@ -24,6 +25,9 @@ FIND = Tool(
 
 def make_tokenizer(family="smollm2"):
     return ToolWeaverTokenizer.from_base(build(family), ToolCodes([2, 2], {"find": [0, 0]}))
+
+
+COPIER = WordCopier(make_tokenizer())
 
 
 @given(
@@ -60,12 +64,59 @@ def test_words_can_be_copied_and_nothing_else(family):
     for i, token_id in enumerate(ids):
         begun = tokenizer.decode(ids[:i]) if i else ""
         assert token_id in copier.in_arguments(f'{{"place": "{begun}', [SAID])
-    assert copier.in_arguments('{"place": "City Hall', [SAID]) and copier.in_arguments('{"place": "park-and-ride', [SAID])
+    assert copier.in_arguments('{"place": "City Hall', [SAID]) and copier.in_arguments(
+        '{"place": "park-and-ride', [SAID]
+    )
     ends = {token for token in copier.in_arguments('{"place": "City', [SAID]) if '"' in tokenizer.decode([token])}
     assert ends and not ends.intersection(copier.in_arguments('{"place": "Cit', [SAID]))
-    assert copier.in_arguments('{"place": "Cities', [SAID]) == [] == copier.in_arguments('{"place": "all', [SAID])  # not the start of a word
+    assert copier.in_arguments('{"place": "Cities', [SAID]) == []
+    assert copier.in_arguments('{"place": "all', [SAID]) == []  # not the start of a word
     assert copier.in_arguments('{"place', [SAID]) == [] == copier.in_arguments('{"place": "', [])
     assert not {*copier.in_arguments('{"place": "', [SAID])} & {*tokenizer.code_token_ids, *tokenizer.all_special_ids}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("fact", ["Great Hall", "15:15", "-12.5", "#985", "see a doctor this week"])
+def test_facts_can_be_told_and_nothing_else(family, fact):
+    tokenizer = make_tokenizer(family)
+    copier = WordCopier(tokenizer)
+    told = f"Now {fact}"
+    ids = copier._tokenizer.encode(told, add_special_tokens=False).ids
+    for i, token_id in enumerate(ids):
+        answer = copier._tokenizer.decode(ids[:i])
+        going_on, begins = copier.in_answer(answer, [fact, "elsewhere"])
+        if answer.startswith("Now"):
+            assert token_id in (going_on or begins)
+        assert not (going_on and begins)
+    assert copier.in_answer(told, []) == ([], [])
+    assert copier.in_answer("It is 3.1", ["1234"])[0] == []  # inside of a number
+    assert not {*copier.in_answer("", [fact])[1]} & {*tokenizer.code_token_ids, *tokenizer.all_special_ids}
+
+
+@given(st.text(max_size=12), st.lists(st.text(min_size=1, max_size=8), max_size=3))
+def test_facts_that_begin_are_gone_on_with(answer, facts):
+    going_on, begins = COPIER.in_answer(answer, facts)
+    first = {
+        COPIER._tokenizer.encode(fact[i:], add_special_tokens=False).ids[0] for fact in facts for i in range(len(fact))
+    }
+    assert {*going_on} <= first
+    if not facts:
+        assert going_on == begins == []
+
+
+def test_the_facts_of_results():
+    results = ['{"room": "Great Hall", "people": [20, 20.5], "open": true, "note": " "}', "no JSON", "null"]
+    assert facts_of(results) == ["Great Hall", "20", "20.5", "no JSON"]
+    assert tells("It is in the great hall.", "Great Hall") and not tells("It is in the Great Halls", "Great Hall")
+    assert tells("That is 20, or 20.5.", "20") and not tells("20.5, 120 or 20,000", "20")
+
+
+def test_an_answer_goes_on_while_its_sentences_tell_more():
+    facts = ["20", "15:15", "Great Hall"]
+    assert tells_more("", facts) and tells_more("It is booked.", facts)  # the first may be about anything
+    assert tells_more("It is booked. It starts at 15:15.", facts)
+    assert not tells_more("It starts at 15:15. It starts at 15:15.", facts)
+    assert not tells_more("It starts at 15:15. That is late.", facts)
 
 
 class Wish(LogitsProcessor):
@@ -105,3 +156,47 @@ def test_an_agent_copies_unless_the_model_is_sure(bonus, by, copies):
     value = open_value(text[text.rindex('{"place') :]) if not places else places[0]
     assert bool(re.search(rf"\b{re.escape(value)}", SAID)) == copies
     assert value.startswith("x") != copies
+
+
+class Answer(LogitsProcessor):
+    """Writes a call, the same call again, and then an answer: all of its tokens are alike, but for its end, which is
+    worth `by` more."""
+
+    def __init__(self, call, end, by):
+        self.script, self.end, self.by = [*call, *call], end, by
+
+    def __call__(self, input_ids, scores):
+        scores[:] = 0
+        if self.script:
+            scores[:, self.script.pop(0)] = 1e4
+        else:
+            scores[:, self.end] = self.by
+        return scores
+
+
+@pytest.mark.parametrize("bonus, by, told", [(3.0, 1.0, "15 Great Hall"), (3.0, 9.0, ""), (0.0, 1.0, "")])
+def test_an_answer_tells_the_facts_unless_the_model_is_sure(bonus, by, told):
+    tokenizer = make_tokenizer()
+    call = [*tokenizer.encode_tool("find"), *tokenizer.encode('{"place": "x"}', add_special_tokens=False)]
+    agent = ToolAgent(
+        small_llama(len(tokenizer), eos_token_id=tokenizer.eos_token_id),
+        tokenizer,
+        ToolCatalog([FIND]),
+        {"find": lambda place: {"room": "Great Hall", "at": 15, "open": True}},
+        logits_processor=LogitsProcessorList([Answer(call, tokenizer.eos_token_id, by)]),
+        copy_bonus=bonus,
+    )
+    assert agent(SAID).answer == told
+
+
+def test_an_answer_to_a_large_result_is_the_models_own():
+    tokenizer = make_tokenizer()
+    call = [*tokenizer.encode_tool("find"), *tokenizer.encode('{"place": "x"}', add_special_tokens=False)]
+    agent = ToolAgent(
+        small_llama(len(tokenizer), eos_token_id=tokenizer.eos_token_id),
+        tokenizer,
+        ToolCatalog([FIND]),
+        {"find": lambda place: list(range(100))},
+        logits_processor=LogitsProcessorList([Answer(call, tokenizer.eos_token_id, 1.0)]),
+    )
+    assert agent(SAID).answer == ""

@@ -70,7 +70,9 @@ class WordCopier:
         return sorted(self._first_tokens(begun)), sorted(self._first_tokens(begins))
 
     def _first_tokens(self, texts: Iterable[str]) -> set[int]:
-        encodings = self._tokenizer.encode_batch([text[:MAX_TOKEN_LENGTH] for text in texts if text], add_special_tokens=False)
+        encodings = self._tokenizer.encode_batch(
+            [text[:MAX_TOKEN_LENGTH] for text in texts if text], add_special_tokens=False
+        )
         return {token_id for encoding in encodings for token_id in encoding.ids[:1]}
 
 
