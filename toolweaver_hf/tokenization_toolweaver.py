@@ -270,6 +270,10 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
         added = self.backend_tokenizer.get_added_tokens_decoder()
         return frozenset(i for i, token in added.items() if token.content.replace("\u2581", " ").strip())
 
+    @cached_property
+    def _special_contents(self) -> list[str]:
+        return [token.content for token in self.added_tokens_decoder.values() if token.special]
+
     def _spans(self, text: str, as_data: bool = False) -> list[tuple[int, int, int]]:
         """Tokenize text; return for each token its id, and where it starts and ends in the text."""
         backend = self._data_backend if as_data else self._plain_backend
@@ -277,7 +281,7 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
         return [(i, start, end) for i, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)]
 
     def _add_tokens(self, new_tokens: list[str | AddedToken], special_tokens: bool = False) -> int:
-        for name in ("_plain_backend", "_data_backend", "_control_ids"):
+        for name in ("_plain_backend", "_data_backend", "_control_ids", "_special_contents"):
             self.__dict__.pop(name, None)
         return super()._add_tokens(new_tokens, special_tokens)
 
@@ -411,9 +415,8 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
             text (`str`): The turn, decoded with its special tokens.
         """
         thought, rest = self._writer("agent").read(text)
-        for token in self.added_tokens_decoder.values():
-            if token.special:
-                thought, rest = thought.replace(token.content, ""), rest.replace(token.content, "")
+        for name in self._special_contents:
+            thought, rest = thought.replace(name, ""), rest.replace(name, "")
         return thought.strip(), rest.strip()
 
     def _writer(self, task: str, eos_token_id: int | Sequence[int] | None = None) -> ConversationWriter:

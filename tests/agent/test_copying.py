@@ -76,21 +76,27 @@ def test_words_can_be_copied_and_nothing_else(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("fact", ["Great Hall", "15:15", "-12.5", "#985", "see a doctor this week"])
+@pytest.mark.parametrize(
+    "fact", ["Great Hall", "15:15", "-12.5", "#985", "see a doctor this week", "Zürich Süd", "20 °C", "北京"]
+)
 def test_facts_can_be_told_and_nothing_else(family, fact):
     tokenizer = make_tokenizer(family)
     copier = WordCopier(tokenizer)
     told = f"Now {fact}"
-    ids = copier._tokenizer.encode(told, add_special_tokens=False).ids
+    ids, whole = copier._tokenizer.encode(told, add_special_tokens=False).ids, 0
     for i, token_id in enumerate(ids):
         answer = copier._tokenizer.decode(ids[:i])
-        going_on, begins = copier.in_answer(answer, [fact, "elsewhere"])
-        if answer.startswith("Now"):
+        if not answer.endswith("\ufffd"):
+            written, whole = answer, i
+        going_on, begins = copier.in_answer(written, [fact, "elsewhere"], ids[whole:i])
+        if written.startswith("Now"):
             assert token_id in (going_on or begins)
         assert not (going_on and begins)
     assert copier.in_answer(told, []) == ([], [])
     assert copier.in_answer("It is 3.1", ["1234"])[0] == []  # inside of a number
-    assert not {*copier.in_answer("", [fact])[1]} & {*tokenizer.code_token_ids, *tokenizer.all_special_ids}
+    assert copier.in_answer("Room\n15", ["15:15"])[0]
+    spelled = [fact, "\x00" + str(tokenizer.eos_token_id), tokenizer.eos_token, "<a_0>"]
+    assert not {*copier.in_answer("", spelled)[1]} & {*tokenizer.code_token_ids, *tokenizer.all_special_ids}
 
 
 @given(st.text(max_size=12), st.lists(st.text(min_size=1, max_size=8), max_size=3))
@@ -109,6 +115,8 @@ def test_the_facts_of_results():
     assert facts_of(results) == ["Great Hall", "20", "20.5", "no JSON"]
     assert tells("It is in the great hall.", "Great Hall") and not tells("It is in the Great Halls", "Great Hall")
     assert tells("That is 20, or 20.5.", "20") and not tells("20.5, 120 or 20,000", "20")
+    assert tells("It is 20°C, 5%.", "°C") and tells("It is 20°C, 5%.", "%") and tells("温度是20度", "20")
+    assert facts_of(['"{\\"at\\": 20, \\"by\\": \\"\\ud800\\"}"']) == ["20", "?"]  # as tools of MCP servers return it
 
 
 def test_an_answer_goes_on_while_its_sentences_tell_more():
@@ -117,6 +125,9 @@ def test_an_answer_goes_on_while_its_sentences_tell_more():
     assert tells_more("It is booked. It starts at 15:15.", facts)
     assert not tells_more("It starts at 15:15. It starts at 15:15.", facts)
     assert not tells_more("It starts at 15:15. That is late.", facts)
+    assert not tells_more("It starts at 15:15\nIt starts at 15:15\n", facts)
+    assert not tells_more("大厅在15:15。大厅在15:15。", facts)
+    assert not tells_more("at 15:15; " * 50, facts)
 
 
 class Wish(LogitsProcessor):
@@ -174,29 +185,38 @@ class Answer(LogitsProcessor):
         return scores
 
 
-@pytest.mark.parametrize("bonus, by, told", [(3.0, 1.0, "15 Great Hall"), (3.0, 9.0, ""), (0.0, 1.0, "")])
-def test_an_answer_tells_the_facts_unless_the_model_is_sure(bonus, by, told):
-    tokenizer = make_tokenizer()
-    call = [*tokenizer.encode_tool("find"), *tokenizer.encode('{"place": "x"}', add_special_tokens=False)]
-    agent = ToolAgent(
+def make_answering_agent(tokenizer, result, by, **kwargs):
+    arguments = " " * tokenizer.opens_with_space + '{"place": "x"}'
+    ids = WordCopier(tokenizer)._tokenizer.encode(arguments, add_special_tokens=False).ids
+    call = [*tokenizer.encode_tool("find"), *ids]
+    return ToolAgent(
         small_llama(len(tokenizer), eos_token_id=tokenizer.eos_token_id),
         tokenizer,
         ToolCatalog([FIND]),
-        {"find": lambda place: {"room": "Great Hall", "at": 15, "open": True}},
+        {"find": lambda place: result},
         logits_processor=LogitsProcessorList([Answer(call, tokenizer.eos_token_id, by)]),
-        copy_bonus=bonus,
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize("bonus, by, told", [(3.0, 1.0, "15 Great Hall"), (3.0, 9.0, ""), (0.0, 1.0, "")])
+def test_an_answer_tells_the_facts_unless_the_model_is_sure(bonus, by, told):
+    agent = make_answering_agent(
+        make_tokenizer(), {"room": "Great Hall", "at": 15, "open": True}, by, copy_bonus=bonus
     )
     assert agent(SAID).answer == told
 
 
-def test_an_answer_to_a_large_result_is_the_models_own():
-    tokenizer = make_tokenizer()
-    call = [*tokenizer.encode_tool("find"), *tokenizer.encode('{"place": "x"}', add_special_tokens=False)]
-    agent = ToolAgent(
-        small_llama(len(tokenizer), eos_token_id=tokenizer.eos_token_id),
-        tokenizer,
-        ToolCatalog([FIND]),
-        {"find": lambda place: list(range(100))},
-        logits_processor=LogitsProcessorList([Answer(call, tokenizer.eos_token_id, 1.0)]),
-    )
-    assert agent(SAID).answer == ""
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_answer_tells_facts_of_any_script_and_ends(family):
+    """What cannot be told to the letter, such as what spells a control token, does not keep it from ending."""
+    tokenizer = make_tokenizer(family)
+    facts = ["Zürich Süd", "İstanbul", "Cafe\u0301", f"a{tokenizer.eos_token}b", "\ufffd"]
+    run = make_answering_agent(tokenizer, facts, by=1.0)(SAID)
+    assert run.stop_reason == "answer"
+    assert "Zürich Süd" in run.answer and "İstanbul" in run.answer
+
+
+@pytest.mark.parametrize("result", [list(range(100)), "word " * 100, "x" * 1000])
+def test_an_answer_to_a_large_result_is_the_models_own(result):
+    assert make_answering_agent(make_tokenizer(), result, by=1.0)(SAID).answer == ""

@@ -17,7 +17,7 @@ MAX_TOKEN_LENGTH = 32  # characters that decide a text's first token
 STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 CLOSED = re.compile(r"\{[^{}\[\]]*\}|\[[^{}\[\]]*\]")
 WORD_START = re.compile(r"(?<!\w)\w")
-INSIDE_WORD = re.compile(r"(?:\w|\d[.,:])$")
+INSIDE_WORD = re.compile(r"(?:\w|\d[.,:])\Z")
 OPENING = "(\"'#$€£"  # what a word follows without a space
 
 
@@ -30,6 +30,7 @@ class WordCopier:
 
     def __init__(self, tokenizer: ToolWeaverTokenizer):
         self._tokenizer = Tokenizer.from_str(json.dumps(text_tokenizer(tokenizer)))
+        self._tokenizer.encode_special_tokens = True  # whatever a text spells, it is text
         tokens = enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
         self._quotes = [token_id for token_id, token in tokens if token.startswith('"')]
 
@@ -53,27 +54,29 @@ class WordCopier:
         may_end = value and any(not re.match(r"\w", text) for text in following)
         return sorted(self._first_tokens(following).union(self._quotes if may_end else ()))
 
-    def in_answer(self, answer: str, facts: Sequence[str]) -> tuple[list[int], list[int]]:
+    def in_answer(self, answer: str, facts: Sequence[str], pending: Sequence[int] = ()) -> tuple[list[int], list[int]]:
         """Return the tokens that go on with a fact, and those that begin one.
 
         Args:
             answer (`str`): An answer as far as it is generated.
             facts (`Sequence[str]`): The facts that it has yet to tell.
+            pending (`Sequence[int]`, *optional*): The tokens of a character that has begun after that.
 
         Returns:
-            `tuple[list[int], list[int]]`: Tokens, without repetition. Of the two lists, one is empty: a fact is gone on
-            with where the answer ends in the beginning of one.
+            `tuple[list[int], list[int]]`: Tokens, without repetition. At most one of the lists holds any: a fact is gone
+            on with where the answer ends in the beginning of one.
         """
         begun = {fact[length:] for fact in facts if (length := _length_begun(answer, fact))}
         space = "" if not answer or answer[-1].isspace() or answer[-1] in OPENING else " "
-        begins = () if begun else [space + fact for fact in facts]
-        return sorted(self._first_tokens(begun)), sorted(self._first_tokens(begins))
+        going_on = self._first_tokens(begun, pending)
+        begins = () if going_on else [space + fact for fact in facts]
+        return sorted(going_on), sorted(self._first_tokens(begins, pending))
 
-    def _first_tokens(self, texts: Iterable[str]) -> set[int]:
-        encodings = self._tokenizer.encode_batch(
-            [text[:MAX_TOKEN_LENGTH] for text in texts if text], add_special_tokens=False
-        )
-        return {token_id for encoding in encodings for token_id in encoding.ids[:1]}
+    def _first_tokens(self, texts: Iterable[str], pending: Sequence[int] = ()) -> set[int]:
+        """Return the first tokens of some texts, or those that follow the pending ones."""
+        texts, n = [text[:MAX_TOKEN_LENGTH] for text in texts if text], len(pending)
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        return {i for encoding in encodings if encoding.ids[:n] == [*pending] for i in encoding.ids[n : n + 1]}
 
 
 def open_value(arguments: str) -> str | None:
@@ -105,8 +108,8 @@ def _continuations(text: str, value: str) -> set[str]:
 
 def _length_begun(text: str, fact: str) -> int:
     """Return how many characters of a fact a text ends in, from the start of a word or number on, but not all of it."""
-    text = text[-len(fact) - 1 :].lower()
     for length in range(min(len(fact) - 1, len(text)), 0, -1):
-        if text.endswith(fact[:length].lower()) and not INSIDE_WORD.search(text[: len(text) - length]):
+        same = text[-length:].lower() == fact[:length].lower()
+        if same and not INSIDE_WORD.search(text[:-length][-2:]):
             return length
     return 0

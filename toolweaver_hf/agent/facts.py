@@ -8,14 +8,18 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+# Of scripts that put a space between words; in Chinese, Japanese or Korean text a fact may stand between any two letters
+WORD = r"[^\W\u2e80-\ud7ff]"
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])(?!\Z)|\n+")
+MAX_FIRST_SENTENCE = 200  # characters; a longer one may be one clause again and again
 
 
 def facts_of(results: Iterable[str]) -> list[str]:
-    """List the distinct numbers and strings of tools' results; booleans and blanks are skipped.
+    """List the distinct numbers and strings of tools' results; keys, booleans, nulls and blanks are skipped.
 
     Args:
-        results (`Iterable[str]`): Results as JSON; one that is no JSON is a fact as a whole.
+        results (`Iterable[str]`): Results as JSON; one that is no JSON is a fact as a whole. A string that holds a JSON
+            object or list, as tools of MCP servers return, is read as such.
     """
     facts: dict[str, None] = {}
 
@@ -26,23 +30,38 @@ def facts_of(results: Iterable[str]) -> list[str]:
             for item in value:
                 collect(item)
         elif isinstance(value, (str, int, float)) and not isinstance(value, bool) and str(value).strip():
-            facts[str(value).strip()] = None
+            text = str(value).strip().encode("utf-8", "replace").decode()
+            inner = _parse(text) if text[0] in "{[" else text
+            if inner == text:
+                facts[text] = None
+            else:
+                collect(inner)
 
     for result in results:
-        try:
-            collect(json.loads(result))
-        except ValueError:
-            collect(result)
+        collect(_parse(result))
     return list(facts)
+
+
+def _parse(text: str) -> Any:
+    """Parse JSON; text that is none stays as it is."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def tells(answer: str, fact: str) -> bool:
     """Whether an answer tells a fact, as a whole word or number."""
-    return re.search(rf"(?<![\w.])(?<!\w,){re.escape(fact)}(?!\w|[.,]\d)", answer, re.IGNORECASE) is not None
+    start = rf"(?<!{WORD})(?<!\.)(?<!\w,)" if re.match(WORD, fact) else ""
+    end = rf"(?!{WORD}|[.,]\d)" if re.search(rf"{WORD}\Z", fact) else ""
+    return re.search(start + re.escape(fact) + end, answer, re.IGNORECASE) is not None
 
 
 def tells_more(answer: str, facts: Sequence[str]) -> bool:
     """Whether the last sentence of an answer tells one of some facts that those before it do not, or is the first."""
-    *before, _ = SENTENCE_END.split(answer.strip())
+    answer = answer.strip()
+    *before, _ = SENTENCE_END.split(answer)
+    if not before:
+        return len(answer) <= MAX_FIRST_SENTENCE
     told = " ".join(before)
-    return not before or any(tells(answer, fact) and not tells(told, fact) for fact in facts)
+    return any(tells(answer, fact) and not tells(told, fact) for fact in facts)

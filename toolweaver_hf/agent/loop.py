@@ -42,8 +42,8 @@ class ToolAgent:
 
     Where the model is known to tell how many tools a query needs (see [`TextExpert`]), it is asked after each result, as
     in retrieval, whether one is missing. If so, the next turn begins with that tool's code, without a thought; if not,
-    it calls no tool that has not answered yet. Such a turn is an answer in most cases: it is led to tell what the tools
-    returned, unless that is much.
+    it calls no tool that has not answered yet. Such a turn is an answer in most cases, as is one after a repeated call:
+    it is led to tell what the tools returned, unless that is much.
 
     User messages and tool results are tokenized as plain text, so they cannot contain codes or role markers. Generated
     tokens are kept as they are; the conversation is never tokenized again.
@@ -68,7 +68,7 @@ class ToolAgent:
         logits_processor (`LogitsProcessorList`, *optional*): Applied before the constraints, for example a temperature.
         copy_bonus (`float`, *optional*, defaults to 3):
             How much the scores rise of the tokens that go on as the conversation does: in string arguments with what
-            the user or a tool has said, in an answer with the numbers and strings of results that it has not told yet.
+            the user or a tool has said, in what is known to be an answer with numbers and strings of results (see above).
             Small models garble what they should copy, and leave out half of it; 0 leaves the scores as they are.
 
     Raises:

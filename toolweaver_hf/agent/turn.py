@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-MAX_FACTS, MAX_FACT_WORDS = 20, 12
-"""An answer to a result with more facts selects from them, and sums up longer ones."""
+MAX_FACTS, MAX_FACT_WORDS, MAX_FACT_LENGTH = 20, 12, 100
+"""An answer to a result with more facts selects from them, and sums up longer ones (in words, and in characters)."""
+MAX_PENDING = 4  # tokens of a character that has begun: its bytes
 BEGIN_SHARE, END_SHARE = 2 / 3, 5 / 3
 """Fractions of the copy bonus: for beginning a fact in an answer, and against ending it before all are told."""
 
@@ -196,15 +197,23 @@ class Turn:
             said = [content_text(message["content"]) for message in messages]
             scores[:, copier.in_arguments(self._arguments_text(), said)] += bonus
             return
-        written = self.agent.tokenizer.decode(self.new_ids)
-        thought, answer = self.agent.tokenizer.split_thought(written)
-        if not self._facts or (thought and not answer):
+        if not self._facts:
             return
+        tokenizer, whole = self.agent.tokenizer, len(self.new_ids)
+        while len(self.new_ids) - whole < MAX_PENDING and tokenizer.decode(self.new_ids[:whole]).endswith("\ufffd"):
+            whole -= 1  # the tokens of a character that has only begun
+        _, answer = tokenizer.split_thought(tokenizer.decode(self.new_ids[:whole]) + ".")
+        if not answer:  # in a thought
+            return
+        answer = answer[:-1]
         missing = [fact for fact in self._facts if not tells(answer, fact)]
-        going_on, beginning = copier.in_answer(answer + written[len(written.rstrip()) :], missing)
+        going_on, beginning = copier.in_answer(answer, missing, self.new_ids[whole:])
         scores[:, going_on] += bonus
         scores[:, beginning] += BEGIN_SHARE * bonus
-        if missing and tells_more(answer, self._facts):  # otherwise it does not get there by going on
+        if missing and (going_on or tells_more(answer, self._facts)):  # else it does not get there by going on
+            codes = scores[:, self.first_level.start : self.first_level.stop]
+            if scores[:, self.agent._end_ids].max() > codes.logsumexp(1).max():
+                codes -= END_SHARE * bonus  # to end later is no reason to call a tool
             scores[:, self.agent._end_ids] -= END_SHARE * bonus
 
     def _facts_to_tell(self) -> list[str]:
@@ -216,7 +225,11 @@ class Turn:
             for message in self.run.messages[self._asked_at() :]
             if message["role"] == "tool" and not _is_error(message["content"])
         ]
-        facts = [fact for fact in facts_of(results) if len(fact.split()) <= MAX_FACT_WORDS]
+        tokenizer, facts = self.agent.tokenizer, []
+        for fact in facts_of(results):
+            if len(fact.split()) <= MAX_FACT_WORDS and len(fact) <= MAX_FACT_LENGTH:
+                said = tokenizer.split_thought(tokenizer.decode(tokenizer.encode_data(fact)))[1]
+                facts += [fact] if said == fact else []  # others cannot be told to the letter
         return facts if len(facts) <= MAX_FACTS else []
 
     def _draw(self, found: Sequence[RetrievedTool]) -> list[int]:
