@@ -60,6 +60,19 @@ class Script(LogitsProcessor):
         return scores
 
 
+class Undecided(Script):
+    """After the script, ending is a little more probable than a code, and both than anything else."""
+
+    def __init__(self, tokens, tokenizer):
+        super().__init__(tokens)
+        self.end, self.codes = tokenizer.eos_token_id, list(range(*tokenizer.level_offsets))
+
+    def __call__(self, input_ids, scores):
+        scores[:] = 0
+        scores[:, self.end], scores[:, self.codes] = 10, 8
+        return super().__call__(input_ids, scores)
+
+
 def make_tokenizer(family="smollm2"):
     codes = ToolCodes([2, 2], {"rain": [0, 0], "wind": [0, 1], "mail": [1, 1], "pick": [1, 0]})
     return ToolWeaverTokenizer.from_base(build(family), codes)
@@ -509,3 +522,9 @@ def test_a_model_that_tells_is_asked_for_further_tools(tokenizer):
     expert.tells_end = True
     learn("rain")  # nothing else is needed, but perhaps the same in another place
     assert called_tools(run(first, thought + second, answer)) == ["rain", "rain"]
+    # Facts that are not told yet make an answer end later, which is no reason to call a tool.
+    script = [token for turn in (first, "It will.") for token in tokenizer.encode(turn, add_special_tokens=False)]
+    agent.logits_processor = LogitsProcessorList([Undecided(script, tokenizer)])
+    agent.functions["rain"] = lambda **arguments: {"mm": 12, "at": "noon"}
+    found = agent("rain?")
+    assert called_tools(found) == ["rain"] and found.answer == "It will."

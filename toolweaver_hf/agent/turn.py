@@ -176,8 +176,10 @@ class Turn:
             scores[:, self.first_level.start : self.first_level.stop] -= CALLED_PENALTY
         if self._refused is not None and not self.new_ids:
             scores[:, self._refused] = -torch.inf
-        if self.agent.copy_bonus:
-            self._favor_copies(scores, has_code)
+        if has_code and self.agent.copy_bonus:
+            self._favor_words(scores)
+        elif self._facts:
+            self._favor_facts(scores)
         if self.agent._grammar is not None:
             scores = self.agent._grammar(new_ids, scores)
         token = self._next_token(scores[0])
@@ -188,26 +190,24 @@ class Turn:
             self.agent.retriever.choose(self.state, logits, self._expert_query(), self._again or self.allowed, called)
         )
 
-    def _favor_copies(self, scores: torch.Tensor, in_call: bool) -> None:
-        """Raise the scores of what goes on as the conversation does: with its words in arguments; with the facts of
-        results in an answer, which also ends less readily before it has told them."""
-        bonus, copier = self.agent.copy_bonus, self.agent._copier
-        if in_call:
-            messages = [message for message in self.run.messages if message["role"] in ("user", "tool")]
-            said = [content_text(message["content"]) for message in messages]
-            scores[:, copier.in_arguments(self._arguments_text(), said)] += bonus
-            return
-        if not self._facts:
-            return
+    def _favor_words(self, scores: torch.Tensor) -> None:
+        """Raise the scores of what goes on, in arguments, with the words of the conversation."""
+        messages = [message for message in self.run.messages if message["role"] in ("user", "tool")]
+        said = [content_text(message["content"]) for message in messages]
+        scores[:, self.agent._copier.in_arguments(self._arguments_text(), said)] += self.agent.copy_bonus
+
+    def _favor_facts(self, scores: torch.Tensor) -> None:
+        """Raise the scores of what begins a fact of the results or goes on with it, in an answer; lower that of its end
+        before all are told."""
         tokenizer, whole = self.agent.tokenizer, len(self.new_ids)
         while len(self.new_ids) - whole < MAX_PENDING and tokenizer.decode(self.new_ids[:whole]).endswith("\ufffd"):
             whole -= 1  # the tokens of a character that has only begun
         _, answer = tokenizer.split_thought(tokenizer.decode(self.new_ids[:whole]) + ".")
         if not answer:  # in a thought
             return
-        answer = answer[:-1]
+        answer, bonus = answer[:-1], self.agent.copy_bonus
         missing = [fact for fact in self._facts if not tells(answer, fact)]
-        going_on, beginning = copier.in_answer(answer, missing, self.new_ids[whole:])
+        going_on, beginning = self.agent._copier.in_answer(answer, missing, self.new_ids[whole:])
         scores[:, going_on] += bonus
         scores[:, beginning] += BEGIN_SHARE * bonus
         if missing and (going_on or tells_more(answer, self._facts)):  # else it does not get there by going on
@@ -218,7 +218,7 @@ class Turn:
 
     def _facts_to_tell(self) -> list[str]:
         """Return the facts that the turn has to tell if it is known to be an answer, and they are few and short."""
-        if not self._again and self._refused is None:
+        if not self.agent.copy_bonus or (not self._again and self._refused is None):
             return []
         results = [
             content_text(message["content"])
