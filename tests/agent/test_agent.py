@@ -61,15 +61,16 @@ class Script(LogitsProcessor):
 
 
 class Undecided(Script):
-    """After the script, ending is a little more probable than a code, and both than anything else."""
+    """After the script, the same scores for each token: by default, ending is a little more probable than a code."""
 
-    def __init__(self, tokens, tokenizer):
+    def __init__(self, tokens, tokenizer, others=None):
         super().__init__(tokens)
-        self.end, self.codes = tokenizer.eos_token_id, list(range(*tokenizer.level_offsets))
+        self.scores = dict.fromkeys(range(*tokenizer.level_offsets), 8) | {tokenizer.eos_token_id: 10} | (others or {})
 
     def __call__(self, input_ids, scores):
         scores[:] = 0
-        scores[:, self.end], scores[:, self.codes] = 10, 8
+        for token_id, score in self.scores.items():
+            scores[:, token_id] = score
         return super().__call__(input_ids, scores)
 
 
@@ -528,3 +529,8 @@ def test_a_model_that_tells_is_asked_for_further_tools(tokenizer):
     agent.functions["rain"] = lambda **arguments: {"mm": 12, "at": "noon"}
     found = agent("rain?")
     assert called_tools(found) == ["rain"] and found.answer == "It will."
+    # Nor does a turn begin like the thought before the last call, where something else is nearly as probable.
+    (thinks,), (answers,) = (tokenizer.encode(word, add_special_tokens=False) for word in ("I", "It"))
+    script = tokenizer.encode(first, add_special_tokens=False)
+    agent.logits_processor = LogitsProcessorList([Undecided(script, tokenizer, {thinks: 40, answers: 38})])
+    assert agent("rain?").messages[-1]["content"].startswith("It")

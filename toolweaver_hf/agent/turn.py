@@ -46,6 +46,7 @@ class Turn:
         self.first_level = range(first, first + tokenizer.codebook_sizes[0])
         self.num_levels = len(tokenizer.codebook_sizes)
         self.new_ids: list[int] = []
+        self._call_starts: set[int] = set()  # what turns began with that called a tool after a thought
         self._refused: int | None = None  # what an answer must not begin with, where a turn has to be one
 
     def _constraint(self, code_start: str, tool_ids: Sequence[str]) -> ToolCodeLogitsProcessor:
@@ -160,6 +161,7 @@ class Turn:
         """Append the generated turn, its end, the tool's result as plain text, and the start of the next turn."""
         ends = self.agent._end_ids
         written = self.new_ids[:-1] if self.new_ids[-1] in ends else self.new_ids
+        self._call_starts |= {self.new_ids[0]}.difference(self.first_level)
         self.ids += [*written, *self.agent.tokenizer.encode_reply(observation, ends)]
 
     @torch.inference_mode()
@@ -174,6 +176,8 @@ class Turn:
         scores = self.codes["forbidden" if has_code or self._refused is not None else may_call](new_ids, scores)
         if self._again:  # few queries need the same tool again
             scores[:, self.first_level.start : self.first_level.stop] -= CALLED_PENALTY
+            if not self.new_ids:  # nor a thought like the one before its call
+                scores[:, sorted(self._call_starts)] -= CALLED_PENALTY
         if self._refused is not None and not self.new_ids:
             scores[:, self._refused] = -torch.inf
         if has_code and self.agent.copy_bonus:
