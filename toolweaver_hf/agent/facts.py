@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+from .run import from_json
 
 
 # Of scripts that put a space between words; in Chinese, Japanese or Korean text a fact may stand between any two letters
@@ -31,23 +32,15 @@ def facts_of(results: Iterable[str]) -> list[str]:
                 collect(item)
         elif isinstance(value, (str, int, float)) and not isinstance(value, bool) and str(value).strip():
             text = str(value).strip().encode("utf-8", "replace").decode()
-            inner = _parse(text) if text[0] in "{[" else text
+            inner = from_json(text) if text[0] in "{[" else text
             if inner == text:
                 facts[text] = None
             else:
                 collect(inner)
 
     for result in results:
-        collect(_parse(result))
+        collect(from_json(result))
     return list(facts)
-
-
-def _parse(text: str) -> Any:
-    """Parse JSON; text that is none stays as it is."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def tells(answer: str, fact: str) -> bool:

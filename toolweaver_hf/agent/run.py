@@ -57,3 +57,11 @@ def as_json(value: Any) -> str:
     except (TypeError, ValueError, RecursionError) as error:
         text = json.dumps({"error": f"what the tool returned is not JSON: {error}"}, ensure_ascii=False)
     return text.encode("utf-8", "replace").decode("utf-8")  # replaces unpaired surrogates
+
+
+def from_json(text: str) -> Any:
+    """Parse JSON; text that is none stays as it is."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

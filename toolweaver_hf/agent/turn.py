@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from ..data.trajectories import content_text, render_calls
 from ..logits_process import ToolCodeLogitsProcessor
 from ..retrieval import CALLED_PENALTY, RetrievedTool, cut_prompt
 from .facts import facts_of, tells, tells_more
-from .run import AgentRun, as_json
+from .run import AgentRun, as_json, from_json
 from .schema import find_error
 from .text_stream import TextStream
 
@@ -229,12 +229,15 @@ class Turn:
             for message in self.run.messages[self._asked_at() :]
             if message["role"] == "tool" and not _is_error(message["content"])
         ]
-        tokenizer, facts = self.agent.tokenizer, []
-        for fact in facts_of(results):
-            if len(fact.split()) <= MAX_FACT_WORDS and len(fact) <= MAX_FACT_LENGTH:
-                said = tokenizer.split_thought(tokenizer.decode(tokenizer.encode_data(fact)))[1]
-                facts += [fact] if said == fact else []  # others cannot be told to the letter
+        facts = list(islice(filter(self._can_tell, facts_of(results)), MAX_FACTS + 1))
         return facts if len(facts) <= MAX_FACTS else []
+
+    def _can_tell(self, fact: str) -> bool:
+        """Whether a fact is short, and stays as it is when the model writes it to the letter."""
+        if len(fact.split()) > MAX_FACT_WORDS or len(fact) > MAX_FACT_LENGTH:
+            return False
+        tokenizer = self.agent.tokenizer
+        return tokenizer.split_thought(tokenizer.decode(tokenizer.encode_data(fact)))[1] == fact
 
     def _draw(self, found: Sequence[RetrievedTool]) -> list[int]:
         """Return the code of the best of some tools, or of one that is sampled."""
@@ -284,7 +287,7 @@ class Turn:
         if self.agent._grammar is not None:
             return self.agent._grammar.is_complete(self.new_ids)
         text = self._arguments_text()
-        return text.rstrip().endswith("}") and isinstance(_parse(text), dict)
+        return text.rstrip().endswith("}") and isinstance(from_json(text), dict)
 
     def _arguments_text(self) -> str:
         return self.agent.tokenizer.decode(
@@ -302,7 +305,7 @@ class Turn:
         if end > len(self.new_ids):
             return
         self.tool_id = tokenizer.decode_tool(self.new_ids[start:end])
-        arguments = _parse(self._arguments_text())
+        arguments = from_json(self._arguments_text())
         if not isinstance(arguments, dict):
             self.arguments_error = "the arguments are not one JSON object"
             return
@@ -311,12 +314,5 @@ class Turn:
 
 
 def _is_error(observation: Any) -> bool:
-    result = _parse(observation) if isinstance(observation, str) else observation
+    result = from_json(observation) if isinstance(observation, str) else observation
     return isinstance(result, dict) and "error" in result
-
-
-def _parse(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
