@@ -213,6 +213,16 @@ def test_tools_that_belong_together():
     assert tool_groups(ToolCatalog(list(CATALOG)[:1]), embeddings[:1], 3) == []
 
 
+def test_one_tool_more_changes_few_groups():
+    tools = [Tool(f"tool{i}", f"Does the thing {i}.") for i in range(61)]
+    embeddings = torch.nn.functional.normalize(torch.randn(61, 64, generator=torch.Generator().manual_seed(0)), dim=1)
+    after = tool_groups(ToolCatalog(tools), embeddings, 30)
+    before = tool_groups(ToolCatalog(tools[1:]), embeddings[1:], 30)
+    assert len(set(after) - set(before)) <= 3
+    assert {len(group) for group in after} == {2, 3}
+    assert set(before) != set(tool_groups(ToolCatalog(tools[1:]), embeddings[1:], 30, seed=1))
+
+
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory):
     """A tiny causal language model of random weights, with a chat template."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import scipy.sparse
 import torch
@@ -69,7 +71,7 @@ def tool_groups(
         embeddings (`torch.Tensor` of shape `(num_tools, embedding_dim)`):
             Unit vectors of their documents.
         num_groups (`int`):
-            How many groups to draw at most; every third is a triple.
+            How many groups to draw at most; about every third is a triple.
         seed (`int`, *optional*, defaults to 0):
             Seed of the drawing.
 
@@ -77,21 +79,22 @@ def tool_groups(
         `list[tuple[str, ...]]`: ids of the tools of each group.
     """
     scores = related_tools(catalog, embeddings)
-    generator = np.random.default_rng(seed)
-    order = generator.permutation(len(catalog))
+    ids = catalog.ids
+    # Drawn from the ids, so that other tools that come or go change few groups
+    drawn = [int(hashlib.sha256(f"{seed} {tool_id}".encode()).hexdigest(), 16) for tool_id in ids]
+    order = sorted(range(len(catalog)), key=drawn.__getitem__)
     groups: dict[frozenset[int], tuple[int, ...]] = {}
     for rank in range(NUM_NEIGHBORS):  # every tool's best partner first, then every tool's second
-        for tool in order.tolist():
+        for tool in order:
             if len(groups) >= num_groups:
                 break
             partners = _best(scores, tool)
             if rank >= len(partners):
                 continue
             members = [tool, partners[rank]]
-            if len(groups) % 3 == 2:
+            if (drawn[tool] + rank) % 3 == 0:
                 members += [third for third in _best(scores, partners[rank]) if third not in members][:1]
             groups.setdefault(frozenset(members), tuple(members))
-    ids = catalog.ids
     return [tuple(ids[member] for member in members) for members in groups.values()]
 
 
