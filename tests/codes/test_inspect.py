@@ -1,6 +1,7 @@
 """The report of learned codes, as plots and as JSON."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.numpy import save_file
 
 from toolweaver_hf import RQVAEConfig, RQVAEModel, Tool, ToolCatalog, ToolCodes
 from toolweaver_hf.cli import main as toolweaver
+from toolweaver_hf.codes.report import inspect_codes
 from toolweaver_hf.recipes import tokenize_tools
 
 
@@ -73,6 +75,14 @@ def test_report(folder, capsys):
         assert picture.width > 1000 and len(picture.convert("RGB").getcolors(1 << 24)) > 50
 
 
+def test_a_tool_that_no_catalog_has(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "codes")
+    fewer = ToolCatalog([*ToolCatalog.from_pretrained(folder)][1:])
+    fewer.save_pretrained(tmp_path / "codes")
+    picture = inspect_codes(tmp_path / "codes", tmp_path / "codes" / "catalog.jsonl")
+    assert json.loads(picture.with_suffix(".json").read_text())["changes"]["removed"] == ["tool0"]
+
+
 def test_the_same_seed_gives_the_same_codes(folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "embeddings.safetensors").write_bytes((folder / "embeddings.safetensors").read_bytes())
@@ -93,9 +103,13 @@ def test_readme_on_a_changed_catalog(tmp_path, monkeypatch):
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     snippet = readme.split("### When the catalog changes\n")[1].split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
-    ToolCodes([4, 4], {"rain": [0, 0], "wind": [0, 1]}).save_pretrained("out/codes")
+    learned = ToolCatalog([Tool("rain", "Rain."), Tool("wind", "Wind.")])
+    learned.save_pretrained("out/codes")
+    checksums = {tool.id: tool.checksum for tool in learned}
+    ToolCodes([4, 4], {"rain": [0, 0], "wind": [0, 1]}, checksums).save_pretrained("out/codes")
     RQVAEModel(RQVAEConfig(codebook_sizes=[4, 4])).save_pretrained("out/codes")
-    ToolCatalog([Tool("rain", "Rain."), Tool("snow", "Snow.")]).to_jsonl("tools.jsonl")
+    ToolCatalog([Tool("rain", "Rain, hour by hour."), Tool("snow", "Snow.")]).to_jsonl("tools.jsonl")
     exec(compile(snippet, "README.md", "exec"), {})
     codes = ToolCodes.from_pretrained("out/codes")
     assert list(codes) == ["rain", "snow"] and codes["rain"] == (0, 0) and codes.retired == {(0, 1)}
+    assert not any(codes.compare(ToolCatalog.from_pretrained("out/codes")))  # as `toolweaver sft` demands

@@ -39,7 +39,7 @@ def inspect_codes(folder: str | os.PathLike, catalog: str | os.PathLike | None =
     learned = ToolCatalog.from_pretrained(folder)
     metrics = read_json(folder / METRICS_FILE, CODES_METRICS_VERSION)
     codebooks = [codebook.numpy() for codebook in RQVAEModel.from_pretrained(folder).codebooks()]
-    names = [learned[tool_id].name if tool_id in learned else tool_id for tool_id in codes]
+    names = [_name(tool_id, learned) for tool_id in codes]
 
     groups: dict[int, list[str]] = {}
     for first, name in zip(codes.matrix[:, 0].tolist(), names, strict=True):
@@ -50,7 +50,7 @@ def inspect_codes(folder: str | os.PathLike, catalog: str | os.PathLike | None =
     if catalog is not None:
         present = ToolCatalog.from_file(catalog)
         report["changes"] = {
-            kind: [(present if tool_id in present else learned)[tool_id].name for tool_id in tool_ids]
+            kind: [_name(tool_id, present, learned) for tool_id in tool_ids]
             for kind, tool_ids in codes.compare(present)._asdict().items()
         }
     write_json(folder / "report.json", report, CODES_METRICS_VERSION)
@@ -70,6 +70,11 @@ def inspect_codes(folder: str | os.PathLike, catalog: str | os.PathLike | None =
     figure.savefig(picture, dpi=110)
     plt.close(figure)
     return picture
+
+
+def _name(tool_id: str, *catalogs: ToolCatalog) -> str:
+    """Return the name of a tool by the first catalog that has it, or its id if none has."""
+    return next((catalog[tool_id].name for catalog in catalogs if tool_id in catalog), tool_id)
 
 
 def _draw_losses(axes: Axes, history: list[dict[str, float]]) -> None:

@@ -89,7 +89,8 @@ class ToolCodes(PushToHubMixin, Mapping[str, tuple[int, ...]]):
     def compare(self, catalog: ToolCatalog) -> CatalogChanges:
         """Compare a catalog with the one that the codes were learned for.
 
-        A tool counts as `changed` if its document differs from the one its code was learned from.
+        A tool counts as `changed` if its checksum differs from the one in `checksums`. Update that one if the tool is to
+        keep its code; remove the tool and add it again if it is to get another.
         """
         return CatalogChanges(
             added=[tool.id for tool in catalog if tool.id not in self],
