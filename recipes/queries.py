@@ -51,7 +51,8 @@ class QueryArguments:
             query, the tools' results, and an answer. Not written by default.
         recordings (`str`, *optional*):
             Recorded results of tools for the trajectories (see [`SimulatedTools`]). Other results are simulated from
-            the tool's output schema.
+            the tool's output schema. Written trajectories keep the results they have: after a change of the
+            recordings, delete the `candidates` file beside `trajectories`.
         per_tool (`int`, *optional*, defaults to 8):
             Number of queries to generate for each single tool.
         groups (`int`, *optional*):

@@ -79,6 +79,13 @@ def test_a_trajectory_of_two_calls(tmp_path):
             file.write('{"id": "3", "mess')
         assert write_trajectories(path, queries, CATALOG, tools, writer) == rows
         assert len(server.requests) == asked
+
+        # Another seed, and another schema of a tool
+        assert write_trajectories(path, queries[:1], CATALOG, tools, writer, seed=1)[0]["source"]["seed"] == 1
+        assert write_trajectories(path, queries[:1], CATALOG, tools, writer) == rows
+        number = {"type": "object", "properties": {"station": {"type": "integer"}}}
+        changed = ToolCatalog([CATALOG["forecast"], Tool("history", "Past weather.", parameters=number)])
+        assert write_trajectories(path, queries[:1], changed, SimulatedTools(changed), writer) == []
     assert [row["id"] for row in rows] == ["1"]
     (tmp_path / "out.jsonl").write_text(json.dumps(rows[0]), encoding="utf-8")
     messages = load_trajectories(tmp_path / "out.jsonl")[0]["messages"]

@@ -3,6 +3,7 @@ observe."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -140,7 +141,8 @@ def write_trajectories(
     Args:
         path (`str`):
             JSONL file, to which each trajectory is added as soon as it is there; also what came to nothing, so that it
-            is not asked for again.
+            is not asked for again. A trajectory is written again for another text, writer or seed, and where one of
+            its tools has changed. Changed answers of the tools are not noticed: delete the file then.
         queries (`Sequence[Query]`), catalog ([`ToolCatalog`]), tools ([`SimulatedTools`]), writer (`Writer`), seed (`int`):
             As for [`write_trajectory`].
         show_progress_bar (`bool`, *optional*, defaults to `False`):
@@ -152,11 +154,16 @@ def write_trajectories(
     if Path(path).exists():
         truncate_partial_line(path)
     written = [row for _, row in read_rows(path)] if Path(path).exists() else []
-    done = {(row.get("id"), row.get("query"), row.get("source", {}).get("generator")): row for row in written}
-    missing = [query for query in queries if (query.id, query.text, writer.name) not in done]
+    done = {_key(row): row for row in written}
+    source = {"generator": writer.name, "seed": seed}
+    asked = [
+        {"id": query.id, "query": query.text, "checksum": _checksum(query, catalog), "source": source}
+        for query in queries
+    ]
+    missing = [i for i, row in enumerate(asked) if _key(row) not in done]
 
-    def write(query: Query) -> list[dict[str, Any]] | None:
-        return write_trajectory(query, catalog, tools, writer, seed)
+    def write(i: int) -> list[dict[str, Any]] | None:
+        return write_trajectory(queries[i], catalog, tools, writer, seed)
 
     with open(path, "a", encoding="utf-8") as file, ThreadPoolExecutor(writer.num_workers) as pool:
         try:
@@ -166,13 +173,24 @@ def write_trajectories(
                 desc="Writing trajectories",
                 disable=not show_progress_bar,
             )
-            for query, messages in zip(missing, results, strict=True):
-                row = {"id": query.id, "query": query.text, "messages": messages or []}
-                row["source"] = {"generator": writer.name, "seed": seed}
+            for i, messages in zip(missing, results, strict=True):
+                row = asked[i] | {"messages": messages or []}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
-                done[query.id, query.text, writer.name] = row
+                done[_key(row)] = row
         finally:
             pool.shutdown(cancel_futures=True)  # after an error nothing more is asked for
-    rows = [done[query.id, query.text, writer.name] for query in queries]
+    rows = [done[_key(row)] for row in asked]
     return [{name: row[name] for name in ("id", "messages", "source")} for row in rows if row["messages"]]
+
+
+def _checksum(query: Query, catalog: ToolCatalog) -> str:
+    """Return the checksum of a query's tools with their schemas."""
+    rows = json.dumps([catalog[tool_id].to_dict() for tool_id in query.tools], sort_keys=True)
+    return hashlib.sha256(rows.encode()).hexdigest()[:16]
+
+
+def _key(row: dict[str, Any]) -> tuple:
+    """Return what a written trajectory is recognized by."""
+    source = row.get("source", {})
+    return row.get("id"), row.get("query"), row.get("checksum"), source.get("generator"), source.get("seed")
