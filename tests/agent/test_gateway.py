@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from toolweaver_hf.agent.gateway_search import GatewaySearch
 from toolweaver_hf.agent.gateway_server import GatewayServer
 from toolweaver_hf.agent.mcp_config import ClientConfig, ServerConfig
 from toolweaver_hf.data import usage_log as usage_log_module
-from toolweaver_hf.data.catalog import Tool
+from toolweaver_hf.data.catalog import Tool, ToolCatalog
 from toolweaver_hf.data.usage_log import UsageLog, load_usage, load_usage_queries, load_usage_sessions
 
 
@@ -465,6 +466,18 @@ def test_a_call_belongs_to_the_query_that_found_its_tool(tmp_path, monkeypatch):
         later.add_call(session_id, 7, "book a flight ", "p.refuse", {}, {"content": []}, "error")
     assert [part.tools for part in load_usage_sessions(log.folder)] == [("p.extra_0", "p.extra_1"), ("p.extra_0",)]
     assert [query.tools for query in load_usage_queries(log.folder)] == [("p.extra_1",), ("p.extra_0",)]
+
+
+def test_logs_that_share_a_folder_keep_each_others_tools(tmp_path, caplog):
+    def save(name):
+        log = UsageLog(tmp_path)
+        for i in range(40):
+            log.save_catalog([Tool(f"{name}.{i}", "Is a tool.")])
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(save, "abc"))
+    assert len(ToolCatalog.from_file(tmp_path / "catalog.jsonl")) == 120
+    assert not caplog.records
 
 
 def test_search_learns_from_use(tmp_path):

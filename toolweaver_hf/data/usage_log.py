@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import WeakFileLock
+
 from .catalog import CATALOG_FILE, Tool, ToolCatalog
 from .queries import Query
 from .trajectories import read_messages
@@ -21,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 MAX_LOG_BYTES = 256 * 2**20  # total size of a folder
 MAX_FILE_BYTES = 16 * 2**20
+LOCK_TIMEOUT = 10.0  # seconds to wait while other processes write the catalog
 MAX_TEXT = 2000  # maximum characters of a result
 REDACTED = "[redacted]"
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
@@ -32,8 +35,9 @@ class UsageLog:
 
     Each call is one line of `trajectories-*.jsonl` with its query, the call and its outcome, written before the caller
     receives the result. Each query is one line of `queries-*.jsonl` with the retrieved tools. `catalog.jsonl` has all
-    tools seen so far. Each process writes its own files, so that several may share a folder; the oldest files are
-    deleted when the folder exceeds `max_bytes`. [`load_usage`] groups the calls by query.
+    tools seen so far. Several processes may share a folder: each writes its own rows, and they take turns at the
+    catalog, by `catalog.lock`. The oldest files are deleted when the folder exceeds `max_bytes`. [`load_usage`] groups
+    the calls by query.
 
     Args:
         folder (`str`):
@@ -57,20 +61,21 @@ class UsageLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._number = 0
         self._tools: dict[str, Tool] = {}  # as they are in the folder's catalog
-        self._written: int | None = None  # when it was written last
+        self._written: tuple[int, int] | None = None  # what tells that file from one that another process wrote
         self._process = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.getpid()}"
 
     def save_catalog(self, tools: Sequence[Tool]) -> None:
         """Merge the current tools into the folder's catalog."""
         path = self.folder / CATALOG_FILE
         try:
-            written = path.stat().st_mtime_ns if path.exists() else None
-            if written != self._written:  # by another process, or before this one
-                self._tools = {tool.id: tool for tool in ToolCatalog.from_file(path)} if written else {}
-            merged = self._tools | {tool.id: tool for tool in tools}
-            if merged and merged != self._tools:
-                ToolCatalog(merged.values()).to_jsonl(path)
-            self._tools, self._written = merged, path.stat().st_mtime_ns if merged else None
+            with WeakFileLock(path.with_suffix(".lock"), timeout=LOCK_TIMEOUT):
+                written = _identity(path)
+                if written != self._written:  # by another process, or before this one
+                    self._tools = {tool.id: tool for tool in ToolCatalog.from_file(path)} if written else {}
+                merged = self._tools | {tool.id: tool for tool in tools}
+                if merged and merged != self._tools:
+                    ToolCatalog(merged.values()).to_jsonl(path)
+                self._tools, self._written = merged, _identity(path)
         except (OSError, ValueError) as error:
             logger.warning("the catalog of the log cannot be written: %s", error)
 
@@ -236,6 +241,11 @@ def load_usage_sessions(folder: str | os.PathLike) -> list[Query]:
 def _called_tools(row: dict[str, Any]) -> list[str]:
     messages = [message for message in row["messages"] if message.get("loss", True)]
     return [call["function"]["name"] for message in messages for call in message.get("tool_calls", ())]
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    found = path.stat() if path.exists() else None
+    return found and (found.st_ino, found.st_mtime_ns)
 
 
 def _now() -> str:
