@@ -468,6 +468,16 @@ def test_a_call_belongs_to_the_query_that_found_its_tool(tmp_path, monkeypatch):
     assert [query.tools for query in load_usage_queries(log.folder)] == [("p.extra_1",), ("p.extra_0",)]
 
 
+def test_a_full_log_deletes_its_own_oldest_files_alone(tmp_path):
+    (tmp_path / "my-test-queries.jsonl").write_text("mine\n", encoding="utf-8")
+    log = UsageLog(tmp_path, max_bytes=4000)
+    for number in range(100):
+        log.add_query("s", number, "say a text", [])
+    kept = [line for path in sorted(tmp_path.glob("queries-*.jsonl")) for line in path.read_text().splitlines()]
+    assert sum(map(len, kept)) < 4000 and json.loads(kept[-1])["id"] == "s/99"
+    assert (tmp_path / "my-test-queries.jsonl").exists()
+
+
 def test_logs_that_share_a_folder_keep_each_others_tools(tmp_path, caplog):
     def save(name):
         log = UsageLog(tmp_path)

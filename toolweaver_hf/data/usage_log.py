@@ -36,8 +36,8 @@ class UsageLog:
     Each call is one line of `trajectories-*.jsonl` with its query, the call and its outcome, written before the caller
     receives the result. Each query is one line of `queries-*.jsonl` with the retrieved tools. `catalog.jsonl` has all
     tools seen so far. Several processes may share a folder: each writes its own rows, and they take turns at the
-    catalog, by `catalog.lock`. The oldest files are deleted when the folder exceeds `max_bytes`. [`load_usage`] groups
-    the calls by query.
+    catalog, by `catalog.lock`. The oldest files of queries and calls are deleted when all of them exceed `max_bytes`.
+    [`load_usage`] groups the calls by query.
 
     Args:
         folder (`str`):
@@ -47,7 +47,7 @@ class UsageLog:
         clean (`Callable`, *optional*):
             Applied to each row, for example to remove secrets.
         max_bytes (`int`, *optional*, defaults to 256 MiB):
-            Maximum total size of the files.
+            Maximum total size of the files of queries and calls.
     """
 
     def __init__(
@@ -140,7 +140,8 @@ class UsageLog:
         return self.folder / f"{kind}-{self._process}-{self._number:04d}.jsonl"
 
     def _make_room(self) -> None:
-        files = sorted(self.folder.glob("*-*.jsonl"), key=lambda path: (path.stat().st_mtime, path.name))
+        files = [path for kind in ("queries", "trajectories") for path in self.folder.glob(f"{kind}-*.jsonl")]
+        files.sort(key=lambda path: (path.stat().st_mtime, path.name))
         size = sum(path.stat().st_size for path in files) + min(MAX_FILE_BYTES, self.max_bytes // 4)
         for path in files:
             if size <= self.max_bytes:
