@@ -468,6 +468,16 @@ def test_a_call_belongs_to_the_query_that_found_its_tool(tmp_path, monkeypatch):
     assert [query.tools for query in load_usage_queries(log.folder)] == [("p.extra_1",), ("p.extra_0",)]
 
 
+def test_a_session_ends_with_a_pause_between_calls(tmp_path, monkeypatch):
+    log = UsageLog(tmp_path)
+    for minute, number, tool_id in ((0, 1, "a"), (20, 1, "b"), (40, 1, "b"), (65, 2, "c"), (120, 2, "d")):
+        now = f"2026-01-01T{minute // 60:02}:{minute % 60:02}:00Z"
+        monkeypatch.setattr(usage_log_module, "_now", lambda now=now: now)
+        log.add_call("s", number, f"query {number}", tool_id, {}, {"content": []}, "ok")
+    parts = [(part.text, part.tools) for part in load_usage_sessions(log.folder)]
+    assert parts == [("query 1", ("a", "b", "c")), ("query 2", ("d",))]
+
+
 def test_a_full_log_deletes_its_own_oldest_files_alone(tmp_path):
     (tmp_path / "my-test-queries.jsonl").write_text("mine\n", encoding="utf-8")
     log = UsageLog(tmp_path, max_bytes=4000)

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,27 +167,17 @@ def load_usage(folder: str | os.PathLike) -> list[dict[str, Any]]:
         `ValueError`: naming the file and line of an invalid trajectory.
         `OSError`: if the folder has no log.
     """
-    paths = sorted(Path(folder).glob("trajectories-*.jsonl"))
-    if not paths:
-        raise OSError(f"{folder} holds no log: there is no trajectories-*.jsonl in it")
     rows: dict[str, dict[str, Any]] = {}
     good: set[str] = set()
-    for path in paths:
-        lines = path.read_bytes().split(b"\n")
-        for number, line in enumerate(lines[:-1], start=1):  # the text after the last line break is incomplete
-            try:
-                row = json.loads(line)
-                messages = read_messages(row)
-            except (ValueError, TypeError, AttributeError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
-            if messages[0]["role"] != "user":
-                continue
-            if row.get("outcome") == "ok":
-                good.add(row["id"])
-            else:
-                messages = [m | ({"loss": False} if m["role"] == "assistant" else {}) for m in messages]
-            whole = rows.setdefault(row["id"], {"id": row["id"], "messages": [], "time": row.get("time")})
-            whole["messages"] += [m for m in messages if m["role"] != "user" or not whole["messages"]]
+    for row, messages in _logged_calls(folder):
+        if messages[0]["role"] != "user":
+            continue
+        if row.get("outcome") == "ok":
+            good.add(row["id"])
+        else:
+            messages = [m | ({"loss": False} if m["role"] == "assistant" else {}) for m in messages]
+        whole = rows.setdefault(row["id"], {"id": row["id"], "messages": [], "time": row.get("time")})
+        whole["messages"] += [m for m in messages if m["role"] != "user" or not whole["messages"]]
     return [row for trajectory_id, row in rows.items() if trajectory_id in good]
 
 
@@ -207,7 +197,7 @@ def load_usage_queries(folder: str | os.PathLike) -> list[Query]:
     for row in load_usage(folder):
         text = row["messages"][0]["content"].strip()
         earlier = queries.pop(text, None)
-        tools = [*(earlier.tools if earlier else ()), *_called_tools(row)]
+        tools = [*(earlier.tools if earlier else ()), *_called_tools(row["messages"])]
         queries[text] = Query(row["id"], text, tuple(dict.fromkeys(tools)))
     return [query for text, query in queries.items() if text]
 
@@ -225,23 +215,41 @@ def load_usage_sessions(folder: str | os.PathLike) -> list[Query]:
         `ValueError` or `OSError`: as [`load_usage`].
     """
     parts: dict[tuple[str, int], Query] = {}
-    latest: dict[str, tuple[float, int]] = {}  # of each session the time and part of the last row
-    for row in load_usage(folder):
+    latest: dict[str, tuple[float, int]] = {}  # of each session the time and part of the last call
+    for row, messages in _logged_calls(folder):
         session = row["id"].rpartition("/")[0]
         now = calendar.timegm(time.strptime(row["time"], TIME_FORMAT))
         before, part = latest.get(session, (now, 0))
         part += now - before > MAX_PAUSE
         latest[session] = (now, part)
-        text = row["messages"][0]["content"].strip()
-        query = parts.get((session, part), Query(f"{session}/part{part}", text or "?", ()))
-        tools = dict.fromkeys([*query.tools, *_called_tools(row)])
-        parts[session, part] = replace(query, tools=tuple(tools))
+        if row.get("outcome") == "ok" and messages[0]["role"] == "user":
+            text = messages[0]["content"].strip()
+            query = parts.get((session, part), Query(f"{session}/part{part}", text or "?", ()))
+            tools = dict.fromkeys([*query.tools, *_called_tools(messages)])
+            parts[session, part] = replace(query, tools=tuple(tools))
     return list(parts.values())
 
 
-def _called_tools(row: dict[str, Any]) -> list[str]:
-    messages = [message for message in row["messages"] if message.get("loss", True)]
-    return [call["function"]["name"] for message in messages for call in message.get("tool_calls", ())]
+def _logged_calls(folder: str | os.PathLike) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Yield the calls of a log in order, each as its row and its messages; the first is a user's if a query found it."""
+    paths = sorted(Path(folder).glob("trajectories-*.jsonl"))
+    if not paths:
+        raise OSError(f"{folder} holds no log: there is no trajectories-*.jsonl in it")
+    for path in paths:
+        lines = path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines[:-1], start=1):  # the text after the last line break is incomplete
+            try:
+                row = json.loads(line)
+                messages = read_messages(row)
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
+            yield row, messages
+
+
+def _called_tools(messages: list[dict[str, Any]]) -> list[str]:
+    """Return the tools that were called successfully."""
+    called = [message for message in messages if message.get("loss", True)]
+    return [call["function"]["name"] for message in called for call in message.get("tool_calls", ())]
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
