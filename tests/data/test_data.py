@@ -7,7 +7,7 @@ from transformers.utils import logging
 from toolweaver_hf import ToolCodes, ToolWeaverTokenizer
 from toolweaver_hf.alignment.rows import repeat_rows, retrieval_rows, tokenize_rows, trajectory_rows
 from toolweaver_hf.data.queries import Query, load_queries
-from toolweaver_hf.data.trajectories import load_trajectories, render_calls
+from toolweaver_hf.data.trajectories import asked_in_trajectories, load_trajectories, render_calls
 
 
 def write(path, lines):
@@ -390,6 +390,22 @@ def test_thoughts_are_read_wherever_they_stand(tmp_path):
     rows = [{"messages": [user, {"role": "assistant", **answer}]} for answer in answers]
     for row in load_trajectories(write(tmp_path / "t.jsonl", rows)):
         assert row["messages"][1] == {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm."}
+
+
+def test_thoughts_before_a_call(tmp_path, tokenizer):
+    """The thought of a turn that calls a tool is rendered without its tags, and is part of what search is asked."""
+    user, rain = {"role": "user", "content": "Rain?"}, '{"name": "rain", "arguments": {}}'
+    turns = [
+        {"content": "<think>\nI look.\n</think>\n\n", "tool_calls": [call("rain", {})]},
+        {"content": f"<think>\nI look.\n</think>\n\n<tool_call>\n{rain}\n</tool_call>"},
+        {"content": "", "reasoning_content": "I look.", "tool_calls": [call("rain", {})]},
+        {"content": "I look.", "tool_calls": [call("rain", {})]},
+    ]
+    rows = [{"messages": [user, {"role": "assistant", **turn}]} for turn in turns]
+    trajectories = load_trajectories(write(tmp_path / "t.jsonl", rows))
+    for row in trajectory_rows(trajectories, tokenizer):
+        assert row["messages"][2] == {"role": "assistant", "content": "<a_0><b_0>{}", "reasoning_content": "I look."}
+    assert asked_in_trajectories(trajectories) == [("Rain? I look.", ["rain"])] * len(turns)
 
 
 def test_no_field_of_a_message_is_dropped_in_silence(tmp_path, caplog):

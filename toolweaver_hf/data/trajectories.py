@@ -126,10 +126,9 @@ def _read_message(message: Any, names: set[str] | None) -> dict[str, Any]:
     if said == "function_call":  # ShareGPT's
         calls, content = [{"function": call} for call in _read_json_calls(content)], ""
     thought = next((content_text(message[name]) for name in REASONING_FIELDS if message.get(name)), "")
-    if calls or thought:
-        if role != "assistant":
-            raise ValueError(f"a message of the role {role!r} can neither call tools nor think")
-    elif role == "assistant" and (found := THOUGHT.match(content)):
+    if (calls or thought) and role != "assistant":
+        raise ValueError(f"a message of the role {role!r} can neither call tools nor think")
+    if role == "assistant" and not thought and (found := THOUGHT.match(content)):
         thought, content = found[1], content[found.end() :]
     read: dict[str, Any] = {"role": role, "content": content}
     if thought.strip():
@@ -246,7 +245,8 @@ def asked_in_trajectories(trajectories: Iterable[dict[str, Any]]) -> list[tuple[
                 tools = [call["function"]["name"] for call in message.get("tool_calls") or []]
                 tools += [name for token in tokens for name in (token, token[2:-2])]
                 if tools:
-                    asked.append((f"{said} {ATOMIC_TOKEN.sub('', content)}".strip(), tools))
+                    parts = (said, message.get("reasoning_content"), ATOMIC_TOKEN.sub("", content).strip())
+                    asked.append((" ".join(filter(None, parts)), tools))
     return asked
 
 
