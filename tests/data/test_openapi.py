@@ -288,6 +288,25 @@ def test_properties_that_are_named_like_annotations(tmp_path):
     assert flat.parameters["properties"] == deep
 
 
+def test_read_only_properties_are_no_arguments(tmp_path):
+    """Neither in the request body nor in what it refers to, and neither as properties nor as required."""
+    person = {"type": "object", "properties": {"id": {**INTEGER, "readOnly": True}, "name": STRING}}
+    person["required"] = ["id", "name"]
+    parent = {"type": "object", "properties": {"child": {"$ref": "#/components/schemas/Person"}}}
+    body = {**person, "properties": {**person["properties"], **parent["properties"]}}
+    sent = {"type": "object", "properties": {"name": STRING}, "required": ["name"]}
+    child = {"child": {"$ref": "#/$defs/Person"}}
+    for schema, properties in (
+        (body, {"name": STRING, **child}),
+        ({"allOf": [person, parent]}, {"body": {"allOf": [sent, {"type": "object", "properties": child}]}}),
+    ):
+        content = {"application/json": {"schema": schema}}
+        (tool,) = read(tmp_path, post(content), components={"schemas": {"Person": person}})
+        assert tool.parameters["properties"] == properties
+        assert tool.parameters["required"] == list(properties)[:1]
+        assert tool.parameters["$defs"] == {"Person": sent}
+
+
 def test_headers_of_the_client_are_no_arguments(tmp_path):
     headers = [{"name": name, "in": "header", "required": True, "schema": STRING} for name in
                ("Accept", "content-type", "Authorization", "From")]  # fmt: skip

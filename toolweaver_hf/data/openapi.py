@@ -39,10 +39,11 @@ def openapi_tools(
 
     The tool's id is the `operationId`, or the method and path if it is missing or not unique. The tool's arguments are
     the operation's parameters and the properties of its request body; referenced schemas are placed under `$defs`.
-    `metadata` describes the request: `method`, `path`, the body's `content_type` (JSON if available), and in
-    `arguments` the location of each argument (`path`, `query`, `header`, `cookie` or `body`). Arguments with the same
-    name are prefixed with their location, and `names` maps them to their original names. The headers `Accept`,
-    `Content-Type` and `Authorization` are not parameters, by the specification.
+    Properties that are `readOnly` are left out, because only responses have them. `metadata` describes the request:
+    `method`, `path`, the body's `content_type` (JSON if available), and in `arguments` the location of each argument
+    (`path`, `query`, `header`, `cookie` or `body`). Arguments with the same name are prefixed with their location, and
+    `names` maps them to their original names. The headers `Accept`, `Content-Type` and `Authorization` are not
+    parameters, by the specification.
 
     References are resolved within the document's folder, and never over the network. Keywords without a meaning in
     JSON Schema are removed: `example`, `xml`, `externalDocs`, `discriminator` and extensions (`x-`).
@@ -238,7 +239,7 @@ class _Reader:
         """Convert a request body to arguments: one per property, or a single one unless it is a plain object."""
         resolved = self.follow(content)
         schema = _object(resolved.value, "the request body's schema")
-        inside, is_required = schema.get("properties"), bool(body.get("required"))
+        inside, is_required = _without_read_only(schema).get("properties"), bool(body.get("required"))
         taken = {name for name, *_ in arguments}
         if isinstance(inside, dict) and not {"allOf", "oneOf", "anyOf"} & schema.keys() and not inside.keys() & taken:
             listed = schema.get("required") if isinstance(schema.get("required"), list) else []
@@ -260,14 +261,15 @@ class _Reader:
         return str(found[0]) if found else default
 
     def plain(self, node: Node, root: Any, used: list[str]) -> Any:
-        """Copy a schema without OpenAPI's annotations and with references to `$defs`, whose names are added to `used`.
+        """Copy a schema for requests, with references to `$defs`, whose names are added to `used`.
 
-        Values that only look like schemas, such as defaults, are unchanged.
+        OpenAPI's annotations and read-only properties are left out. Values that only look like schemas, such as
+        defaults, are unchanged.
         """
         if not isinstance(node.value, dict):
             return node.value
         result: dict[str, Any] = {}
-        for key, value in node.value.items():
+        for key, value in _without_read_only(node.value).items():
             if key in ANNOTATIONS or key.startswith("x-"):
                 continue
             if key == "$ref" and isinstance(value, str):
@@ -353,6 +355,18 @@ def _content(holder: Node) -> _Content:
 
     name = min(media, key=rank)
     return _Content(name, media[name].get("schema") or {})
+
+
+def _without_read_only(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a schema without its read-only properties, which only responses have."""
+    properties, required = schema.get("properties"), schema.get("required")
+    if not isinstance(properties, dict):
+        return schema
+    hidden = [name for name, inner in properties.items() if isinstance(inner, dict) and inner.get("readOnly") is True]
+    schema = {**schema, "properties": {name: inner for name, inner in properties.items() if name not in hidden}}
+    if isinstance(required, list):
+        schema["required"] = [name for name in required if name not in hidden]
+    return schema
 
 
 def _distinct_names(arguments: list[tuple[str, str, Any, bool]]) -> list[str]:
