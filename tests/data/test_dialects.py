@@ -397,6 +397,20 @@ def test_yaml_with_anchors_and_merges(tmp_path):
             read(tmp_path, text, "bad.yaml")
 
 
+@pytest.mark.parametrize("value", ["09:30", "12:30", "0755", "1_000", "0x1F", "=", "no", "2024-01-01", ".inf", "-"])
+def test_yaml_scalars_that_json_lacks_are_strings(tmp_path, value):
+    text = f"{{name: a, description: A., parameters: {{q: {{enum: [{value}, x], default: {value}}}}}}}"
+    (tool,) = read(tmp_path, text, "tools.yaml")
+    assert tool.parameters["properties"]["q"] == {"enum": [value, "x"], "default": value}
+
+
+@pytest.mark.parametrize("value", ["0", "-12", "1.5", "-0.5e-3", "1e3", "true", "null"])
+def test_yaml_scalars_of_json(tmp_path, value):
+    (tool,) = read(tmp_path, f"{{name: a, description: A., parameters: {{q: {{default: {value}}}}}}}", "tools.yaml")
+    found = tool.parameters["properties"]["q"]["default"]
+    assert found == json.loads(value) and type(found) is type(json.loads(value))
+
+
 def test_the_report_of_a_catalog(tmp_path, capsys):
     pattern = {"type": "object", "properties": {"q": {"type": "string", "pattern": "^(?!a)"}, "n": {"format": "odd"}}}
     rows = [
