@@ -21,8 +21,20 @@ PARAMETERS = {
         "days": {"type": "integer"},
         "unit": {"enum": ["celsius", "fahrenheit"]},
         "exact": {"type": "boolean"},
+        "scale": {"anyOf": [{"enum": ["beaufort"]}, {"type": "null"}]},
+        "fields": {"type": "array", "items": {"$ref": "#/$defs/Field"}},
     },
     "required": ["city"],
+    "$defs": {
+        "Field": {
+            "type": "object",
+            "properties": {
+                "kind": {"enum": ["humidity", 0.5]},
+                "note": {"type": "string"},
+                "inside": {"$ref": "#/$defs/Field"},
+            },
+        }
+    },
 }
 CATALOG = ToolCatalog(
     [
@@ -42,6 +54,9 @@ CATALOG = ToolCatalog(
     [
         ({"city": "New York", "days": 3, "unit": "celsius", "exact": True}, None),
         ({"city": "york"}, None),
+        ({"city": "york", "scale": "beaufort"}, None),
+        ({"city": "york", "fields": [{"kind": "humidity"}, {"inside": {"kind": 0.5}}]}, None),
+        ({"city": "york", "fields": [{"kind": "humidity", "note": "damp"}]}, "damp"),
         ({"days": 3}, "city"),
         ({"city": "Boston"}, "Boston"),
         ({"city": "New York", "days": 4}, "'4'"),

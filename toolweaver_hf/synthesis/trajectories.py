@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from ..agent.schema import find_error
 from ..data.catalog import Tool, ToolCatalog
 from ..data.queries import Query
+from ..data.schemas import MANY, NAMED, ONE
 from ..evaluation.simulated_tools import SimulatedTools
 from ..files import read_rows, truncate_partial_line
 from .filters import words
@@ -92,8 +93,8 @@ def write_trajectory(
 def find_problem(arguments: Any, tool: Tool, source: str) -> str | None:
     """Return what is wrong with arguments: that they break the schema, or that a value stands nowhere in a text.
 
-    A value that the schema itself names (of an enumeration, a constant, a default) need not stand in the text, nor need
-    a boolean.
+    A value that the argument's schema itself names (of an enumeration, a constant, a default, also in the schemas that
+    it holds or refers to) need not stand in the text, nor need a boolean.
     """
     if not isinstance(arguments, dict):
         return "the arguments are no JSON object"
@@ -104,16 +105,32 @@ def find_problem(arguments: Any, tool: Tool, source: str) -> str | None:
     for name, value in arguments.items():
         if name not in properties:
             return f"the function has no argument {name!r}"
-        schema = properties[name] if isinstance(properties[name], dict) else {}
-        named = [schema.get(key) for key in ("const", "default")] + list(schema.get("enum") or ())
-        if value in named:
-            continue
-        unsaid = [leaf for leaf in _leaves(value) if not said.issuperset(words(leaf))]
+        named = _named_values(properties[name], tool.parameters)
+        unsaid = [leaf for leaf in _leaves(value) if leaf not in named and not said.issuperset(words(leaf))]
         if unsaid:
             return (
                 f"{unsaid[0]!r}, the value of {name!r}, stands neither in what the user says nor in what was returned"
             )
     return None
+
+
+def _named_values(schema: Any, parameters: dict[str, Any]) -> set[str]:
+    """Return the texts and numbers that the schema of an argument names."""
+    definitions = {
+        f"#/{key}/{name}": inner for key in ("$defs", "definitions") for name, inner in parameters.get(key, {}).items()
+    }
+    named: set[str] = set()
+    waiting = [schema]
+    while waiting:
+        schema = waiting.pop()
+        if isinstance(schema, dict):
+            named.update(_leaves([schema.get(key) for key in ("const", "default", "enum")]))
+            for key in (*ONE, *MANY):
+                waiting += schema[key] if isinstance(schema.get(key), list) else [schema.get(key)]
+            for key in NAMED:
+                waiting += schema[key].values() if isinstance(schema.get(key), dict) else ()
+            waiting.append(definitions.pop(str(schema.get("$ref")), None))  # once, as a schema may refer to itself
+    return named
 
 
 def _leaves(value: Any) -> Iterable[str]:
