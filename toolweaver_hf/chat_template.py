@@ -44,16 +44,26 @@ CODE = re.compile(r"<a_\d+>")
 CONTEXT, CONTENT, REASONING = "\ue002", "\ue003", "\ue004"
 
 
-def complete_template(template: str, renders: Callable[..., bool]) -> str:
+def complete_template(template: str, apply_chat_template: Callable[..., str]) -> str:
     """Add missing features to a chat template: contents as strings, the tool role, and the system role.
 
     Args:
         template (`str`):
             The chat template.
-        renders (`Callable[..., bool]`):
-            Called with a template and roles; returns whether the template renders the contents of messages with these
-            roles.
+        apply_chat_template (`Callable[..., str]`):
+            The tokenizer's method.
     """
+
+    def renders(template: str, *roles: str) -> bool:
+        """Whether a chat template shows the content of messages of these roles, in this order."""
+        contents = [f"content-of-{role}" for role in roles]
+        messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
+        try:
+            rendered = apply_chat_template(messages, chat_template=template, tokenize=False)
+        except Exception:  # whatever a template raises for a role that it does not know
+            return False
+        return all(content in rendered for content in contents)
+
     if not renders(template, "user", "assistant") and renders(PARTS_TEMPLATE + template, "user", "assistant"):
         template = PARTS_TEMPLATE + template
     if not renders(template, "user", "assistant", "tool"):

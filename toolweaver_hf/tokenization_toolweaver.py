@@ -161,11 +161,11 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
             **{name: getattr(base, name) for name in kept},
             **base.special_tokens_map,
         )
-        templates = tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
+        templates, render = tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE, tokenizer.apply_chat_template
         if isinstance(templates, dict):
-            completed = {name: complete_template(text, tokenizer._renders) for name, text in templates.items()}
+            completed = {name: complete_template(text, render) for name, text in templates.items()}
         else:
-            completed = complete_template(templates, tokenizer._renders)
+            completed = complete_template(templates, render)
         tokenizer.chat_template = completed
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -181,16 +181,6 @@ class ToolWeaverTokenizer(PreTrainedTokenizerFast):
             return super().apply_chat_template(*args, **kwargs)
         except TemplateError as error:
             raise ValueError(f"the chat template fails: {error}") from None
-
-    def _renders(self, template: str, *roles: str) -> bool:
-        """Whether a chat template shows the content of messages of these roles, in this order."""
-        contents = [f"content-of-{role}" for role in roles]
-        messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
-        try:
-            rendered = self.apply_chat_template(messages, chat_template=template, tokenize=False)
-        except Exception:  # whatever a template raises for a role that it does not know
-            return False
-        return all(content in rendered for content in contents)
 
     @property
     def tool_ids(self) -> list[str]:

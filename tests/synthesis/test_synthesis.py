@@ -224,17 +224,19 @@ def test_one_tool_more_changes_few_groups():
 
 
 @pytest.fixture(scope="module")
-def chat_model(tmp_path_factory):
-    """A tiny causal language model of random weights, with a chat template."""
+def chat_model(tmp_path_factory, request):
+    """A tiny causal language model of random weights, with the chat template of a family."""
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = build("smollm2")
+    tokenizer = build(getattr(request, "param", "smollm2"))
     small_llama(len(tokenizer), max_position_embeddings=2048).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
+@pytest.mark.parametrize("chat_model", ["smollm2", "qwen3", "gemma"], indirect=True)
 def test_what_a_batch_shares_is_read_once_and_changes_nothing(chat_model):
-    """Greedy decoding of a batch with its shared prefix in a cache, against each prompt on its own."""
+    """Greedy decoding of a batch with its shared prefix in a cache, against each prompt on its own; also of a model
+    that would think first, and of one without a system role."""
     generator = LocalGenerator(chat_model)
     generator.model.float()
     generator.sampling = {"do_sample": False}
@@ -242,7 +244,7 @@ def test_what_a_batch_shares_is_read_once_and_changes_nothing(chat_model):
     batch = generator._sample(prompts, 0, MAX_NEW_TOKENS, stop="\n")
     for messages, text in zip(prompts, batch, strict=True):
         inputs = generator.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            messages, add_generation_prompt=True, enable_thinking=False, return_tensors="pt", return_dict=True
         )
         output = generator.model.generate(**inputs, max_new_tokens=48, do_sample=False)
         alone = generator.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

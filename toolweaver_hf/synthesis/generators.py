@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from ..chat_template import complete_template
 from ..data.catalog import Tool
 from ..evaluation.chat_endpoint import ChatEndpoint, Reply, find_object
 from ..text_expert import fast_dtype
@@ -35,7 +36,8 @@ class Request(NamedTuple):
 class LocalGenerator:
     """A causal language model of transformers, which samples from its chat template.
 
-    The instructions and examples that all prompts of a batch begin with are read once.
+    The instructions and examples that all prompts of a batch begin with are read once. Hybrid reasoning models write
+    without a thought.
 
     Args:
         model (`str`): Id or path of the model.
@@ -52,6 +54,8 @@ class LocalGenerator:
         self.tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
         if self.tokenizer.chat_template is None:
             raise ValueError(f"{model} has no chat template: choose a model that is trained to follow instructions")
+        template = self.tokenizer.get_chat_template()
+        self.tokenizer.chat_template = complete_template(template, self.tokenizer.apply_chat_template)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,7 +94,9 @@ class LocalGenerator:
         self, prompts: list[list[dict[str, str]]], seed: int, max_new_tokens: int, stop: str | None = None
     ) -> list[str]:
         """Sample an answer to each conversation, which ends with `stop`."""
-        chats = self.tokenizer.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
+        chats = self.tokenizer.apply_chat_template(
+            prompts, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
         ids = self.tokenizer(chats, add_special_tokens=False).input_ids
         shared = next((i for i, column in enumerate(zip(*ids, strict=False)) if len({*column}) > 1), len(ids[0]))
         shared = min(shared, min(map(len, ids)) - 1)  # the model needs a token to go on from
