@@ -15,7 +15,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,8 @@ class AlignArguments:
         base_model (`str`):
             Id or path of the causal language model to align.
         catalog (`str`, *optional*):
-            The catalog, in any of the formats that [`ToolCatalog.from_file`] reads. Defaults to the log's.
+            The catalog, in any of the formats that [`ToolCatalog.from_file`] reads. Defaults to the log's. As the
+            queries, it may be on the Hub: `hf://datasets/user/name/catalog.jsonl`.
         log (`str`, *optional*):
             Usage log of `toolweaver gateway --log`. Training queries are the log's, each with the tools that were
             called successfully for it; a tenth of them validates, and at least 20. The codes are learned from the tools
@@ -142,14 +143,17 @@ def main(args: AlignArguments) -> None:
     """Run the remaining steps, and print how to use the model."""
     from toolweaver_hf.data.catalog import ToolCatalog
     from toolweaver_hf.data.queries import load_queries
+    from toolweaver_hf.files import local_file
 
     output = Path(args.output_dir)
     catalog = ToolCatalog.from_file(args.catalog)  # raises before anything is written
-    train, validation = args.queries, args.validation_queries
-    for path in filter(None, (train, validation)):
+    for path in filter(None, (args.queries, args.validation_queries)):
         unknown = {tool_id for query in load_queries(path) for tool_id in query.tools}.difference(catalog.ids)
         if unknown:
             raise ValueError(f"{path} names the tool {min(unknown)!r}, which {args.catalog} lacks")
+    given = {name: getattr(args, name) for name in ("catalog", "queries", "validation_queries")}
+    args = replace(args, **{name: path and str(local_file(path)) for name, path in given.items()})
+    train, validation = args.queries, args.validation_queries
     steps = Steps(output)
     used_together = train
     if args.log is not None:

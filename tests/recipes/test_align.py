@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import anyio
 import pytest
@@ -13,6 +14,7 @@ from toolweaver_hf import Tool, ToolCatalog, ToolRetriever
 from toolweaver_hf.agent.gateway_search import GatewaySearch
 from toolweaver_hf.data.usage_log import UsageLog, load_usage_queries
 from toolweaver_hf.demo import DEMO_FOLDER
+from toolweaver_hf.hub.artifacts import push_folder
 from toolweaver_hf.recipes import align
 
 
@@ -137,6 +139,22 @@ def test_the_log_of_a_gateway_becomes_a_model_of_a_gateway(tmp_path, catalog, ba
     assert expert.learned == {tool.id for tool in tools[:6]}
     # Those that it was trained on count once; those that validated are remembered besides.
     assert len(expert.memory) == 48
+
+
+def test_files_on_the_hub(hub, tmp_path, catalog, base):
+    """They are downloaded, so that only the missing encoder ends the first step."""
+    (tmp_path / "data").mkdir()
+    shutil.copy(catalog, tmp_path / "data" / "catalog.jsonl")
+    row = {"id": "1", "text": "hello there", "tools": [ToolCatalog.from_file(catalog).ids[0]]}
+    for name in ("train", "validation"):
+        (tmp_path / "data" / f"queries.{name}.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    push_folder(tmp_path / "data", "me/data")
+    there, output = "hf://datasets/me/data", tmp_path / "out"
+    options = ["--catalog", f"{there}/catalog.jsonl", "--queries", f"{there}/queries.train.jsonl"]
+    options += ["--validation_queries", f"{there}/queries.validation.jsonl", "--base_model", str(base)]
+    with pytest.raises(OSError, match="no_such_encoder"):
+        align.cli([*options, "--encoder", str(tmp_path / "no_such_encoder"), "--output_dir", str(output)])
+    assert list(json.loads((output / "align.json").read_text(encoding="utf-8"))["steps"]) == ["codes"]
 
 
 def test_queries_of_another_catalog(tmp_path, catalog, base):
