@@ -85,8 +85,9 @@ def truncate_partial_line(path: str | os.PathLike) -> None:
 def read_rows(path: str | os.PathLike, bad_rows: list[str] | None = None) -> list[tuple[str, dict[str, Any]]]:
     """Read the rows of a JSONL file, or of a JSON list, each with its position for error messages.
 
-    A `.json` file of several lines, of which the first is a whole JSON object, is JSONL as well. The file may be on the Hub: `hf://datasets/user/name/file.jsonl`. Where `bad_rows` is given, a row that is not
-    a JSON object is left out, and what is wrong with it is added to this list.
+    A `.json` file of several lines, of which the first is a whole JSON object, is JSONL as well. The file may be on the
+    Hub: `hf://datasets/user/name/file.jsonl`. Where `bad_rows` is given, a row that is not a JSON object is left out,
+    and what is wrong with it is added to this list.
 
     Raises:
         `ValueError`: naming the file and the line or item that is not a JSON object.
@@ -105,12 +106,12 @@ def read_rows(path: str | os.PathLike, bad_rows: list[str] | None = None) -> lis
                 raise
             bad_rows.append(str(error))
 
-    with open(local_file(path), encoding="utf-8-sig") as file:
-        lines: Iterable[str] = file
+    with open(local_file(path), "rb") as file:  # each line is decoded by itself, so that an error names it
+        lines: Iterable[bytes] = file
         if os.fspath(path).endswith(".json"):
             lines = file.readlines()
         if isinstance(lines, list) and not (len(lines) > 1 and _is_object(lines[0])):
-            items = _parse("".join(lines), str(path))
+            items = _parse(b"".join(lines), str(path))
             if not isinstance(items, list):
                 raise ValueError(f"{path} holds no list of rows")
             for number, item in enumerate(items, start=1):
@@ -132,7 +133,7 @@ def _check_characters(row: dict[str, Any], place: str) -> None:
         raise ValueError(f"{place} holds {half!r}, half of a character, which is no text") from None
 
 
-def _is_object(line: str) -> bool:
+def _is_object(line: bytes) -> bool:
     """Return whether a line is a whole JSON object, as in files of JSON lines that are named `.json`."""
     try:
         return isinstance(json.loads(line), dict)
@@ -140,7 +141,7 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _parse(text: str, source: str) -> Any:
+def _parse(text: bytes, source: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -493,6 +493,20 @@ def test_parts_of_text_and_the_developers_role(tmp_path, tokenizer):
         load_trajectories(path)
 
 
+def test_a_file_that_is_not_utf8_is_named(tmp_path):
+    rows = [{"id": str(i), "text": text, "tools": ["a"]} for i, text in enumerate(["café", "tea"])]
+    path = tmp_path / "q.jsonl"
+    path.write_bytes("\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode("latin-1"))
+    with pytest.raises(ValueError, match=r"q\.jsonl, line 1 is not valid JSON: 'utf-8' codec"):
+        load_queries(path)
+    bad_rows = []
+    assert [query.id for query in load_queries(path, bad_rows=bad_rows)] == ["1"] and len(bad_rows) == 1
+    queries = write(tmp_path / "beir.jsonl", [{"_id": "1", "text": "rain?"}])
+    (tmp_path / "qrels.tsv").write_bytes("1\tcafé\t1\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"qrels\.tsv is not UTF-8 text"):
+        load_queries(queries, tmp_path / "qrels.tsv")
+
+
 def test_numeric_ids_and_lines_in_a_json_file(tmp_path):
     rows = [{"id": 1, "text": "rain?", "tools": [7]}, {"_id": 2, "text": "wind?", "tools": ["w"]}]
     path = write(tmp_path / "queries.json", rows)

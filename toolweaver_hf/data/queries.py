@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..files import local_file, read_rows
@@ -135,17 +136,20 @@ def _query_of_conversation(place: str, row: dict[str, Any]) -> dict[str, Any]:
 
 def _read_qrels(path: str | os.PathLike) -> dict[str, list[str]]:
     relevant: dict[str, list[str]] = {}
-    with open(local_file(path), encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            fields = line.rstrip("\n").split("\t")
-            if (number == 1 and fields[0] == "query-id") or fields == [""]:
-                continue
-            try:
-                query_id, tool_id, score = fields
-                if float(score) > 0:
-                    relevant.setdefault(query_id, []).append(tool_id)
-            except ValueError:
-                raise ValueError(
-                    f"{path}, line {number}: expected query-id, corpus-id and score, separated by tabs"
-                ) from None
+    try:
+        lines = Path(local_file(path)).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        fields = line.split("\t")
+        if (number == 1 and fields[0] == "query-id") or fields == [""]:
+            continue
+        try:
+            query_id, tool_id, score = fields
+            if float(score) > 0:
+                relevant.setdefault(query_id, []).append(tool_id)
+        except ValueError:
+            raise ValueError(
+                f"{path}, line {number}: expected query-id, corpus-id and score, separated by tabs"
+            ) from None
     return relevant
