@@ -89,6 +89,7 @@ def test_rows_of_benchmarks_without_a_tool_are_left_out(tmp_path, row):
         (SEALTOOLS | {"calling": [{"name": "rain"}]}, "line 2: its tools cannot be read"),
         (TOOLRET | {"labels": "["}, "line 2: its tools cannot be read"),
         (TOOLRET | {"query": None}, "line 2: a query needs"),
+        ({"conversations": [{"from": "gpt", "value": "<<a&&b>>"}], "tools": ["a"]}, "line 2: "),
     ],
 )
 def test_wrong_queries_are_named(tmp_path, line, says):

@@ -126,7 +126,7 @@ def _query_of_conversation(place: str, row: dict[str, Any]) -> dict[str, Any]:
     """Convert a conversation of a user message and its tools."""
     try:
         *_, question, answer = read_messages(row)
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:  # the latter two for values of a wrong type
         raise ValueError(f"{place}: {error}") from None
     tools = ATOMIC_TOKEN.findall(answer["content"])
     if question["role"] != "user" or ATOMIC_TOKEN.sub("", answer["content"]).strip() or not tools:
