@@ -237,6 +237,25 @@ def test_files_elsewhere_cost_their_tool_alone(tmp_path, caplog):
         read(tmp_path / "api", {"/3": paths["/3"]})
 
 
+def test_references_to_values_of_a_wrong_type_cost_their_tool_alone(tmp_path):
+    parameters = [
+        parameter({"$ref": "#/components/schemas/Note"}),
+        parameter({"$ref": "#/info/title/short"}),
+        {"$ref": "#/x-nothing"},
+        {"$ref": "#/x-list"},
+    ]
+    paths = {f"/{i}": {"get": {"parameters": [each]}} for i, each in enumerate(parameters)}
+    rest = {"components": None, "info": {"title": "Notes"}, "x-nothing": None, "x-list": []}
+    catalog = read(tmp_path, {**paths, "/good": {"get": {"operationId": "good"}}}, **rest)
+    assert catalog.ids == ["good"]
+    assert catalog.changes == {
+        "left out: the reference '#/components/schemas/Note' leads nowhere": ["GET /0"],
+        "left out: the reference '#/info/title/short' leads nowhere": ["GET /1"],
+        "left out: a parameter must be an object, not NoneType": ["GET /2"],
+        "left out: a parameter must be an object, not list": ["GET /3"],
+    }
+
+
 def test_every_pointer_resolves_and_data_stays_data(tmp_path):
     tag = {"allOf": [{"type": "object", "properties": {"$ref": STRING, "label": STRING}}]}
     data = {"$ref": "#/nowhere"}

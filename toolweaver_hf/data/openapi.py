@@ -136,7 +136,7 @@ class _Reader:
         if (reference, base) not in self.found:
             try:
                 resolved = self.registry.resolver(base).lookup(reference)
-            except Unresolvable as error:
+            except (Unresolvable, TypeError, ValueError) as error:  # the latter two for a pointer into a wrong type
                 causes = (error.__cause__, error.__cause__ and error.__cause__.__cause__)
                 reason = next((str(cause) for cause in causes if type(cause) is ValueError), "leads nowhere")
                 raise ValueError(f"the reference {reference!r} {reason}") from None
@@ -169,8 +169,9 @@ class _Reader:
         declared: dict[tuple[str, str], Node] = {}
         for part in (*reversed(item), operation):
             for value in _list(part.value, "parameters"):
-                parameter = self.follow(Node(_object(value, "a parameter"), part.base))
-                name, place = parameter.value.get("name"), parameter.value.get("in")
+                parameter = self.follow(Node(value, part.base))
+                described = _object(parameter.value, "a parameter")
+                name, place = described.get("name"), described.get("in")
                 if not isinstance(name, str) or not isinstance(place, str):
                     raise ValueError("a parameter needs a 'name' and an 'in'")
                 if place != "header" or name.lower() not in OWN_HEADERS:
