@@ -94,6 +94,7 @@ def test_the_grammar_is_the_schema(base_tokenizer):
         {"type": "string", "pattern": "^(?=a)b"},
         {"$ref": "https://example.com/schema.json"},
         {"type": 7},
+        {"properties": {"a": {}}, "required": [{}]},
     ],
 )
 def test_what_no_grammar_expresses_is_a_json_object_all_the_same(base_tokenizer, schema):

@@ -199,6 +199,11 @@ def test_names_of_types(name, schema):
     )
 
 
+def test_only_names_of_arguments_are_required():
+    read = arguments_schema({"a": "int", "b": "str", "required": [{}, "b", "c"]}, pytest.fail)
+    assert read["required"] == ["b"]
+
+
 def test_what_is_not_known_is_kept_and_told_of_once(tmp_path, caplog):
     rows = [
         {"id": "a", "description": "A.", "parameters": {"f": "Callable[[float], float]", "x": {"type": "Callable"}}},

@@ -200,7 +200,7 @@ def _read_mapping(entries: dict[str, Any], change: Change) -> dict[str, Any]:
             del entry["description"]
         properties[name] = to_json_schema(entry, change)
     if isinstance(listed, list):
-        required = [name for name in listed if name in properties]
+        required = [name for name in properties if name in listed]
     elif marks:
         required = [name for name in properties if marks.get(name)]
     else:
