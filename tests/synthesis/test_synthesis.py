@@ -113,6 +113,23 @@ def test_a_file_of_something_else_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("text", "query"),
+    [
+        ('Message (casual): "Is rain likely?"', "Is rain likely?"),
+        ('"Message: Is rain likely?"', "Is rain likely?"),
+        ("** “Is rain likely?” **", "Is rain likely?"),
+        ('"Is rain likely', "Is rain likely"),
+        ('Play "Yesterday"', 'Play "Yesterday"'),
+        ('"Yesterday" or "Help"', '"Yesterday" or "Help"'),
+        ("`ls` lists what?", "`ls` lists what?"),
+        ('"', ""),
+    ],
+)
+def test_what_stands_around_a_query_is_taken_off(text, query):
+    assert clean(text) == query
+
+
+@pytest.mark.parametrize(
     ("text", "reason"),
     [
         ("Will rain fall in my city tomorrow?", None),

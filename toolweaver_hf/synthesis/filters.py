@@ -25,13 +25,17 @@ REFUSAL = re.compile(
     re.IGNORECASE,
 )
 LABEL = re.compile(r"^(message|user|query|person|tool)\s*(\([^)]*\))?\s*:\s*", re.IGNORECASE)
+QUOTED = re.compile(r'"([^"]*)"?|[“”]([^“”]*)[“”]?|`([^`]*)`?|\*+([^*]*)\**')
+"""A text in quotation marks or the like, whose closing ones may be cut off, and with none of them inside."""
 BATCH = 512
 
 
 def clean(text: str) -> str:
     """Take off what a model puts around a query: quotation marks, a label."""
     text = LABEL.sub("", " ".join(text.split()))
-    return text.strip('"“”`* ').strip()
+    while quoted := QUOTED.fullmatch(text):
+        text = LABEL.sub("", "".join(quoted.groups("")).strip())
+    return text
 
 
 def words(text: str) -> tuple[str, ...]:
