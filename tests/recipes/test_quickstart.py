@@ -1,7 +1,8 @@
-"""The quick start from end to end, on one category of the demo and a tiny base model; and where its base comes from."""
+"""The quick start from end to end, on tools of one's own and a tiny base model; and where its base comes from."""
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from bases import build
@@ -24,11 +25,11 @@ def needed(row):
 
 @pytest.fixture
 def weather(tmp_path):
-    """The demo's tools about the weather, with what needs these alone."""
+    """The demo's tools about the weather without its functions, as one's own tools are, with what needs these alone."""
     folder = tmp_path / "data"
     folder.mkdir()
     tools = [tool for tool in ToolCatalog.from_file(DEMO_FOLDER / "catalog.jsonl") if tool.category == "Weather"]
-    ToolCatalog(tools).to_jsonl(folder / "catalog.jsonl")
+    ToolCatalog(replace(tool, metadata={}) for tool in tools).to_jsonl(folder / "catalog.jsonl")
     ids = {tool.id for tool in tools}
     for kind in ("queries", "trajectories"):
         for split in quickstart.SPLITS:

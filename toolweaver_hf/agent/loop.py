@@ -72,7 +72,7 @@ class ToolAgent:
             Small models garble what they should copy, and leave out half of it; 0 leaves the scores as they are.
 
     Raises:
-        `ValueError`: if a function's tool is missing in the catalog or has no code.
+        `ValueError`: if there is no function, or a function's tool is missing in the catalog or has no code.
 
     Example:
 
@@ -99,6 +99,8 @@ class ToolAgent:
         text_expert: TextExpert | None = None,
         copy_bonus: float = 3.0,
     ):
+        if not functions:
+            raise ValueError("an agent needs the function of at least one tool")
         unknown = [tool_id for tool_id in functions if tool_id not in catalog]
         if unknown:
             raise ValueError(f"functions are given for tools that the catalog lacks: {', '.join(unknown[:5])}")
