@@ -4,7 +4,7 @@
 python recipes/evaluate_agent.py --model out/agent --tasks trajectories.test.jsonl
 ```
 
-The same command continues an interrupted run.
+The same command continues an interrupted run. A model that was trained anew needs another `--output_dir`.
 """
 
 from __future__ import annotations
@@ -101,6 +101,30 @@ class AgentEvaluationArguments:
             raise ValueError("--votes must be at least 1")
 
 
+def model_version(model: str) -> str:
+    """Name a model and its version: of a folder the digest of what its agent depends on, on the Hub the commit.
+
+    Raises:
+        `OSError`: if the Hub cannot be reached or has no such model.
+    """
+    from transformers.utils import cached_file
+    from transformers.utils.hub import extract_commit_hash
+
+    from toolweaver_hf.data.catalog import CATALOG_FILE
+    from toolweaver_hf.text_expert import TEXT_EXPERT_FILE
+    from toolweaver_hf.tool_codes_file import TOOL_CODES_FILE
+
+    if not os.path.isdir(model):
+        commit = extract_commit_hash(cached_file(model, TOOL_CODES_FILE), None)
+        return f"{model} {commit}"
+    digest = hashlib.sha256()
+    for path in sorted(Path(model).iterdir()):
+        if path.suffix == ".safetensors" or path.name in (CATALOG_FILE, TEXT_EXPERT_FILE, TOOL_CODES_FILE):
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"{os.path.basename(os.path.abspath(model))} {digest.hexdigest()[:16]}"
+
+
 def check_settings(args: AgentEvaluationArguments, path: Path) -> dict[str, Any]:
     """Save and return the settings that results depend on; raise an error if an interrupted run had other settings."""
     from toolweaver_hf.evaluation.runs import RUN_VERSION, describe_run
@@ -111,6 +135,8 @@ def check_settings(args: AgentEvaluationArguments, path: Path) -> dict[str, Any]
         if settings[name] is not None:
             content = Path(local_file(settings[name])).read_bytes()
             settings[name] = f"{os.path.basename(settings[name])} {hashlib.sha256(content).hexdigest()[:16]}"
+    if args.model is not None:
+        settings["model"] = model_version(args.model)
     if path.exists():
         before = read_json(path, RUN_VERSION)["config"]
         before["reference"] = before.get("reference") or settings["reference"]  # may be added later, or left out

@@ -1,14 +1,17 @@
 """The evaluation of an agent, on a tiny model with random weights."""
 
 import json
+import shutil
 
 import pytest
 from conftest import small_llama
 from servers.chat_server import ChatServer
+from transformers import AutoModelForCausalLM
 
 from toolweaver_hf import ToolCatalog, ToolCodes, ToolWeaverTokenizer
 from toolweaver_hf.cli import main as toolweaver
 from toolweaver_hf.demo import DEMO_FOLDER
+from toolweaver_hf.hub.artifacts import push_folder
 
 
 GOLD = DEMO_FOLDER / "trajectories.test.jsonl"
@@ -49,6 +52,26 @@ def test_a_run_is_gone_on_with_and_not_mixed(agent, capsys):
         evaluate("--model", agent, "--max_tasks", 3, "--max_steps", 1)
     assert "other settings (max_steps)" in capsys.readouterr().err
     assert (output / "runs.jsonl").read_text() == runs
+
+
+def test_a_model_that_was_trained_anew_is_another_one(agent, hub, tmp_path, capsys):
+    folder = tmp_path / "agent"
+    shutil.copytree(agent, folder, ignore=shutil.ignore_patterns("agent_evaluation"))
+    push_folder(folder, "me/agent")
+    for model, output in ((folder, folder / "agent_evaluation"), ("me/agent", tmp_path / "of_the_hub")):
+        evaluate("--model", model, "--max_tasks", 1, "--output_dir", output)
+    (tmp_path / "moved").mkdir()
+    moved = folder.rename(tmp_path / "moved" / "agent")
+    evaluate("--model", moved, "--max_tasks", 2)
+
+    model = AutoModelForCausalLM.from_pretrained(moved)
+    model.get_input_embeddings().weight.data += 1
+    model.save_pretrained(moved)
+    push_folder(moved, "me/agent")
+    for model, output in ((moved, moved / "agent_evaluation"), ("me/agent", tmp_path / "of_the_hub")):
+        with pytest.raises(SystemExit, match="2"):
+            evaluate("--model", model, "--max_tasks", 2, "--output_dir", output)
+        assert "other settings (model)" in capsys.readouterr().err
 
 
 def test_runs_of_another_agent_and_a_chat_model_as_judge(tmp_path, capsys):
