@@ -72,14 +72,24 @@ class EvaluationArguments:
 
 
 def load_test_queries(paths: Sequence[str], qrels: str | None = None) -> list[Query]:
-    """Read one file of queries, or several as groups named after their files."""
+    """Read one file of queries, or several as groups named after their files.
+
+    Raises:
+        `ValueError`: naming two files that would be one group, or the file and the line that is wrong.
+    """
     from toolweaver_hf.data.queries import load_queries
 
     if len(paths) == 1:
         return load_queries(paths[0], qrels)
+    files: dict[str, str] = {}
+    for path in paths:
+        group = Path(path).stem
+        if group in files:
+            raise ValueError(f"{files[group]} and {path} would both be the group {group!r}: rename one of the files")
+        files[group] = path
     return [
-        replace(query, id=f"{Path(path).stem}/{query.id}", group=query.group or Path(path).stem)
-        for path in paths
+        replace(query, id=f"{group}/{query.id}", group=query.group or group)
+        for group, path in files.items()
         for query in load_queries(path, qrels)
     ]
 

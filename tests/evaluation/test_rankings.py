@@ -183,5 +183,14 @@ def test_rivals_alone_in_and_out_of_domain(tmp_path, caplog):
         evaluate.EvaluationArguments(queries)
 
 
+def test_files_of_one_name_are_no_two_groups(tmp_path):
+    files = [tmp_path / group / "test.jsonl" for group in ("G1", "G2")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_bytes((DEMO_FOLDER / "queries.test.jsonl").read_bytes())
+    with pytest.raises(ValueError, match=r"G1/test\.jsonl and .*G2/test\.jsonl would both be the group 'test'"):
+        evaluate.load_test_queries([*map(str, files)])
+
+
 def test_metrics_of_an_older_version_make_a_card():
     assert "| nDCG@1 |" in str(create_card(GOLDEN / "model", "me/model"))
