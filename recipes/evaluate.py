@@ -134,7 +134,8 @@ def main(args: EvaluationArguments) -> dict[str, Any]:
         rankings["ToolWeaver"] = retriever(texts, top_k=TOP_K, allowed_tools=candidates.ids, show_progress_bar=True)
         if retriever.text_expert is not None and retriever.model is not None:
             alone = ToolRetriever(retriever.model, retriever.tokenizer)
-            coded = [tool_id for tool_id in candidates.ids if tool_id in set(alone.tool_ids)]
+            known = set(alone.tool_ids)
+            coded = [tool_id for tool_id in candidates.ids if tool_id in known]
             rankings["codes alone"] = alone(texts, top_k=TOP_K, allowed_tools=coded, show_progress_bar=True)
     encoder = args.encoder or default_encoder()
     rankings["BM25"] = BM25Retriever(candidates)(texts, top_k=TOP_K)
