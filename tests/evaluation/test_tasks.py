@@ -61,6 +61,17 @@ def test_measures_of_runs_that_are_partly_right(tmp_path, catalog):
     }
 
 
+def test_the_first_query_of_a_conversation_is_the_task(tmp_path, catalog):
+    ask, answer = {"role": "user", "content": "Weather?"}, {"role": "assistant", "content": "Warm."}
+    result = {"role": "tool", "content": "{}"}
+    first, second = [ask, weather("Oslo"), result, answer], [ask, weather("Rome"), result]
+    path = write(tmp_path / "tasks.jsonl", [{"id": "0", "messages": [*first, *second]}])
+    (task,) = load_tasks(path)
+    assert task.calls == [("weather.current_weather", {"city": "Oslo"})]
+    assert (task.messages, task.observations, task.answer) == ([ask], ["{}"], "Warm.")
+    assert evaluate_runs([task], load_agent_runs(path), catalog)["argument_exact_match"] == 1
+
+
 def test_arguments_that_break_the_schema_or_name_no_tool_are_not_parsed(tmp_path, catalog):
     row = {"id": "0", "messages": [{"role": "user", "content": "Weather?"}, weather("Oslo")]}
     tasks = load_tasks(write(tmp_path / "tasks.jsonl", [row]))

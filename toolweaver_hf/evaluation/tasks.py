@@ -50,7 +50,8 @@ class AgentTask:
 
 def load_tasks(path: str | os.PathLike) -> list[AgentTask]:
     """Read tasks from ground-truth trajectories ([`~data.load_trajectories`], including runs of an agent and
-    Seal-Tools), or from queries with their tools ([`~data.load_queries`]), without ground-truth calls.
+    Seal-Tools), or from queries with their tools ([`~data.load_queries`]), without ground-truth calls. Of a
+    conversation with several queries, the first and its answer are the task.
 
     Raises:
         `ValueError`: naming the file and the line that is wrong, or the id that occurs twice.
@@ -63,35 +64,39 @@ def load_tasks(path: str | os.PathLike) -> list[AgentTask]:
         ]
     tasks: dict[str, AgentTask] = {}
     for row in load_trajectories(path):
-        messages = row["messages"]
-        start = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
-        if not 0 < start < len(messages) or messages[start - 1]["role"] != "user":
+        asked, answered = _first_exchange(row["messages"])
+        if not asked or asked[-1]["role"] != "user":
             raise ValueError(f"{path}: the task {row['id']!r} needs a user's query and the assistant's turns after it")
         if row["id"] in tasks:
             raise ValueError(f"{path}: the task id {row['id']!r} occurs twice")
-        run = AgentRun(messages[start:], _stop_reason(messages))
+        run = AgentRun(answered, _stop_reason(answered))
         calls = list(calls_of(run))
         tasks[row["id"]] = AgentTask(
-            row["id"], messages[:start], [name for name, _ in calls], calls, observations_of(run), run.answer
+            row["id"], asked, [name for name, _ in calls], calls, observations_of(run), run.answer
         )
     return list(tasks.values())
 
 
 def load_agent_runs(path: str | os.PathLike) -> dict[str, AgentRun]:
-    """Read the runs of an agent by task id: trajectories, optionally with a `stop_reason`.
+    """Read the runs of an agent by task id: trajectories, optionally with a `stop_reason`. Of a conversation with
+    several queries, the run ends before the second, as in [`load_tasks`].
 
     Raises:
         `ValueError`: naming the file and line that is wrong.
     """
-    rows = [row for _, row in read_rows(path)]
-    return {
-        run["id"]: AgentRun(
-            run["messages"],
-            row.get("stop_reason", _stop_reason(run["messages"])),
-            num_new_tokens=row.get("num_new_tokens", 0),
-        )
-        for run, row in zip(load_trajectories(path), rows, strict=True)
-    }
+    runs: dict[str, AgentRun] = {}
+    for run, (_, row) in zip(load_trajectories(path), read_rows(path), strict=True):
+        asked, answered = _first_exchange(run["messages"])
+        reason = row.get("stop_reason", _stop_reason(answered))
+        runs[run["id"]] = AgentRun(asked + answered, reason, num_new_tokens=row.get("num_new_tokens", 0))
+    return runs
+
+
+def _first_exchange(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the messages before the assistant's first, and what follows up to the user's next."""
+    start = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    end = next((i for i in range(start, len(messages)) if messages[i]["role"] == "user"), len(messages))
+    return messages[:start], messages[start:end]
 
 
 def _stop_reason(messages: Sequence[dict[str, Any]]) -> str:
