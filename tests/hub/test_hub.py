@@ -279,7 +279,10 @@ def test_a_dataset(hub, tmp_path):
     for path in DEMO_FOLDER.glob("*.jsonl"):
         rows = path.read_text(encoding="utf-8").splitlines(keepends=True)[:20]
         (tmp_path / path.name).write_text("".join(rows), encoding="utf-8")
+    for kind in ("queries", "trajectories"):
+        (tmp_path / f"{kind}.candidates.jsonl").write_text('{"texts": ["All that was written"]}\n')
     push_folder(tmp_path, "me/demo", license="apache-2.0")
+    assert not [name for name in files_of("me/demo", repo_type="dataset") if "candidates" in name]
     assert list(ToolCatalog.from_pretrained("me/demo")) == list(ToolCatalog.from_file(tmp_path / "catalog.jsonl"))
     name = "queries.test.jsonl"
     assert load_queries(f"hf://datasets/me/demo/{name}") == load_queries(tmp_path / name)

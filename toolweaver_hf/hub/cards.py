@@ -184,11 +184,14 @@ def _first_description(folder: Path) -> str | None:
 
 
 def dataset_files(folder: Path) -> dict[str, dict[str, str]]:
-    """Return the files of each configuration of a dataset: `catalog`, `queries` or `trajectories` -> split -> file."""
+    """Return the files of each configuration of a dataset: `catalog`, `queries` or `trajectories` -> split -> file.
+
+    What `toolweaver queries` goes on from, `queries.candidates.jsonl`, is no split.
+    """
     configurations: dict[str, dict[str, str]] = {}
     for path in sorted(folder.glob("*.jsonl")) if folder.is_dir() else []:
         name, _, split = path.stem.partition(".")
-        if name in ("catalog", "queries", "trajectories"):
+        if name in ("catalog", "queries", "trajectories") and split != "candidates":
             configurations.setdefault(name, {})[split or "train"] = path.name
     return configurations
 
