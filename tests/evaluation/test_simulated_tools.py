@@ -2,8 +2,10 @@
 
 import json
 import socket
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jsonschema
 import pytest
@@ -105,6 +107,21 @@ SCHEMAS = st.recursive(
 def test_answers_obey_the_schema(schema, seed):
     tool = Tool("rain", "Rain.", metadata={"output_schema": schema})
     jsonschema.validate(simulate_answer(tool, {}, seed), schema)
+
+
+def test_a_model_is_asked_while_other_answers_are_recorded():
+    tools = SimulatedTools(CATALOG, functions={"rain": lambda city: city})
+    interval = sys.getswitchinterval()
+    with ChatServer(lambda question: json.dumps({"others": json.loads(question)["other_answers"]})) as server:
+        tools.endpoint = ChatEndpoint("any", server.url)
+        sys.setswitchinterval(1e-5)  # so that threads come in each other's way
+        try:
+            with ThreadPoolExecutor(5) as pool:
+                pool.submit(lambda: [tools["rain"](city=str(i)) for i in range(5000)])
+                answers = [*pool.map(lambda i: tools["wind"](city=str(i)), range(40))]
+        finally:
+            sys.setswitchinterval(interval)
+    assert all(len(answer["others"]) <= 5 for answer in answers)
 
 
 def test_the_same_answers_over_mcp():

@@ -11,7 +11,9 @@ import json
 import os
 import random
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from ..agent.schema import find_error
@@ -66,14 +68,14 @@ class SimulatedTools(Mapping[str, Callable[..., Any]]):
     ):
         self.catalog, self.path, self.endpoint, self.seed = catalog, path, endpoint, seed
         self.functions = functions or {}
-        self._answers: dict[tuple[str, str], Any] = {}
+        self._answers: defaultdict[str, dict[str, Any]] = defaultdict(dict)  # of each tool, by arguments
         self._lock = threading.Lock()
         if path is not None and os.path.exists(path):
             truncate_partial_line(path)
             for place, row in read_rows(path):
                 if not isinstance(row.get("tool"), str) or "answer" not in row:
                     raise ValueError(f"{place}: a recorded answer needs 'tool', 'arguments' and 'answer'")
-                self._answers[_key(row["tool"], row.get("arguments") or {})] = row["answer"]
+                self._answers[row["tool"]][_key(row.get("arguments") or {})] = row["answer"]
 
     def __getitem__(self, tool_id: str) -> Callable[..., Any]:
         if tool_id not in self.catalog:
@@ -96,7 +98,8 @@ class SimulatedTools(Mapping[str, Callable[..., Any]]):
                     answer = json.loads(observation)
                 except ValueError:
                     answer = observation
-                self._answers.setdefault(_key(function["name"], function["arguments"]), answer)
+                with self._lock:
+                    self._answers[function["name"]].setdefault(_key(function["arguments"]), answer)
 
     def call(self, tool_id: str, arguments: dict[str, Any]) -> Any:
         """Answer a call.
@@ -105,9 +108,9 @@ class SimulatedTools(Mapping[str, Callable[..., Any]]):
             `ValueError`: for arguments that do not match the tool's schema.
             `KeyError`: for a tool that the catalog lacks.
         """
-        key = _key(tool_id, arguments)
-        if key in self._answers:
-            return self._answers[key]
+        key, recorded = _key(arguments), self._answers.get(tool_id, {})
+        if key in recorded:
+            return recorded[key]
         tool = self.catalog[tool_id]
         error = find_error(arguments, tool.parameters)
         if error is not None:
@@ -121,14 +124,15 @@ class SimulatedTools(Mapping[str, Callable[..., Any]]):
         return simulate_answer(tool, arguments, self.seed)
 
     def _ask(self, tool: Tool, arguments: dict[str, Any]) -> dict[str, Any] | None:
-        others = [answer for (tool_id, _), answer in self._answers.items() if tool_id == tool.id][:5]
+        with self._lock:
+            others = list(islice(self._answers[tool.id].values(), 5))
         question = {"function": tool.to_dict(), "arguments": arguments, "other_answers": others}
         return self.endpoint.ask(SIMULATION_INSTRUCTIONS, json.dumps(question, ensure_ascii=False), self.seed).content
 
     def _record(self, tool_id: str, arguments: dict[str, Any], answer: Any) -> Any:
         with self._lock:
             # If two threads answer the same call, the first answer wins
-            answer = self._answers.setdefault(_key(tool_id, arguments), answer)
+            answer = self._answers[tool_id].setdefault(_key(arguments), answer)
             if self.path is not None:
                 row = {"tool": tool_id, "arguments": arguments, "answer": answer}
                 with open(self.path, "a", encoding="utf-8") as file:
@@ -136,8 +140,8 @@ class SimulatedTools(Mapping[str, Callable[..., Any]]):
         return answer
 
 
-def _key(tool_id: str, arguments: dict[str, Any]) -> tuple[str, str]:
-    return tool_id, json.dumps(arguments, sort_keys=True)
+def _key(arguments: dict[str, Any]) -> str:
+    return json.dumps(arguments, sort_keys=True)
 
 
 def simulate_answer(tool: Tool, arguments: dict[str, Any], seed: int = 0) -> Any:
@@ -145,7 +149,7 @@ def simulate_answer(tool: Tool, arguments: dict[str, Any], seed: int = 0) -> Any
 
     The same tool, arguments and seed give the same answer on every machine.
     """
-    generator = random.Random(f"{seed} {_key(tool.id, arguments)}")
+    generator = random.Random(f"{seed} {(tool.id, _key(arguments))}")
     schema = tool.metadata.get("output_schema")
     if isinstance(schema, dict):
         return _draw(schema, generator, tool.name)
