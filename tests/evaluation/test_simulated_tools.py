@@ -109,6 +109,47 @@ def test_answers_obey_the_schema(schema, seed):
     jsonschema.validate(simulate_answer(tool, {}, seed), schema)
 
 
+def struct(**properties):
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+NODE = {"$ref": "#/$defs/Node"}
+SUM, NUMBER = {"$ref": "#/$defs/Sum"}, {"$ref": "#/$defs/Number"}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {**struct(place={"$ref": "#/$defs/Place"}), "$defs": {"Place": struct(lat={"type": "number"})}},
+        {"allOf": [struct(a={"type": "string"}), struct(a={"enum": ["x"]}, b={"type": "null"})]},
+        {**struct(), "properties": {"a": {"type": "null"}}, "anyOf": [{"required": ["a"]}]},
+        {"type": "integer", "maximum": -1},
+        {"type": "integer", "minimum": 0.5, "exclusiveMaximum": 1.5},
+        {"type": "number", "minimum": 0.001, "maximum": 0.004},
+        {
+            **NODE,
+            "$defs": {"Node": struct(next={"anyOf": [NODE, {"type": "null"}]}, all={"items": NODE, "type": "array"})},
+        },
+        {
+            "oneOf": [SUM, NUMBER],
+            "$defs": {"Sum": struct(sum={"anyOf": [SUM, NUMBER]}), "Number": struct(number={"type": "number"})},
+        },
+    ],
+)
+def test_answers_obey_references_compositions_and_bounds(schema):
+    tool = Tool("rain", "Rain.", metadata={"output_schema": schema})
+    for seed in range(5):
+        jsonschema.validate(simulate_answer(tool, {}, seed), schema)
+
+
+def test_a_schema_of_which_everything_refers_to_everything_has_a_short_answer():
+    refs = {f"to{i}": {"$ref": f"#/$defs/{i}"} for i in range(20)}
+    schema = {"$ref": "#/$defs/0", "$defs": {str(i): {"type": "object", "properties": refs} for i in range(20)}}
+    assert len(json.dumps(simulate_answer(Tool("x", "X.", metadata={"output_schema": schema}), {}))) < 10_000
+    endless = struct(again={"$ref": "#"})
+    assert simulate_answer(Tool("x", "X.", metadata={"output_schema": endless}), {}).keys() == {"result"}
+
+
 def test_a_model_is_asked_while_other_answers_are_recorded():
     tools = SimulatedTools(CATALOG, functions={"rain": lambda city: city})
     interval = sys.getswitchinterval()

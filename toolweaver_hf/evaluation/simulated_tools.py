@@ -8,15 +8,20 @@ toolweaver serve-tools --catalog tools.jsonl --recordings answers.jsonl
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
-from ..agent.schema import find_error
+from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012
+
+from ..agent.schema import NOTHING_REMOTE, find_error
 from ..data.catalog import Tool, ToolCatalog
 from ..data.trajectories import find_results, load_trajectories
 from ..files import read_rows, truncate_partial_line
@@ -28,6 +33,10 @@ You stand for a web API. You get a JSON object with the description of one of it
 and answers that the function gave to other calls. Reply with one JSON object: what the function answers to this call. \
 It agrees with the arguments, holds plausible concrete values, has the form of the other answers or of the schema \
 where there is one, and is short."""
+
+
+MAX_REFERENCES = 2
+"""How many references lie in one another before a simulated answer holds only what is required."""
 
 
 class SimulatedTools(Mapping[str, Callable[..., Any]]):
@@ -147,45 +156,104 @@ def _key(arguments: dict[str, Any]) -> str:
 def simulate_answer(tool: Tool, arguments: dict[str, Any], seed: int = 0) -> Any:
     """Generate an answer that matches the tool's `metadata["output_schema"]`, or a generic one without a schema.
 
-    The same tool, arguments and seed give the same answer on every machine.
+    The same tool, arguments and seed give the same answer on every machine. Deep in references, such as those of a
+    schema that holds itself, the answer holds only what is required.
     """
     generator = random.Random(f"{seed} {(tool.id, _key(arguments))}")
     schema = tool.metadata.get("output_schema")
     if isinstance(schema, dict):
-        return _draw(schema, generator, tool.name)
+        try:
+            return _draw(schema, generator, tool.name, schema)
+        except RecursionError:  # only an endless answer would match
+            pass
     return {"result": f"answer {generator.randrange(10**6):06} of {tool.name}"}
 
 
-def _draw(schema: Any, generator: random.Random, name: str) -> Any:
-    """Draw a random value of a JSON Schema, with its types, enumerations, defaults, ranges and compositions."""
-    if not isinstance(schema, dict):
-        schema = {}
+def _draw(
+    schema: Any, generator: random.Random, name: str, root: dict[str, Any], inside: frozenset[str] = frozenset()
+) -> Any:
+    """Draw a random value of a JSON Schema, with its types, enumerations, defaults, ranges, compositions and references.
+
+    Raises:
+        `RecursionError`: if the value needs another one of a reference that it is `inside` of.
+    """
+    schema, inside = _combine(schema, root, inside)
     for keyword in ("const", "default"):
         if keyword in schema:
             return schema[keyword]
     for keyword in ("enum", "examples"):
         if isinstance(schema.get(keyword), list) and schema[keyword]:
             return generator.choice(schema[keyword])
-    for keyword in ("anyOf", "oneOf", "allOf"):
+    for keyword in ("anyOf", "oneOf"):
         if isinstance(schema.get(keyword), list) and schema[keyword]:
-            return _draw(schema[keyword][0], generator, name)
+            alternatives = schema.pop(keyword)
+            for alternative in alternatives:
+                with suppress(RecursionError):
+                    return _draw({"allOf": [schema, alternative]}, generator, name, root, inside)
+            raise RecursionError(f"each alternative of {name} holds itself")
     kind = schema.get("type", "object" if "properties" in schema else "string")
     kind = kind[0] if isinstance(kind, list) and kind else kind
+    brief = len(inside) > MAX_REFERENCES
     if kind == "object":
-        properties = schema.get("properties") or {}
-        return {key: _draw(inner, generator, key) for key, inner in properties.items()}
+        required, drawn = _required(schema), {}
+        for key, inner in (schema.get("properties") or {}).items():
+            if key in required:
+                drawn[key] = _draw(inner, generator, key, root, inside)
+            elif not brief:
+                with suppress(RecursionError):
+                    drawn[key] = _draw(inner, generator, key, root, inside)
+        return drawn
     if kind == "array":
-        length = max(schema.get("minItems", 0), min(2, schema.get("maxItems", 2)))
-        return [_draw(schema.get("items"), generator, name) for _ in range(length)]
+        least = schema.get("minItems", 0)
+        length = least if brief else max(least, min(2, schema.get("maxItems", 2)))
+        try:
+            return [_draw(schema.get("items"), generator, name, root, inside) for _ in range(length)]
+        except RecursionError:
+            if least:
+                raise
+            return []
     if kind in ("integer", "number"):
         low = schema.get("minimum", schema.get("exclusiveMinimum", 0))
-        low += "exclusiveMinimum" in schema and kind == "integer"
         high = schema.get("maximum", schema.get("exclusiveMaximum", low + 100))
-        high -= "exclusiveMaximum" in schema and kind == "integer"
-        return generator.randint(low, high) if kind == "integer" else round(generator.uniform(low, high), 2)
+        if kind == "integer":
+            low = math.floor(low) + 1 if "exclusiveMinimum" in schema else math.ceil(low)
+            high = math.ceil(high) - 1 if "exclusiveMaximum" in schema else math.floor(high)
+            return generator.randint(min(low, high), high)
+        value = generator.uniform(min(low, high), high)
+        return round(value, 2) if low < round(value, 2) < high else value
     if kind == "boolean":
         return generator.random() < 0.5
     return None if kind == "null" else f"{name} {generator.randrange(1000)}"
+
+
+def _combine(schema: Any, root: dict[str, Any], inside: frozenset[str]) -> tuple[dict[str, Any], frozenset[str]]:
+    """Merge a schema with its `$ref` and `allOf`; return it and all the references that it is `inside` of then."""
+    own = dict(schema) if isinstance(schema, dict) else {}
+    reference, parts = own.pop("$ref", None), own.pop("allOf", None) or []
+    found = [_combine(part, root, inside) for part in parts]
+    if isinstance(reference, str):
+        if reference in inside:
+            raise RecursionError(f"{reference} holds itself")
+        resolver = NOTHING_REMOTE.resolver_with_root(DRAFT202012.create_resource(root))
+        with suppress(Unresolvable):  # any value matches then
+            found.append(_combine(resolver.lookup(reference).contents, root, inside | {reference}))
+    merged: dict[str, Any] = {}
+    for part, followed in [*found, (own, inside)]:
+        inside |= followed
+        properties, required = dict(merged.get("properties") or {}), _required(merged) + _required(part)
+        for key, inner in (part.get("properties") or {}).items():
+            properties[key] = {"allOf": [properties[key], inner]} if key in properties else inner
+        merged |= part
+        if properties:
+            merged["properties"] = properties
+        if required:
+            merged["required"] = required
+    return merged, inside
+
+
+def _required(schema: dict[str, Any]) -> list[str]:
+    names = schema.get("required")
+    return names if isinstance(names, list) else []
 
 
 def mcp_server(tools: SimulatedTools):
