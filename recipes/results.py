@@ -5,7 +5,8 @@ python recipes/results.py
 ```
 
 A folder in `recipes/results/` is one section of the page. It holds `run.json` and `metrics.json`, as `toolweaver
-evaluate`, `toolweaver compare` or `toolweaver evaluate-agent` write them, and `about.json`:
+evaluate` or `toolweaver evaluate-agent` write them (`toolweaver compare` writes `metrics.json` alone: take `run.json`
+from its first run), and `about.json`:
 
 - `title`: the section's heading,
 - `command`: the commands that give these figures, to be pasted into a shell,
