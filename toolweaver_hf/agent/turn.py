@@ -261,7 +261,7 @@ class Turn:
 
     def _asked(self) -> str:
         """Return the user's last message."""
-        return next((content_text(m["content"]) for m in reversed(self.run.messages) if m["role"] == "user"), "")
+        return content_text(self.run.messages[self._asked_at()]["content"])
 
     def _expert_query(self) -> str:
         """Return the text expert's query: the user's last message, and once a tool has answered it also the thought
