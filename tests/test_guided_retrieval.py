@@ -167,6 +167,15 @@ def test_embeddings_are_cached_by_document(guided, tmp_path):
         assert torch.allclose(fresh.embeddings, expected, atol=1e-3)
 
 
+def test_the_cache_leaves_an_expert_in_its_folder_alone(guided, tmp_path):
+    expert = guided[2]
+    expert.remember(["snow"], [["tool_3"]])
+    expert.save_pretrained(tmp_path)
+    expert.embed(tmp_path)
+    loaded = TextExpert.from_pretrained(tmp_path)
+    assert len(loaded.memory) == 1 and len(loaded.embeddings) == len(expert)
+
+
 def test_identifiers_are_split_into_words():
     expert = TextExpert(["a", "b"], ["getUserByID_v2: reads an account", "delete_row: removes"])
     assert expert.log_probs(["user id"]).argmax() == 0

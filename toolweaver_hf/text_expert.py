@@ -29,6 +29,7 @@ except ImportError:
 SCHEMA_VERSION = 1
 TEXT_EXPERT_FILE = "text_expert.json"
 TEXT_EMBEDDINGS_FILE = "text_expert.safetensors"
+EMBEDDINGS_CACHE_FILE = "text_embeddings.safetensors"
 SENTENCE_WEIGHTS = ("cosine_weight", "bm25_weight", "centroid_weight")  # of what each sentence is compared with
 SCORE_WEIGHTS = (*SENTENCE_WEIGHTS, "memory_weight")
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -244,8 +245,8 @@ class TextExpert:
 
         Args:
             cache_dir (`str`, *optional*):
-                Folder that keeps the embeddings by the documents' checksums: of a changed catalog only what changed
-                is embedded.
+                Folder of the cache, `text_embeddings.safetensors`, which keeps the embeddings by the documents'
+                checksums: of a changed catalog only what changed is embedded.
             show_progress_bar (`bool`, *optional*, defaults to `False`):
                 Whether to show a progress bar.
 
@@ -255,7 +256,7 @@ class TextExpert:
         Raises:
             `ValueError`: naming the tool whose embedding is not finite.
         """
-        path = None if cache_dir is None else Path(cache_dir) / TEXT_EMBEDDINGS_FILE
+        path = None if cache_dir is None else Path(cache_dir) / EMBEDDINGS_CACHE_FILE
         cached, rows = _read_cache(path, self.encoder)
         num_cached = len(cached)
         documents = None

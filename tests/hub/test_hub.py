@@ -76,12 +76,13 @@ def files_of(repo_id, **kwargs):
 
 def test_an_aligned_model(hub, model_dir):
     (model_dir / "training_args.bin").write_bytes(b"a pickle")
+    (model_dir / "text_embeddings.safetensors").write_bytes(b"a cache")
     (model_dir / "checkpoint-5").mkdir()
     commit = push_folder(model_dir, "me/aligned", commit_message="First version")
     assert commit.commit_url.startswith(f"{hub.url}/me/aligned/commit/")
     assert hub.repositories["model", "me/aligned"].messages[commit.oid] == "First version"
     written = {path.relative_to(model_dir).as_posix() for path in model_dir.rglob("*.*")}
-    assert files_of("me/aligned") == (written | {"README.md"}) - {"training_args.bin"}
+    assert files_of("me/aligned") == (written | {"README.md"}) - {"training_args.bin", "text_embeddings.safetensors"}
     local, remote = ToolRetriever.from_pretrained(model_dir), ToolRetriever.from_pretrained("me/aligned")
     assert remote(QUERY, top_k=4) == local(QUERY, top_k=4)
     agent = ToolAgent.from_pretrained("me/aligned", {"rain": lambda: "no"}, max_new_tokens=3)

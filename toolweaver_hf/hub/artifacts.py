@@ -22,7 +22,7 @@ logger = logging.get_logger(__name__)
 
 PUSHED_SUFFIXES = (".json", ".jsonl", ".safetensors", ".py", ".jinja", ".txt", ".png")
 """Suffixes of the files that are pushed. Pickles and checkpoints never are."""
-LEFT_OUT = ("embeddings.safetensors", "trainer_state.json")
+LEFT_OUT = ("embeddings.safetensors", "text_embeddings.safetensors", "trainer_state.json")
 
 
 def push_folder(
