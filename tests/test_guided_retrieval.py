@@ -308,6 +308,19 @@ def test_remembered_queries_score_tools_by_centroids_and_a_kernel_density(guided
     assert torch.allclose(loaded.scores(QUERIES), expert.scores(QUERIES), atol=2e-2)
 
 
+def test_what_is_remembered_before_the_tools_are_embedded_counts_afterwards(guided, tmp_path):
+    expert = guided[2]
+    early = TextExpert(expert.tool_ids, expert.documents)
+    early._encoder_module = LetterEncoder()
+    early.remember(["snow"], [["tool_3"]])
+    assert not early.scores(QUERIES)[2:].any()
+    early.save_pretrained(tmp_path)
+    loaded = TextExpert.from_pretrained(tmp_path)
+    loaded._encoder_module = LetterEncoder()
+    expert.remember(["snow"], [["tool_3"]])
+    assert torch.allclose(loaded.embed().scores(QUERIES), expert.scores(QUERIES), atol=2e-2)
+
+
 def test_what_is_asked_later_is_remembered_besides(guided):
     expert = guided[2]
     expert.remember(["snow", "a euro"], [["tool_3"], ["tool_2"]])

@@ -282,7 +282,7 @@ class TextExpert:
     def remember(
         self, queries: Sequence[str], tools: Sequence[Iterable[str]], seed: int = 0, keep: bool = False
     ) -> None:
-        """Remember queries whose tools are known.
+        """Remember queries whose tools are known. They count once the tools are embedded, see [`TextExpert.embed`].
 
         Weights must be fitted on other queries: these are known by heart.
 
@@ -446,13 +446,13 @@ class TextExpert:
             "tools": dict(zip(self.tool_ids, self.documents, strict=True)),
         }
         path = Path(folder, TEXT_EMBEDDINGS_FILE)
-        if self.embeddings is None:
-            path.unlink(missing_ok=True)
-        else:
-            tensors = {"embeddings": self.embeddings.half()}
-            if self.memory is not None:
-                tensors |= {"memory": self.memory.half(), "memory_pairs": self._memory_pairs.int()}
+        tensors = {} if self.embeddings is None else {"embeddings": self.embeddings.half()}
+        if self.memory is not None:
+            tensors |= {"memory": self.memory.half(), "memory_pairs": self._memory_pairs.int()}
+        if tensors:
             _save(tensors, path, {"encoder": encoder})
+        else:
+            path.unlink(missing_ok=True)
         partial = Path(folder, f"{TEXT_EXPERT_FILE}.partial")
         partial.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
         os.replace(partial, Path(folder, TEXT_EXPERT_FILE))
@@ -502,12 +502,15 @@ class TextExpert:
         return expert
 
     def _set_tensors(self, tensors: dict[str, torch.Tensor], added_later: list[str]) -> None:
-        embeddings = tensors["embeddings"].float()
-        if embeddings.ndim != 2 or len(embeddings) != len(self) or not torch.isfinite(embeddings).all():
-            raise ValueError(f"it must have a finite embedding for each of the {len(self)} tools")
+        embeddings = None
+        if "embeddings" in tensors or "memory" not in tensors:  # queries may be remembered before tools are embedded
+            embeddings = tensors["embeddings"].float()
+            if embeddings.ndim != 2 or len(embeddings) != len(self) or not torch.isfinite(embeddings).all():
+                raise ValueError(f"it must have a finite embedding for each of the {len(self)} tools")
         if "memory" in tensors:
             memory, pairs = tensors["memory"].float(), tensors["memory_pairs"].long()
-            if memory.ndim != 2 or memory.shape[1] != embeddings.shape[1] or not torch.isfinite(memory).all():
+            size = (memory if embeddings is None else embeddings).shape[1:]
+            if memory.ndim != 2 or memory.shape[1:] != size or not torch.isfinite(memory).all():
                 raise ValueError("its remembered queries must have finite embeddings of the tools' size")
             limits = torch.tensor([len(memory), len(self)])
             if pairs.ndim != 2 or pairs.shape[1] != 2 or not ((pairs >= 0) & (pairs < limits)).all():
