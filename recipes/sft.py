@@ -374,9 +374,9 @@ def load_text_expert(
     learned = {tool_id for _, tools in asked for tool_id in tools if tool_id in catalog}
     expert = TextExpert(catalog.ids, catalog.documents, args.text_encoder, learned=learned)
     expert.embed(args.codes_dir if os.path.isdir(args.codes_dir) else None, show_progress_bar=True)
-    expert.remember(*zip(*asked, strict=True) if asked else ([], []), seed=seed)
     if cached_file(name, TEXT_EXPERT_FILE, _raise_exceptions_for_missing_entries=False, **hub_kwargs):
         expert.take_over(TextExpert.from_pretrained(name, **hub_kwargs))
+    expert.remember(*zip(*asked, strict=True) if asked else ([], []), seed=seed, keep=True)
     return expert
 
 

@@ -355,13 +355,19 @@ def test_the_next_stage_takes_over_what_is_remembered(guided):
     first = guided[2]
     first.remember(["rain today"], [["tool_1"]])
     first.learned, first.cosine_weight = frozenset({"tool_1"}), 3.0
-    second = TextExpert(["tool_2", "tool_1"], ["euro", "rain"], learned=["tool_2"])
+    first.add(["late"], ["a chess opening"])
+    tools = {"tool_2": "euro", "tool_1": "rain", "late": "a chess opening", "later": "a chess ending"}
+    second = TextExpert([*tools], [*tools.values()], learned=["tool_2"])
     second._encoder_module = LetterEncoder()
-    second.embed().remember(["a euro"], [["tool_2"]])
-    second.take_over(first)
+    second.embed().take_over(first)
+    second.remember(["rain today", "a euro"], [["tool_1"], ["tool_2"]], keep=True)
     assert second.learned == {"tool_1", "tool_2"} and second.cosine_weight == 3.0
+    assert len(second.memory) == 2
     memory = second.scores(["rain today", "a euro"])[3]
     assert memory[0].argmax() == 1 and memory[1].argmax() == 0
+    # What came after the first stage's memory counts for a fifth of the best, as the best alone is remembered.
+    new = (0.2 * memory.exp().max(1, keepdim=True).values + 1e-5).log()
+    assert torch.allclose(memory[:, 2:], new.expand(-1, 2), atol=1e-3)
 
 
 def test_weights_are_fitted_by_likelihood(guided):

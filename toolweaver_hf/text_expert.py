@@ -38,6 +38,7 @@ KERNEL_WIDTH = 20.0  # of remembered queries: a cosine less by 0.05 counts e tim
 KERNEL_FLOOR = 1e-5  # what a tool without a like query counts
 NEW_TOOL_SHARE = 0.2  # what a tool that was added later counts, of the best remembered one
 MAX_MEMORY = 50_000  # queries that are remembered
+PAIRS_AT_ONCE = 512  # of a query and a tool that are looked for among those remembered, to bound the memory it takes
 SAME_QUERY = 0.99  # the cosine of a query that is remembered already, rounded as bfloat16 embeddings are
 WORD_BOUNDARY = re.compile(
     r"_|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])"
@@ -298,7 +299,7 @@ class TextExpert:
         rows = [[row_of_tool[tool] for tool in dict.fromkeys(needed) if tool in row_of_tool] for needed in tools]
         known = [i for i, needed in enumerate(rows) if needed]
         earlier = self.memory if keep else None
-        room = MAX_MEMORY - (0 if earlier is None else len(earlier))
+        room = max(0, MAX_MEMORY - (0 if earlier is None else len(earlier)))
         if len(known) > room:
             known = sorted(random.Random(seed).sample(known, room))
         memory = self._encode([queries[i] for i in known], as_queries=True) if known else None
@@ -308,8 +309,11 @@ class TextExpert:
         elif memory is None:
             return
         else:
-            counted = self._count(((memory @ earlier.T) > SAME_QUERY).float())
-            pairs = pairs[counted[pairs[:, 0], pairs[:, 1]] == 0]
+            unseen = []
+            for part in pairs.split(PAIRS_AT_ONCE):
+                counted = self._count(((memory[part[:, 0]] @ earlier.T) > SAME_QUERY).float())
+                unseen.append(part[counted[torch.arange(len(part)), part[:, 1]] == 0])
+            pairs = torch.cat(unseen)
             self._added_later.difference_update(self.tool_ids[row] for row in pairs[:, 1].tolist())
             new, places = pairs[:, 0].unique(return_inverse=True)
             pairs = torch.stack([len(earlier) + places, pairs[:, 1]], dim=1)
@@ -318,6 +322,8 @@ class TextExpert:
 
     def take_over(self, earlier: TextExpert) -> None:
         """Go on from the expert of an earlier training stage: its weights, what its model learned, what it remembers.
+
+        What it remembers takes the place of what this one does; remember new queries afterwards, with `keep=True`.
 
         Args:
             earlier ([`TextExpert`]): An expert with the same encoder.
@@ -330,10 +336,9 @@ class TextExpert:
             row_of_tool = {tool_id: row for row, tool_id in enumerate(self.tool_ids)}
             rows = torch.tensor([row_of_tool.get(tool_id, -1) for tool_id in earlier.tool_ids])
             pairs = torch.stack([earlier._memory_pairs[:, 0], rows[earlier._memory_pairs[:, 1]]], dim=1)
-            pairs = pairs[pairs[:, 1] >= 0]
-            mine = self._memory_pairs + torch.tensor([len(earlier.memory), 0])
-            self.memory = earlier.memory if self.memory is None else torch.cat([earlier.memory, self.memory])
-            self._memory_pairs, self._owners = torch.cat([pairs, mine]), None
+            self.memory, self._memory_pairs, self._owners = earlier.memory, pairs[pairs[:, 1] >= 0], None
+            new = row_of_tool.keys() - set(earlier.tool_ids)
+            self._added_later = (earlier._added_later & row_of_tool.keys()) | new
 
     @torch.autocast("cpu", enabled=False)  # cosines in half precision are too coarse
     def scores(self, queries: Sequence[str]) -> torch.Tensor:
