@@ -70,6 +70,12 @@ def test_sft_without_codes(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_guidance_is_fitted_in_a_local_folder_alone():
+    done = toolweaver("fit-guidance", "--model", "me/aligned", "--queries", DEMO_FOLDER / "queries.test.jsonl")
+    assert done.returncode == 2
+    assert "--model me/aligned is no local folder" in done.stderr
+
+
 def test_help():
     done = toolweaver("--help")
     assert done.returncode == 0 and "quickstart" in done.stdout
