@@ -213,7 +213,7 @@ def load_model_and_tokenizer(
     template = read_chat_template(training_args.chat_template_path)
     if cached_file(name, TOOL_CODES_FILE, revision=revision, _raise_exceptions_for_missing_entries=False):
         check_codes(name, codes, args.codes_dir, revision)
-        # Tools that were added since are taken in: their codes are made of tokens that the model has.
+        # A catalog that changed since is taken in: codes of added tools are made of tokens that the model has.
         tokenizer = ToolWeaverTokenizer.from_pretrained(name, revision=revision, tool_codes=codes.to_dict())
         if template is not None:
             tokenizer.chat_template = template
@@ -248,19 +248,18 @@ def read_chat_template(path: str | None) -> str | None:
 
 
 def check_codes(folder: str, codes: ToolCodes, codes_dir: str, revision: str | None = None) -> None:
-    """Make sure that a model or checkpoint was aligned with these codes and documents of tools.
+    """Make sure that a model or checkpoint was aligned with these codes, but for tools added or removed since.
 
     Raises:
-        `ValueError`: naming the tools that differ.
+        `ValueError`: naming the tools whose codes differ.
     """
     from toolweaver_hf.codes.tool_codes import ToolCodes
 
     aligned = ToolCodes.from_pretrained(folder, revision=revision)
-    differing = [tool_id for tool_id in aligned if aligned[tool_id] != codes.get(tool_id)]
-    differing += [i for i in aligned.checksums if aligned.checksums[i] != codes.checksums.get(i)]
+    differing = [i for i, code in aligned.items() if (code != codes[i] if i in codes else code not in codes.retired)]
     if aligned.codebook_sizes != codes.codebook_sizes or differing:
         raise ValueError(
-            f"{folder} was aligned with other codes or another catalog than those in {codes_dir} "
+            f"{folder} was aligned with other codes than those in {codes_dir} "
             f"({', '.join(differing[:5])} differ); give the folder of its codes, or start from the base model"
         )
 

@@ -330,8 +330,10 @@ class TextExpert:
         """
         for name in (*SCORE_WEIGHTS, "model_weight", "tells_end"):
             setattr(self, name, getattr(earlier, name))
-        if self.learned is not None:
-            self.learned = None if earlier.learned is None else self.learned | earlier.learned
+        if earlier.learned is None:
+            self.learned = None
+        elif self.learned is not None:
+            self.learned |= earlier.learned.intersection(self.tool_ids)
         if earlier.memory is not None and earlier.encoder == self.encoder:
             row_of_tool = {tool_id: row for row, tool_id in enumerate(self.tool_ids)}
             rows = torch.tensor([row_of_tool.get(tool_id, -1) for tool_id in earlier.tool_ids])

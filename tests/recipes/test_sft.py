@@ -409,18 +409,26 @@ def test_what_stops_a_run_before_training(world, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_added_tools_are_taken_in(world, tmp_path):
-    """A model that was aligned before is aligned further with codes that have more tools."""
+def test_a_changed_catalog_is_taken_in(world, tmp_path):
+    """A model that was aligned before is aligned further with tools added, removed and described anew."""
     first = run(world, tmp_path / "first", max_steps=1)
     catalog, codes = (
         ToolCatalog.from_file(world / "codes" / "catalog.jsonl"),
         ToolCodes.from_pretrained(world / "codes"),
     )
     new = Tool("new", "A new tool.")
-    more = ToolCodes(codes.codebook_sizes, {**codes, "new": (7, 7)}, codes.checksums | {"new": new.checksum})
-    more.save_pretrained(tmp_path / "codes")
-    ToolCatalog([*catalog, new]).to_jsonl(tmp_path / "codes" / "catalog.jsonl")
-    second = run(world, tmp_path / "second", first, max_steps=1, codes_dir=str(tmp_path / "codes"))
+    described = Tool("t3", "Another description.")
+    checksums = codes.checksums | {"new": new.checksum, "t3": described.checksum}
+    changed = ToolCodes(codes.codebook_sizes, {**codes, "new": (7, 7)}, checksums)
+    changed.remove("t29")
+    changed.save_pretrained(tmp_path / "codes")
+    kept = [described if tool.id == "t3" else tool for tool in catalog if tool.id != "t29"]
+    ToolCatalog([*kept, new]).to_jsonl(tmp_path / "codes" / "catalog.jsonl")
+    asked = [query for query in (world / "queries.jsonl").read_text().splitlines(True) if '"t29"' not in query]
+    (tmp_path / "queries.jsonl").write_text("".join(asked))
+    options = {"codes_dir": str(tmp_path / "codes"), "queries": str(tmp_path / "queries.jsonl")}
+    second = run(world, tmp_path / "second", first, max_steps=1, **options)
+    assert TextExpert.from_pretrained(second).learned == {f"t{i}" for i in range(29)}
     assert (
         ToolWeaverTokenizer.from_pretrained(second).decode_tool(
             ToolWeaverTokenizer.from_pretrained(second).encode("<a_7><b_7>")
