@@ -377,6 +377,17 @@ def test_direct_tools_are_listed_and_told_of(tmp_path):
         gateway.wait_for(lambda: "ToolListChangedNotification" in told)
         names = [tool.name for tool in gateway.portal.call(gateway.client.list_tools).tools]
         assert names == ["find_tools", "call_tool", "brew", "say_p"]
+        told.clear()
+        gateway.call("learn", name="brew", description="Make a pot of tea.")
+        gateway.wait_for(lambda: "ToolListChangedNotification" in told)
+        assert gateway.portal.call(gateway.client.list_tools).tools[2].description == "Make a pot of tea."
+        told.clear()
+        gateway.call("learn", name="brew")
+        gateway.wait_for(lambda: "ToolListChangedNotification" in told)
+        names = [tool.name for tool in gateway.portal.call(gateway.client.list_tools).tools]
+        assert names == ["find_tools", "call_tool", "say_p"]
+        gateway.call("learn", name="paint", description="Paint a fence.")
+        gateway.wait_for(lambda: gateway.names("paint a fence")[0] == "paint")
 
 
 def test_only_allowed_tools_are_found_and_called(tmp_path):

@@ -18,7 +18,7 @@ TOOLS = [
     {"name": "nap", "description": "Sleep for a while.", "inputSchema": {"type": "object"}},
     {
         "name": "learn",
-        "description": "Get another tool, or another description of one.",
+        "description": "Get a tool, or another description of one, or lose one.",
         "inputSchema": {"type": "object"},
     },
     {"name": "break", "description": "Break the protocol.", "inputSchema": {"type": "object"}},
@@ -49,7 +49,8 @@ def answer(method, params):
             return {"content": [{"type": "text", "text": "I refuse"}], "isError": True}
         if name == "learn":
             TOOLS[:] = [tool for tool in TOOLS if tool["name"] != arguments["name"]]
-            TOOLS.append({**arguments, "inputSchema": {"type": "object"}})
+            if "description" in arguments:
+                TOOLS.append({"inputSchema": {"type": "object"}, **arguments})
             send({"method": "notifications/tools/list_changed"})
         if name == "break":
             return {"content": "not a list"}

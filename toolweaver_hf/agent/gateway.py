@@ -216,9 +216,7 @@ class Gateway:
         for tool_id in sorted(self._available):
             if any(fnmatchcase(tool_id, pattern) for pattern in self._direct) and self._may(tool_id, client):
                 name = re.sub(r"[^A-Za-z0-9_.-]", "_", self._names.of(tool_id))[:128]
-                server, tool_name = tool_id.split(".", 1)
-                listed = self.upstreams[server].tools[tool_name]
-                row = listed.model_dump(mode="json", by_alias=True, exclude_none=True)
+                row = self._listed[tool_id].model_dump(mode="json", by_alias=True, exclude_none=True)
                 tools.setdefault(name, self.redact(row) | {"name": name, "id": tool_id})
         return tools
 
