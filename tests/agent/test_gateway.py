@@ -10,6 +10,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
@@ -164,6 +165,22 @@ def test_the_secrets_of_the_environment_are_not_shown(two):
     two.call("a.learn", name="leak", description=f"Log in with {TOKEN}.")
     two.wait_for(lambda: "leak" in two.names("log in with"))
     assert TOKEN not in json.dumps(two.find("log in with"))
+
+
+def test_what_arguments_must_match_is_shown_as_it_is(tmp_path):
+    properties = {"region": {"description": "Such as us-east-1.", "enum": ["us-east-1"]}, "us-east-1": {}}
+    aws = replace(plain("aws", tmp_path), env={"AWS_REGION": "us-east-1"})
+    with running([aws], direct=["aws.list"]) as gateway:
+        schema = {"type": "object", "properties": properties}
+        gateway.call("learn", name="list", description="List buckets of us-east-1.", inputSchema=schema)
+        gateway.wait_for(lambda: gateway.names("list buckets")[0] == "list")
+        shown = gateway.find("list buckets", k=1)["tools"][0]
+        assert shown["description"] == "List buckets of [env AWS_REGION]."
+        redacted = {"description": "Such as [env AWS_REGION].", "enum": ["us-east-1"]}
+        assert shown["inputSchema"]["properties"] == {"region": redacted, "us-east-1": {}}
+        direct = gateway.portal.call(gateway.client.list_tools).tools[2]
+        assert (direct.description, direct.input_schema) == (shown["description"], shown["inputSchema"])
+        assert gateway.call("list", region="us-east-1") == ("aws: None", False)
 
 
 def test_a_server_that_dies_is_started_again_and_harms_no_other(two):

@@ -184,7 +184,7 @@ class Gateway:
         described: dict[str, Tool | None] = {}
         for tool_id, tool in listed.items():
             server, name = tool_id.split(".", 1)
-            row = self.redact(tool.model_dump(mode="json", by_alias=True, exclude_none=True))
+            row = self._redact_tool(tool)
             annotated = (row.get("annotations") or {}).get("title")
             row = {"description": row.get("description") or row.get("title") or annotated or name} | row
             row = {key: value for key, value in row.items() if value != ""} | {"id": tool_id, "category": server}
@@ -195,6 +195,12 @@ class Gateway:
                 logger.warning("a tool of %s is left out: %s", server, self.redact(str(error)))
                 described[tool_id] = None
         return described
+
+    def _redact_tool(self, tool: types.Tool) -> dict[str, Any]:
+        """Return a tool's definition without secrets in its texts; its name and what arguments must match stay."""
+        row = tool.model_dump(mode="json", by_alias=True, exclude_none=True)
+        schemas = {key: self.redact.schema(row.pop(key)) for key in ("inputSchema", "outputSchema") if key in row}
+        return self.redact(row) | {"name": tool.name} | schemas
 
     def _may(self, tool_id: str, client: ClientConfig | None) -> bool:
         patterns = [self._allow] if client is None else [self._allow, client.allow]
@@ -216,8 +222,7 @@ class Gateway:
         for tool_id in sorted(self._available):
             if any(fnmatchcase(tool_id, pattern) for pattern in self._direct) and self._may(tool_id, client):
                 name = re.sub(r"[^A-Za-z0-9_.-]", "_", self._names.of(tool_id))[:128]
-                row = self._listed[tool_id].model_dump(mode="json", by_alias=True, exclude_none=True)
-                tools.setdefault(name, self.redact(row) | {"name": name, "id": tool_id})
+                tools.setdefault(name, self._redact_tool(self._listed[tool_id]) | {"name": name, "id": tool_id})
         return tools
 
     # The two tools

@@ -19,6 +19,7 @@ TRAILING_COMMA = re.compile(STRING + r"|,(?=\s*[}\]])")
 ENV_LINE = re.compile(r"""\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:"([^"]*)"|'([^']*)'|(.*?))\s*(?:(?<=\s)#.*)?""")
 KINDS = (None, "stdio", "http", "streamable-http", "streamableHttp", "streamable_http", "sse")
 SECRET_NAME = re.compile(r"key|token|secret|pass|pwd|auth|cred|cookie|session|signature", re.IGNORECASE)
+SCHEMA_TEXTS = ("title", "description", "default", "examples")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class ServerConfig:
                 found[value] = f"[env {name}]"
         for name, value in self.headers.items():
             for part in {value, value.split(" ", 1)[-1]}:  # also the token after "Bearer"
-                if _is_secret("auth", part):
+                if _is_secret(name, part):
                     found[part] = f"[header {name}]"
         if self.url:
             address = urlsplit(self.url)
@@ -102,6 +103,15 @@ class Redactor:
         if isinstance(value, list | tuple):
             return [self(item) for item in value]
         return value
+
+    def schema(self, schema: Any) -> Any:
+        """Return a copy of a JSON Schema with the secrets in its texts replaced, but not in what arguments must match."""
+        if isinstance(schema, Mapping):
+            return {
+                key: self(item) if key in SCHEMA_TEXTS and not isinstance(item, Mapping) else self.schema(item)
+                for key, item in schema.items()
+            }
+        return [self.schema(item) for item in schema] if isinstance(schema, list) else schema
 
 
 def redactor_of(configs: Iterable[ServerConfig], others: Mapping[str, str] | None = None) -> Redactor:
