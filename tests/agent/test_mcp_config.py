@@ -119,17 +119,16 @@ def test_secrets_are_found(tmp_path):
                 "env": {"API_KEY": "abc", "LEVEL": "debug", "DATABASE": "postgres://u:p@h/db", "N": "12"},
             },
             "b": {
-                "url": "https://user:hunter2@h/mcp?key=q1w2e3&page=3",
+                "url": "https://user:hunter2@h/mcp?key=q1%2Fw2&page=3",
                 "headers": {"Authorization": "Bearer t0ken", "X-Mode": "read"},
             },
         }
     }
     servers, _ = read_mcp_config(write(tmp_path, document))
     redact = redactor_of(servers)
-    text = "abc debug postgres://u:p@h/db 12 hunter2 q1w2e3 page=3 Bearer t0ken t0ken thread"
-    shown = (
-        "[env API_KEY] debug [env DATABASE] 12 [url] [url] page=3 [header Authorization] [header Authorization] thread"
-    )
+    text = "abc debug postgres://u:p@h/db 12 hunter2 q1/w2 q1%2Fw2 page=3 Bearer t0ken t0ken thread"
+    shown = "[env API_KEY] debug [env DATABASE] 12 [url] [url] [url] page=3 "
+    shown += "[header Authorization] [header Authorization] thread"
     assert redact(text) == shown
     assert "hunter2" not in repr(servers) + repr(redact)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import unquote, unquote_plus, urlsplit
 
 
 VARIABLE = re.compile(r"\$\{(?:(env|input|command|config):(?!-))?([^}:]+)(?::-([^}]*))?\}")
@@ -67,9 +67,11 @@ class ServerConfig:
                     found[part] = f"[header {name}]"
         if self.url:
             address = urlsplit(self.url)
-            for name, value in [("auth", address.password or ""), *parse_qsl(address.query)]:
-                if _is_secret(name, value):
-                    found[value] = "[url]"
+            parameters = [pair.partition("=")[::2] for pair in address.query.split("&")]
+            for name, value in [("auth", address.password or ""), *parameters]:
+                for form in {value, unquote(value), unquote_plus(value)}:  # errors may hold any of them
+                    if _is_secret(name, form):
+                        found[form] = "[url]"
         return found
 
 
