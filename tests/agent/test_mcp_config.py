@@ -100,10 +100,18 @@ def test_no_text_is_taken_for_a_comment(tmp_path_factory, value):
         ({"mcpServers": {"a": {"url": "http://h", "headers": {"K": "geheim\r\nX: y"}}}}, "line breaks"),
         ({"mcpServers": {"a b": {"command": "x"}, "a_b": {"command": "x"}}}, "rename one"),
         ({"mcpServers": {"a": {"command": "x", "disabled": True}}}, "disabled"),
-        ({"mcpServers": {"a": {"command": "x"}}, "clients": {"c": {"allow": "*"}}}, "client 'c'"),
+        ({"clients": {"c": {"token": "geheim", "allow": "*"}}}, "client 'c': its 'allow' must be a list"),
+        ({"clients": {"c": {"tokne": "geheim"}}}, "client 'c': it needs a 'token'"),
+        ({"clients": {"c": {"token": "${NO_TOKEN:-}"}}}, "client 'c': it needs a 'token'"),
+        (
+            {"clients": {"b": {"token": "geheim"}, "c": {"token": "geheim"}}},
+            "client 'c': its token is that of 'b', too",
+        ),
     ],
 )
 def test_a_bad_file_is_named_with_its_entry(tmp_path, document, message):
+    if "clients" in document:
+        document = {"mcpServers": {"a": {"command": "x"}}} | document
     path = write(tmp_path, document)
     with pytest.raises(ValueError, match=r"mcp\.json") as error:
         read_mcp_config(path)

@@ -116,7 +116,7 @@ class GatewayServer:
 
         self.gateway = gateway
         self.usage_log = usage_log
-        self._clients = {_digest(client.token): client for client in (clients or {}).values() if client.token}
+        self._clients = {_digest(client.token): client for client in (clients or {}).values()}
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._resource_owners: dict[str, Upstream] = {}
         self._prompt_names = Names(())

@@ -163,9 +163,14 @@ def read_mcp_config(path: str | os.PathLike) -> tuple[list[ServerConfig], dict[s
     clients = document.get("clients", {})
     if not isinstance(clients, dict):
         raise ValueError(f"{path}: its 'clients' must be an object")
-    return list(configs.values()), {
-        name: _read_client(name, entry, f"{path}, client {name!r}") for name, entry in clients.items()
-    }
+    found: dict[str, ClientConfig] = {}
+    for name, entry in clients.items():
+        client = _read_client(name, entry, f"{path}, client {name!r}")
+        twin = next((other.name for other in found.values() if other.token == client.token), None)
+        if twin is not None:
+            raise ValueError(f"{path}, client {name!r}: its token is that of {twin!r}, too; give each its own")
+        found[name] = client
+    return list(configs.values()), found
 
 
 @dataclass(frozen=True)
@@ -173,7 +178,7 @@ class ClientConfig:
     """A client of the gateway: its HTTP bearer token, and patterns of the tools that it may use."""
 
     name: str
-    token: str | None = field(default=None, repr=False)
+    token: str = field(repr=False)
     allow: tuple[str, ...] = ("*",)
 
 
@@ -259,11 +264,12 @@ def _read_client(name: str, entry: Any, place: str) -> ClientConfig:
     if not isinstance(entry, dict):
         raise ValueError(f"{place}: it must be an object, not {type(entry).__name__}")
     token, allow = entry.get("token"), entry.get("allow", ["*"])
-    if token is not None and (not isinstance(token, str) or not token):
-        raise ValueError(f"{place}: its 'token' must be a non-empty string")
+    token = _expand(token, f"{place}, 'token'", {}) if isinstance(token, str) else ""
+    if not token:
+        raise ValueError(f"{place}: it needs a 'token', a non-empty string")
     if not isinstance(allow, list) or not all(isinstance(pattern, str) for pattern in allow):
         raise ValueError(f"{place}: its 'allow' must be a list of tools' ids, such as 'github.*'")
-    return ClientConfig(name, None if token is None else _expand(token, f"{place}, 'token'", {}), tuple(allow))
+    return ClientConfig(name, token, tuple(allow))
 
 
 def _expand(value: Any, place: str, folders: Mapping[str, str]) -> Any:

@@ -95,7 +95,7 @@ def run_gateway(
         raise ValueError(f"{config} lists this gateway as one of its own servers: remove that entry")
     os.environ[GATEWAYS_VARIABLE] = os.pathsep.join([*filter(None, above), real_path])
     servers, clients = read_mcp_config(config)
-    hide = redactor_of(servers, {client.token: "[token]" for client in clients.values() if client.token})
+    hide = redactor_of(servers, {client.token: "[token]" for client in clients.values()})
     _log_to_stderr(hide)
     cache = Path(cache_dir or "~/.cache/toolweaver").expanduser()
     name = sha256(real_path.encode()).hexdigest()[:16]
@@ -119,7 +119,7 @@ def run_gateway(
     if port is None:
         anyio.run(serve_stdio, gateway, clients, usage_log)
     else:
-        if host not in LOOPBACK and not any(client.token for client in clients.values()):
+        if host not in LOOPBACK and not clients:
             logger.warning("anyone who can reach %s can call every tool: add 'clients' with tokens to the file", host)
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         print(f"{len(servers)} servers at http://{host}:{listener.getsockname()[1]}/mcp", flush=True)
