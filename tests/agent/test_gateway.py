@@ -16,7 +16,7 @@ from pathlib import Path
 import anyio
 import pytest
 from anyio.from_thread import start_blocking_portal
-from mcp import Client, MCPError
+from mcp import Client, MCPError, types
 from mcp.types import CreateMessageResult, ElicitResult, TextContent
 
 from toolweaver_hf.agent import upstream as upstream_module
@@ -437,6 +437,28 @@ def test_a_tool_that_changed_since_it_was_approved(tmp_path, caplog):
         gateway.call("learn", name="brew", description="Make a cup of coffee.")  # as it was approved
         gateway.wait_for(lambda: "brew" in gateway.names("coffee"))
         assert gateway.call("brew") == ("a: None", False)
+
+
+def test_gateways_share_what_is_approved(tmp_path):
+    path, tool = tmp_path / "approved.json", types.Tool(name="brew", input_schema={"type": "object"})
+    changed = tool.model_copy(update={"description": "Make a pot of tea."})
+    one, other = Approvals(path, pin=True), Approvals(path, pin=True)
+    assert one.check({"a.brew": tool}) == other.check({"b.brew": tool}) == set()
+    assert other.check({"a.brew": changed}) == {"a.brew"}
+    Approvals(path, approve=True).check({"a.brew": changed})
+    assert one.check({"a.brew": changed, "b.brew": changed}) == {"b.brew"}
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: Approvals(path).check({f"c.{i}": tool}), range(64)))
+    assert len(json.loads(path.read_text())["tools"]) == 66
+
+
+def test_approvals_that_cannot_be_stored_stop_no_gateway(tmp_path, caplog):
+    (tmp_path / "cache").write_text("no folder")
+    with running([plain("a", tmp_path)], approvals=Approvals(tmp_path / "cache" / "approved.json")) as gateway:
+        assert "say_a" in gateway.names("say a text")
+    assert "the approved tools cannot be stored" in caplog.text
+    with pytest.raises(OSError, match="cache"):
+        Approvals(tmp_path / "cache" / "approved.json", approve=True).check({})
 
 
 def test_a_description_moves_no_other_tool_and_is_no_code(tmp_path):

@@ -160,7 +160,7 @@ class Gateway:
         listed, up = self.listed_tools(), {name for name, upstream in self.upstreams.items() if upstream.state == "up"}
         fresh = {tool_id: tool for tool_id, tool in listed.items() if self._listed.get(tool_id) is not tool}
         held_back = self._held_back & (listed.keys() - fresh.keys())
-        if self._approvals is not None:
+        if self._approvals is not None and fresh:
             held_back |= await to_thread.run_sync(self._approvals.check, fresh)
         described = self._described | await to_thread.run_sync(self._describe, fresh)
         described = {tool_id: described[tool_id] for tool_id in listed}

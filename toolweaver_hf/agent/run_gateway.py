@@ -84,7 +84,7 @@ def run_gateway(
 
     Raises:
         `ValueError`: if the file or an option is invalid, or the `mcp` package is not installed.
-        `OSError`: if the file cannot be read, or the port is in use.
+        `OSError`: if the file cannot be read, the port is in use, or approvals that `approve` asks for cannot be stored.
     """
     if find_spec("mcp") is None:
         raise ValueError('the gateway needs the mcp package: pip install "toolweaver-hf[mcp]"')
