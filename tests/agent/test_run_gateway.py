@@ -173,6 +173,7 @@ def test_a_gateway_that_lists_itself_is_not_started_again_and_again(config, tmp_
         (None, [], "No such file"),
         ('{"mcpServers": {"a": {"command": "x"}}}', ["--time-limit", "0"], "time limit must be positive"),
         ('{"mcpServers": {"a": {"command": "x"}}}', ["--port", "{taken}"], "in use"),
+        ('{"mcpServers": {"a": {"command": "x"}}}', ["--model", "{folder}"], "holds neither text_expert.json nor"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_status_2(tmp_path, text, options, message):
@@ -180,9 +181,12 @@ def test_bad_input_is_one_line_and_exit_status_2(tmp_path, text, options, messag
     if text is not None:
         path.write_text(text)
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        options = [option.format(taken=taken.getsockname()[1]) for option in options]
+        options = [option.format(taken=taken.getsockname()[1], folder=tmp_path) for option in options]
         run = subprocess.run(
-            [*COMMAND, str(path), *options, "--cache-dir", str(tmp_path)], capture_output=True, text=True
+            [*COMMAND, str(path), *options, "--cache-dir", str(tmp_path)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
         )
     assert run.returncode == 2
     (line,) = run.stderr.splitlines()

@@ -84,7 +84,8 @@ def run_gateway(
 
     Raises:
         `ValueError`: if the file or an option is invalid, or the `mcp` package is not installed.
-        `OSError`: if the file cannot be read, the port is in use, or approvals that `approve` asks for cannot be stored.
+        `OSError`: if the file cannot be read, the model cannot be found, the port is in use, or approvals that `approve`
+            asks for cannot be stored.
     """
     if find_spec("mcp") is None:
         raise ValueError('the gateway needs the mcp package: pip install "toolweaver-hf[mcp]"')
@@ -95,6 +96,8 @@ def run_gateway(
         raise ValueError(f"{config} lists this gateway as one of its own servers: remove that entry")
     os.environ[GATEWAYS_VARIABLE] = os.pathsep.join([*filter(None, above), real_path])
     servers, clients = read_mcp_config(config)
+    if model is not None:
+        _check_model(model)
     hide = redactor_of(servers, {client.token: "[token]" for client in clients.values()})
     _log_to_stderr(hide)
     cache = Path(cache_dir or "~/.cache/toolweaver").expanduser()
@@ -124,6 +127,18 @@ def run_gateway(
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         print(f"{len(servers)} servers at http://{host}:{listener.getsockname()[1]}/mcp", flush=True)
         anyio.run(serve_http, gateway, clients, usage_log, host, listener)
+
+
+def _check_model(model: str) -> None:
+    """Raise before serving if there is no such model; it is loaded once the servers have started."""
+    from transformers.utils import cached_file
+
+    from ..text_expert import TEXT_EXPERT_FILE
+    from ..tool_codes_file import TOOL_CODES_FILE
+
+    files = (TEXT_EXPERT_FILE, TOOL_CODES_FILE)
+    if not any(cached_file(model, file, _raise_exceptions_for_missing_entries=False) for file in files):
+        raise ValueError(f"--model {model} holds neither {' nor '.join(files)}: give the folder of an aligned model")
 
 
 def _read_usage(folder: str | os.PathLike) -> list[tuple[str, str]]:
