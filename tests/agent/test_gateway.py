@@ -366,6 +366,25 @@ def test_a_server_asks_the_client(two, mode):
     assert yield_ == ["accept: blue", "the model says hello"]
 
 
+def test_a_late_answer_does_not_make_the_call_again(two, monkeypatch):
+    monkeypatch.setattr(two.server._waiting, "_time_limit", 0.1)
+    asked = []
+
+    async def choose_late(context, params):
+        asked.append(params.message)
+        await anyio.sleep(1)
+        return await choose(context, params)
+
+    async def main():
+        async with Client(two.server.server, cache=None, elicitation_callback=choose_late) as client:
+            return await client.call_tool("call_tool", {"name": "a.ask", "arguments": {}})
+
+    answer = two.portal.call(main)
+    assert answer.is_error
+    assert "too late" in answer.content[0].text
+    assert asked == ["Which color?"]
+
+
 def test_a_client_that_cannot_be_asked(two):
     async def main():
         async with Client(two.server.server, mode="legacy", cache=None) as client:

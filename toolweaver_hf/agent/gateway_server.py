@@ -18,7 +18,7 @@ import anyio
 
 from .gateway import Gateway, Names
 from .mcp_config import ClientConfig
-from .questions import WaitingCalls
+from .questions import STATE_PREFIX, WaitingCalls
 from .schema import find_error
 from .upstream import QUESTION_SECONDS, Ask, Upstream, UpstreamError
 
@@ -267,6 +267,8 @@ class GatewayServer:
                 result = await call(partial(_ask, context))
             elif params.request_state in self._waiting:
                 result = await self._waiting.go_on(session.key, params.request_state, params.input_responses)
+            elif (params.request_state or "").startswith(STATE_PREFIX):
+                raise UpstreamError("the question was answered too late or twice; the call may have taken effect")
             else:
                 result = await self._waiting.begin(session.key, lambda ask: call(partial(_ask_later, context, ask)))
             outcome = "error" if result.get("isError") else "ok"

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
 
+STATE_PREFIX = "toolweaver-"
+
+
 class WaitingCalls:
     """Runs calls that may pause for a question, and resumes them with the answer.
 
@@ -63,7 +66,7 @@ class WaitingCalls:
             raise
         if question is None:
             return waiting.result
-        state = f"toolweaver-{uuid.uuid4().hex}"
+        state = f"{STATE_PREFIX}{uuid.uuid4().hex}"
         self._waiting[state] = waiting
         self._tasks.start_soon(self._forget, state)
         return {"resultType": "input_required", "inputRequests": {"question": question}, "requestState": state}
