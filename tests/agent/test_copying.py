@@ -115,6 +115,7 @@ def test_the_facts_of_results():
     assert tells("It is in the great hall.", "Great Hall") and not tells("It is in the Great Halls", "Great Hall")
     assert tells("That is 20, or 20.5.", "20") and not tells("20.5, 120 or 20,000", "20")
     assert tells("It is 20°C, 5%.", "°C") and tells("It is 20°C, 5%.", "%") and tells("温度是20度", "20")
+    assert facts_of(["[" * 2000 + "]" * 2000, "20"])[-1] == "20"
     assert facts_of(['"{\\"at\\": 20, \\"by\\": \\"\\ud800\\"}"']) == ["20", "?"]  # as tools of MCP servers return it
 
 

@@ -23,23 +23,20 @@ def facts_of(results: Iterable[str]) -> list[str]:
             object or list, as tools of MCP servers return, is read as such.
     """
     facts: dict[str, None] = {}
-
-    def collect(value: Any) -> None:
+    values: list[Any] = [from_json(result) for result in results][::-1]
+    while values:  # a result may be nested more deeply than calls may be
+        value = values.pop()
         if isinstance(value, dict):
             value = list(value.values())
         if isinstance(value, list):
-            for item in value:
-                collect(item)
+            values += reversed(value)
         elif isinstance(value, (str, int, float)) and not isinstance(value, bool) and str(value).strip():
             text = str(value).strip().encode("utf-8", "replace").decode()
             inner = from_json(text) if text[0] in "{[" else text
             if inner == text:
                 facts[text] = None
             else:
-                collect(inner)
-
-    for result in results:
-        collect(from_json(result))
+                values.append(inner)
     return list(facts)
 
 

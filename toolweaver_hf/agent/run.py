@@ -60,8 +60,8 @@ def as_json(value: Any) -> str:
 
 
 def from_json(text: str) -> Any:
-    """Parse JSON; text that is none stays as it is."""
+    """Parse JSON; text that is none, or nested too deeply, stays as it is."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
