@@ -135,7 +135,9 @@ def _gateway(argv: list[str]) -> None:
     parser.add_argument("--pin", action="store_true", help="hold back tools that changed since they were approved")
     parser.add_argument("--approve", action="store_true", help="approve all tools as they are now, and end")
     parser.add_argument("--log", metavar="FOLDER", help="write queries, calls and outcomes there as trajectories")
-    parser.add_argument("--redact", action="store_true", help="leave arguments and outcomes out of the log")
+    parser.add_argument(
+        "--redact", action="store_true", help="leave the values of arguments and the results out of the log"
+    )
     parser.add_argument("--cache-dir", help="folder for approvals and embeddings (default: ~/.cache/toolweaver)")
     args = parser.parse_args(argv)
     from .agent.run_gateway import run_gateway

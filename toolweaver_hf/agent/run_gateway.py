@@ -78,7 +78,7 @@ def run_gateway(
         log (`str`, *optional*):
             Folder of the usage log (see [`UsageLog`]), from which search learns.
         redact (`bool`, *optional*, defaults to `False`):
-            Whether to replace arguments and results in the log by a placeholder.
+            Whether to replace the values of arguments and the results in the log by a placeholder.
         cache_dir (`str`, *optional*, defaults to `"~/.cache/toolweaver"`):
             Cache folder of approvals and embeddings.
 
