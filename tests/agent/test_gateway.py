@@ -439,6 +439,9 @@ def test_only_allowed_tools_are_found_and_called(tmp_path):
         narrow = ClientConfig("narrow", "t", ("p.say*",))
         found = gateway.portal.call(gateway.gateway.find_tools, "say a text, refuse", 50, narrow)
         assert [tool["name"] for tool in found["tools"]] == ["say_p"]
+        wide = ClientConfig("wide", "w", ("q.*",))
+        result = gateway.portal.call(gateway.gateway.call_tool, "refuse", {}, wide)  # p.refuse is not its to know of
+        assert result["content"][0]["text"] == "I refuse"
 
 
 def test_a_tool_that_changed_since_it_was_approved(tmp_path, caplog):

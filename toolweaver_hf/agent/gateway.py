@@ -211,10 +211,13 @@ class Gateway:
         patterns = [self._allow] if client is None else [self._allow, client.allow]
         return all(any(fnmatchcase(server, pattern.split(".", 1)[0]) for pattern in several) for several in patterns)
 
-    def id_of(self, name: str) -> str:
-        """Return the id of a tool by its name, or the name itself if it is not unique or unknown."""
-        ids = self._names.resolve(name)
+    def id_of(self, name: str, client: ClientConfig | None = None) -> str:
+        """Return the id of a tool by its name, or the name itself if a client may use none or several of that name."""
+        ids = self._ids_of(name, client)
         return ids[0] if len(ids) == 1 else name
+
+    def _ids_of(self, name: str, client: ClientConfig | None) -> list[str]:
+        return [tool_id for tool_id in self._names.resolve(name) if self._may(tool_id, client)]
 
     def direct_tools(self, client: ClientConfig | None = None) -> dict[str, dict[str, Any]]:
         """Return the tools that are listed directly to a client: the servers' definitions by name."""
@@ -302,7 +305,7 @@ class Gateway:
         """
         from mcp import types
 
-        if self.id_of(name) not in self._documents:  # its server may still be starting
+        if self.id_of(name, client) not in self._documents:  # its server may still be starting
             with anyio.move_on_after(START_SECONDS):
                 await self._indexed.wait()
         tool_id = self._resolve(name, client)
@@ -316,14 +319,14 @@ class Gateway:
 
     def _resolve(self, name: str, client: ClientConfig | None) -> str:
         """Return the id of the tool that a client calls by name or id."""
-        candidates = self._names.resolve(name)
+        candidates = self._ids_of(name, client)
         if len(candidates) > 1:
             raise UpstreamError(f"several servers have a tool {name!r}: call one of {', '.join(candidates)}")
-        tool_id = candidates[0] if candidates else name
-        if tool_id in self._held_back:
+        if name in self._held_back and self._may(name, client):
             raise UpstreamError(f"the tool {name!r} is held back: it has changed since it was approved")
-        if tool_id not in self._documents or not self._may(tool_id, client):
+        if not candidates:
             raise UpstreamError(f"there is no tool {name!r}: find_tools tells which there are")
+        (tool_id,) = candidates
         upstream = self.upstreams[tool_id.split(".", 1)[0]]
         if upstream.state == "down":
             raise UpstreamError(f"the server {upstream.name!r} is down and being started again: {upstream.reason}")

@@ -231,7 +231,7 @@ class GatewayServer:
             logger.exception("a search failed")
             return _error(self.gateway.redact(f"the search failed: {error}"))
         session.num_queries += 1
-        ids = [self.gateway.id_of(tool["name"]) for tool in found["tools"]]
+        ids = [self.gateway.id_of(tool["name"], client) for tool in found["tools"]]
         session.queries.append((session.num_queries, arguments["query"], frozenset(ids)))
         if self.usage_log is not None:
             self.usage_log.add_query(session.id, session.num_queries, arguments["query"], ids)
@@ -280,7 +280,7 @@ class GatewayServer:
         finally:
             asked = result is not None and result.get("resultType") == "input_required"
             if self.usage_log is not None and not asked:
-                tool_id = self.gateway.id_of(name)
+                tool_id = self.gateway.id_of(name, client)
                 number, query = session.query_of(tool_id)
                 self.usage_log.add_call(session.id, number, query, tool_id, arguments, result, outcome)
                 if query is not None and outcome == "ok":
