@@ -119,7 +119,6 @@ class GatewayServer:
         self._clients = {_digest(client.token): client for client in (clients or {}).values()}
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._resource_owners: dict[str, Upstream] = {}
-        self._prompt_names = Names(())
         self._waiting = WaitingCalls(gateway.tasks, QUESTION_SECONDS)
         self._bus = InMemorySubscriptionBus()
         self.server: Server = Server(
@@ -355,11 +354,9 @@ class GatewayServer:
         owner = self._resource_owners.get(str(params.uri))
         if owner in servers:  # otherwise each server is tried, as the URI may come from a template
             servers = [owner]
-        return await self._first_answer(context, servers, request, f"no server has the resource {params.uri}")
+        return await self._first_answer(servers, request, f"no server has the resource {params.uri}")
 
-    async def _first_answer(
-        self, context: ServerRequestContext, servers: Iterable[Upstream], request: Any, message: str
-    ) -> dict[str, Any]:
+    async def _first_answer(self, servers: Iterable[Upstream], request: Any, message: str) -> dict[str, Any]:
         from mcp import MCPError
         from mcp.types import INVALID_PARAMS
 
@@ -392,7 +389,7 @@ class GatewayServer:
             raise MCPError(types.INVALID_PARAMS, f"Unknown prompt: {params.name}")
         upstream, prompt = found
         request = types.GetPromptRequest(params=_without_envelope(params).model_copy(update={"name": prompt["name"]}))
-        return await self._first_answer(context, [upstream], request, "")
+        return await self._first_answer([upstream], request, "")
 
     async def _complete(self, context: ServerRequestContext, params: types.CompleteRequestParams) -> dict[str, Any]:
         from mcp import MCPError, types
@@ -405,9 +402,7 @@ class GatewayServer:
                 raise MCPError(types.INVALID_PARAMS, f"Unknown prompt: {params.ref.name}")
             servers = [upstream for upstream in servers if upstream is found[0]]
             params = params.model_copy(update={"ref": params.ref.model_copy(update={"name": found[1]["name"]})})
-        return await self._first_answer(
-            context, servers, types.CompleteRequest(params=params), "no server completes this"
-        )
+        return await self._first_answer(servers, types.CompleteRequest(params=params), "no server completes this")
 
 
 async def _ask(context: ServerRequestContext, params: Any) -> Any:
