@@ -26,7 +26,7 @@ class MCPTools(Mapping[str, Callable[..., Any]]):
         server (`StdioServerParameters` or `str`):
             Command of a stdio server, URL of an HTTP server, or any other argument of `mcp.Client`. The tools of a
             mapping of names to servers are merged into one catalog, with ids such as `github.search` (see
-            [`ToolCatalog.from_servers`]).
+            [`ToolCatalog.from_servers`]); servers without tools are left out.
         time_limit (`float`, *optional*):
             Time limit of a request, in seconds.
 
@@ -35,7 +35,7 @@ class MCPTools(Mapping[str, Callable[..., Any]]):
 
     Raises:
         `ImportError`: if the `mcp` package is not installed.
-        `ValueError`: if a server has no tools or an invalid tool.
+        `ValueError`: if no server has tools, or one has an invalid tool.
 
     Example:
 
