@@ -432,19 +432,21 @@ def test_the_log_odds_of_a_further_tool_are_those_of_the_model(guided):
     assert len(longest) == context - len(SIZES) and longest[-len(codes) :] == codes
 
 
-def test_generate_is_guided_as_the_product_says(guided):
+@pytest.mark.parametrize("model_weight", [0.7, 0.0])
+def test_generate_is_guided_as_the_product_says(guided, model_weight):
     from transformers import LogitsProcessorList
 
     from toolweaver_hf import ToolCodeLogitsProcessor
 
     model, tokenizer, expert = guided
+    expert.model_weight = model_weight
     texts, trie = QUERIES, tokenizer.trie
     prompts = [tokenizer.encode_query(text) for text in texts]
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     logits = expert.logits(texts)
-    guide = {"expert_logits": logits, "model_weight": expert.model_weight}
+    guide = {"expert_logits": logits, "model_weight": model_weight}
     processor = ToolCodeLogitsProcessor(trie, prompt_length=longest, eos_token_id=2, **guide)
     out = model.generate(
         input_ids=ids,

@@ -188,7 +188,8 @@ class ToolCodeLogitsProcessor(LogitsProcessor):
         scores = masked.gather(1, tokens).masked_fill(~present, -torch.inf)
         total = scores.logsumexp(1, keepdim=True)
         ahead = hopes[sequences[:, None], children.clamp(max=trie.num_nodes - 1)]
-        guided = model_weight * (scores - total) + ahead
+        # Also with a weight of 0, whose product with -inf is NaN
+        guided = (model_weight * (scores - total) + ahead).masked_fill(scores == -torch.inf, -torch.inf)
         guided = total + guided - guided.logsumexp(1, keepdim=True)
         guided = torch.where((scores > -torch.inf) & (guided == guided), guided, masked.gather(1, tokens))
         # A place without a child repeats the first token's value, whatever that is.
