@@ -94,6 +94,14 @@ def test_an_allow_list_leaves_scores_as_they_are(guided):
             assert math.isclose(tool.score, scores[tool.tool_id], abs_tol=1e-3)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_search_ranks_where_the_model_counts_nothing(guided, attention):
+    _, tokenizer, expert = guided
+    expert.model_weight = 0.0
+    retriever = ToolRetriever(small_llama(len(tokenizer), attn_implementation=attention), tokenizer, expert)
+    assert retriever(QUERIES) == ToolRetriever(text_expert=expert)(QUERIES)
+
+
 def test_few_beams_find_what_the_product_ranks_first(guided):
     model, tokenizer, expert = guided
     retriever = ToolRetriever(model, tokenizer, expert)

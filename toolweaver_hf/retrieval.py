@@ -349,7 +349,7 @@ class ToolRetriever:
             # What the longest of a batch takes, each does: keys and values of its tokens, or scores of all tools.
             beams_apart = self.trie is not None and not self._one_row
             tokens = lengths[i] * num_beams if beams_apart else lengths[i] + num_beams
-            room = BATCH_TOKENS // max(tokens, len(self.tool_ids) // SCORES_OF_A_TOKEN)
+            room = BATCH_TOKENS // max(tokens, len(self.tool_ids) // SCORES_OF_A_TOKEN, 1)
             if not batches or len(batches[-1]) >= room:
                 batches.append([])
             batches[-1].append(i)
