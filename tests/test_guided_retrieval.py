@@ -100,6 +100,9 @@ def test_search_ranks_where_the_model_counts_nothing(guided, attention):
     expert.model_weight = 0.0
     retriever = ToolRetriever(small_llama(len(tokenizer), attn_implementation=attention), tokenizer, expert)
     assert retriever(QUERIES) == ToolRetriever(text_expert=expert)(QUERIES)
+    ids, logits = torch.tensor([tokenizer.encode_query("mail")]), expert.logits(["mail"]).to("meta")
+    tools, scores = retriever.rank(ids, torch.ones_like(ids), 2, allowed_tools=["tool_3"], expert_logits=logits)
+    assert tools.device == scores.device == logits.device  # which need not be the processor
 
 
 def test_few_beams_find_what_the_product_ranks_first(guided):

@@ -538,7 +538,7 @@ class ToolRetriever:
     ) -> tuple[torch.LongTensor, torch.FloatTensor]:
         scores = logits.log_softmax(1)
         if allowed is not None:
-            scores = scores.masked_fill(~allowed, -torch.inf)
+            scores = scores.masked_fill(~allowed.to(scores.device), -torch.inf)
         scores, rows = scores.topk(min(top_k, scores.shape[1]))
         return rows, scores
 
