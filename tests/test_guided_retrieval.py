@@ -82,13 +82,15 @@ def test_guided_scores_equal_brute_force(guided, learned, full_head):
             assert math.isclose(tool.score, expected[tool.tool_id], abs_tol=2e-3)
 
 
-def test_an_allow_list_leaves_scores_as_they_are(guided):
-    model, tokenizer, expert = guided
+@pytest.mark.parametrize("search", [{"num_beams": 60}, {"exhaustive": True}])
+def test_an_allow_list_leaves_scores_as_they_are(guided, search):
+    _, tokenizer, expert = guided
     expert.learned = frozenset(expert.tool_ids[:25])
-    retriever = ToolRetriever(model, tokenizer, expert)
-    every = [{tool.tool_id: tool.score for tool in found} for found in retriever(QUERIES, top_k=40, num_beams=60)]
-    sets = [["tool_1", "tool_30"], ["tool_2"], []]
-    for scores, allowed, found in zip(every, sets, retriever(QUERIES, allowed_tools=sets, num_beams=60), strict=True):
+    expert.cosine_weight, expert.bm25_weight = 60, 5  # it rules out what the model, sure of itself, thinks best
+    retriever = ToolRetriever(small_llama(len(tokenizer), initializer_range=0.8), tokenizer, expert)
+    every = [{tool.tool_id: tool.score for tool in found} for found in retriever(QUERIES, top_k=40, **search)]
+    sets = [["tool_1"], ["tool_2", "tool_30"], []]
+    for scores, allowed, found in zip(every, sets, retriever(QUERIES, allowed_tools=sets, **search), strict=True):
         assert {tool.tool_id for tool in found} == set(allowed)
         for tool in found:
             assert math.isclose(tool.score, scores[tool.tool_id], abs_tol=1e-3)

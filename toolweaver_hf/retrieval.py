@@ -678,12 +678,13 @@ class ToolRetriever:
         rest: list[torch.Tensor],
         top_k: int,
     ) -> torch.BoolTensor:
-        """Tell which of the last beams can hold one of the `top_k` tools, or count in the normalization.
+        """Tell which of the last beams can hold one of the `top_k` tools, count in the normalization, or hold the tool
+        that the model thinks best where tools that it has not learned count by that.
 
         By the model a tool has at most the probability of its prefix. So what was found below the beams that have been
         read says of the others that they need not be read.
         """
-        trie, (*_, ranked, mass) = self.trie, expanded
+        trie, (_, _, by_model, ranked, mass) = self.trie, expanded
         found = ranked.topk(min(top_k, ranked.shape[1])).values[:, -1:]
         if ranked.shape[1] < top_k:
             found = torch.full_like(found, -torch.inf)
@@ -697,7 +698,8 @@ class ToolRetriever:
         allowed = at_most + best.gather(1, place)
         total = torch.stack([mass.logsumexp(1), *rest], dim=1).logsumexp(1, keepdim=True)
         counts = at_most + guide.plain[level - 1].gather(1, place) >= total + math.log(NEGLIGIBLE)
-        return counts | ((allowed >= found) & (allowed > -torch.inf))
+        needed = counts | ((allowed >= found) & (allowed > -torch.inf))
+        return needed | (scores > by_model.max(1, keepdim=True).values) if len(self._unlearned) else needed
 
     def _read_prompts(
         self, input_ids: torch.LongTensor, mask: torch.LongTensor, guide: _Guide, num_beams: int
