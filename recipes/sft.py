@@ -450,7 +450,8 @@ def main(args: AlignmentArguments, training_args: AlignmentTrainingArguments, mo
     eval_queries = load_eval_queries(args, training_args.seed)
     eval_dataset = None
     if eval_queries:
-        eval_dataset, _ = tokenize_rows(retrieval_rows(eval_queries, tokenizer), tokenizer)
+        rows = retrieval_rows(eval_queries, tokenizer)
+        eval_dataset, _ = tokenize_rows(rows, tokenizer, eos_token_id=model.generation_config.eos_token_id)
     if not training_args.packing:
         training_args.max_length = None  # no row is longer, so none is to be cut
 

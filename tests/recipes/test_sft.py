@@ -332,6 +332,34 @@ def test_evaluation_while_training_keeps_the_best(world, tmp_path, lora):
     assert saved.read_bytes() == best.read_bytes()
 
 
+def test_held_out_rows_end_as_those_learned(world, tmp_path):
+    """Also where a turn ends with another token than the tokenizer's own, as the base's generation_config says."""
+    base = build("smollm2")
+    base.eos_token = "<|endoftext|>"
+    model = small_llama(len(base))
+    model.generation_config.eos_token_id = base.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    model.save_pretrained(tmp_path / "base")
+    base.save_pretrained(tmp_path / "base")
+    output = run(
+        world,
+        tmp_path / "out",
+        model=tmp_path / "base",
+        stages=["retrieval"],
+        eval_queries=str(world / "queries.jsonl"),
+        guided=False,
+        per_device_train_batch_size=64,
+        max_steps=1,
+        learning_rate=0.0,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    history = TrainerState.load_from_json(Path(last_checkpoint(output)) / "trainer_state.json").log_history
+    logged = {name: value for entry in history for name, value in entry.items()}
+    assert logged["eval_loss"] == pytest.approx(logged["loss"], rel=1e-3)
+
+
 def test_stages_are_weighed_and_long_rows_reported(world, tmp_path, caplog):
     (world / "chat.jsonl").write_text(
         json.dumps({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello. " * 200}]})
