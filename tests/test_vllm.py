@@ -110,6 +110,12 @@ def test_scores_of_a_text_expert_guide_the_request_that_brings_them(base_tokeniz
     plain = ToolCodeLogitsProcessor(tokenizer.trie, mode="trajectory", code_token_ids=tokenizer.code_token_ids)
     expected = plain(torch.tensor([histories[1]]), logits[1:2])
     torch.testing.assert_close(processor.apply(logits.clone(), context)[1:2], expected)
-    for wrong in ({"tool_scores": [0.1]}, {"scored_tools": ["rain"], "tool_scores": ["high"]}, {"scored_tools": []}):
+    for wrong in (
+        {"tool_scores": [0.1]},
+        {"scored_tools": []},
+        {"scored_tools": ["rain"], "tool_scores": ["high"]},
+        {"scored_tools": ["rain"], "tool_scores": [-(10**400)]},
+        {"scored_tools": [["rain"]], "tool_scores": [0.1]},
+    ):
         with pytest.raises(ValueError, match="tool_scores"):
             VLLMProcessor.validate_params(SimpleNamespace(extra_args=wrong))

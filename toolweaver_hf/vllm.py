@@ -10,7 +10,6 @@ PYTHONPATH=out/agent vllm serve out/agent --trust-remote-code \\
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,8 +64,14 @@ class VLLMToolCodeLogitsProcessor(LogitsProcessor):
         tool_ids, scores, weight = _read_guidance(params)
         if tool_ids is None and scores is None:
             return
-        lists = isinstance(tool_ids, list) and isinstance(scores, list) and len(tool_ids) == len(scores) > 0
-        if not lists or not all(isinstance(x, int | float) and math.isfinite(x) for x in (weight, *(scores or ()))):
+        largest = torch.finfo(torch.float).max
+        if not (
+            isinstance(tool_ids, list)
+            and isinstance(scores, list)
+            and len(tool_ids) == len(scores) > 0
+            and all(isinstance(tool_id, str) for tool_id in tool_ids)
+            and all(isinstance(number, int | float) and abs(number) <= largest for number in (weight, *scores))
+        ):
             raise ValueError(
                 "scored_tools must be a list of tool ids, tool_scores one of as many log-probabilities, and model_weight "
                 "a number"
