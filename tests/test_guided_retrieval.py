@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -187,6 +188,24 @@ def test_the_cache_leaves_an_expert_in_its_folder_alone(guided, tmp_path):
     expert.embed(tmp_path)
     loaded = TextExpert.from_pretrained(tmp_path)
     assert len(loaded.memory) == 1 and len(loaded.embeddings) == len(expert)
+
+
+def test_tools_may_be_added_just_when_the_embeddings_are_there():
+    class Busy(TextExpert):
+        adding = None
+
+        def __setattr__(self, name, value):
+            if name == "embeddings" and value is not None and self.adding is None:
+                self.adding = Thread(target=self.add, args=(["late"], ["Will it snow?"]))
+                self.adding.start()
+                self.adding.join(0.5)
+            super().__setattr__(name, value)
+
+    expert = Busy(["rain", "mail"], ["the weather", "a letter"])
+    expert._encoder_module = LetterEncoder()
+    expert.embed().adding.join()
+    torch.testing.assert_close(expert.embeddings, LetterEncoder().encode_document(expert.documents))
+    assert expert.logits(["Will it snow?"]).argmax() == 2
 
 
 def test_identifiers_are_split_into_words():

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ KERNEL_FLOOR = 1e-5  # what a tool without a like query counts
 NEW_TOOL_SHARE = 0.2  # what a tool that was added later counts, of the best remembered one
 MAX_MEMORY = 50_000  # queries that are remembered
 PAIRS_AT_ONCE = 512  # of a query and a tool that are looked for among those remembered, to bound the memory it takes
+EMBEDDINGS_LOCK = threading.Lock()  # of documents and their embeddings; of all experts, so that one can be pickled
 SAME_QUERY = 0.99  # the cosine of a query that is remembered already, rounded as bfloat16 embeddings are
 WORD_BOUNDARY = re.compile(
     r"_|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[A-Za-z])(?=[0-9])|(?<=[0-9])(?=[A-Za-z])"
@@ -179,12 +181,13 @@ class TextExpert:
             if tool_id in known:
                 raise ValueError(f"the text expert knows the tool {tool_id!r} already: remove it first")
             known.add(tool_id)
-        if self.embeddings is not None and len(documents):
-            self.embeddings = torch.cat([self.embeddings, self._encode_documents(documents)])
+        with EMBEDDINGS_LOCK:
+            if self.embeddings is not None and len(documents):
+                self.embeddings = torch.cat([self.embeddings, self._encode_documents(documents)])
+            self.tool_ids = [*self.tool_ids, *tool_ids]
+            self.documents = [*self.documents, *documents]
         if self.memory is not None:
             self._added_later.update(tool_ids)
-        self.tool_ids = [*self.tool_ids, *tool_ids]
-        self.documents = [*self.documents, *documents]
         self._index = self._owners = None
 
     def remove(self, *tool_ids: str) -> None:
@@ -200,8 +203,6 @@ class TextExpert:
         kept = [row for row, tool_id in enumerate(self.tool_ids) if tool_id not in gone]
         if not kept:
             raise ValueError("a text expert needs at least one tool")
-        if self.embeddings is not None:
-            self.embeddings = self.embeddings[kept]
         new_row = torch.full((len(self.tool_ids),), -1)
         new_row[kept] = torch.arange(len(kept))
         pairs = torch.stack([self._memory_pairs[:, 0], new_row[self._memory_pairs[:, 1]]], dim=1)
@@ -212,8 +213,11 @@ class TextExpert:
             self.memory = self.memory[remembered] if len(remembered) else None
         self._memory_pairs = pairs
         self._added_later.difference_update(tool_ids)
-        self.tool_ids = [self.tool_ids[row] for row in kept]
-        self.documents = [self.documents[row] for row in kept]
+        with EMBEDDINGS_LOCK:
+            if self.embeddings is not None:
+                self.embeddings = self.embeddings[kept]
+            self.tool_ids = [self.tool_ids[row] for row in kept]
+            self.documents = [self.documents[row] for row in kept]
         self._index = self._owners = None
 
     def describe(self, documents: Mapping[str, str]) -> None:
@@ -231,12 +235,13 @@ class TextExpert:
         unknown = documents.keys() - row_of_tool.keys()
         if unknown:
             raise ValueError(f"the text expert does not know the tool {min(unknown)!r}")
-        if self.embeddings is not None and documents:
-            self.embeddings = self.embeddings.clone()
-            self.embeddings[[row_of_tool[tool_id] for tool_id in documents]] = self._encode_documents(
-                [*documents.values()]
-            )
-        self.documents = [documents.get(i, text) for i, text in zip(self.tool_ids, self.documents, strict=True)]
+        with EMBEDDINGS_LOCK:
+            if self.embeddings is not None and documents:
+                self.embeddings = self.embeddings.clone()
+                self.embeddings[[row_of_tool[tool_id] for tool_id in documents]] = self._encode_documents(
+                    [*documents.values()]
+                )
+            self.documents = [documents.get(i, text) for i, text in zip(self.tool_ids, self.documents, strict=True)]
         self._index = None
 
     def embed(self, cache_dir: str | os.PathLike | None = None, show_progress_bar: bool = False) -> TextExpert:
@@ -260,8 +265,8 @@ class TextExpert:
         path = None if cache_dir is None else Path(cache_dir) / EMBEDDINGS_CACHE_FILE
         cached, rows = _read_cache(path, self.encoder)
         num_cached = len(cached)
-        documents = None
-        while documents is not self.documents:  # else tools were added or removed meanwhile
+        embedded = False
+        while not embedded:
             documents, tool_ids = self.documents, self.tool_ids
             checksums = _checksums(documents)
             new = {checksum: i for i, checksum in enumerate(checksums) if checksum not in rows}
@@ -273,7 +278,10 @@ class TextExpert:
             broken = (~torch.isfinite(embeddings).all(1)).nonzero().flatten().tolist()
             if broken:
                 raise ValueError(f"{self.encoder} gives NaN or infinity for the tool {tool_ids[broken[0]]!r}")
-        self.embeddings = embeddings
+            with EMBEDDINGS_LOCK:
+                embedded = documents is self.documents  # else tools were added or removed meanwhile
+                if embedded:
+                    self.embeddings = embeddings
         if path is not None and len(cached) > num_cached:
             path.parent.mkdir(parents=True, exist_ok=True)
             tensors = {"embeddings": embeddings.half(), "checksums": torch.tensor(checksums)}
