@@ -130,6 +130,8 @@ def test_a_new_tool_is_found_at_the_next_call(guided):
         assert found[0].tool_id == "chess"
         with pytest.raises(ValueError, match="chess"):
             retriever.add([Tool("chess", "Twice.")])
+        with pytest.raises(ValueError, match="2 tools and 1 documents"):
+            expert.add(["draughts", "go"], ["Suggests a move."])
         retriever.remove("chess", "tool_3")
         ids = {tool.tool_id for tool in retriever("a good chess opening", top_k=50)[0]}
         assert len(ids) == 39 and not ids & {"chess", "tool_3"}

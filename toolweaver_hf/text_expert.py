@@ -142,8 +142,8 @@ class TextExpert:
         learned: Iterable[str] | None = None,
         tells_end: bool = False,
     ):
-        if not tool_ids or len(tool_ids) != len(documents):
-            raise ValueError(f"{len(tool_ids)} tools and {len(documents)} documents: give a document for each tool")
+        if not tool_ids:
+            raise ValueError("a text expert needs at least one tool")
         if bm25s is None:
             raise ImportError("a text expert needs bm25s and scipy: pip install bm25s scipy")
         self.encoder = encoder or default_encoder()
@@ -174,8 +174,11 @@ class TextExpert:
             documents (`Sequence[str]`): Their documents.
 
         Raises:
-            `ValueError`: naming a tool that is there already; then none is added.
+            `ValueError`: if ids and documents are not equally many, or naming a tool that is there already; then none
+                is added.
         """
+        if len(tool_ids) != len(documents):
+            raise ValueError(f"{len(tool_ids)} tools and {len(documents)} documents: give a document for each tool")
         known = set(self.tool_ids)
         for tool_id in tool_ids:
             if tool_id in known:
