@@ -91,6 +91,8 @@ def test_generate_of_a_trusted_folder_names_tools_that_exist(folder, tokenizer):
     for arguments, allowed in (({}, tokenizer.tool_ids), ({"allowed_tools": ["fx", "wind"]}, ["fx", "wind"])):
         output = trusted.generate(prompts, code_start="forced", **settings, **arguments)
         assert {tokenizer.decode_tool(row[-2:]) for row in output} <= set(allowed)
+    with pytest.raises(ValueError, match="unknown: snow"):
+        trusted.generate(prompts, allowed_tools=["rain", "snow"])
     plain = AutoModelForCausalLM.from_pretrained(folder)
     assert plain.generate.__func__ is type(plain).generate
 

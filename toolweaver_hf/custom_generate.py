@@ -34,6 +34,9 @@ def generate(
             What the text expert reads, one for each sequence or one for all, such as the user's last message. With it
             the expert beside the model guides which tool is named; without it the model alone decides.
         code_start (`str`, *optional*, defaults to `"allowed"`): As for [`ToolCodeLogitsProcessor`].
+
+    Raises:
+        `ValueError`: naming allowed tools that the model has no codes for.
     """
     if not hasattr(model, "_tool_trie"):
         commit = getattr(model.config, "_commit_hash", None)  # of a repository, the one that the model is from
@@ -41,6 +44,9 @@ def generate(
         model._tool_trie = tokenizer.trie.to(model.device)
         model._tool_rows = {tool_id: row for row, tool_id in enumerate(tokenizer.tool_ids)}
         model._code_token_ids, model._num_tokens = tokenizer.code_token_ids, len(tokenizer)
+    unknown = [tool_id for tool_id in allowed_tools or () if tool_id not in model._tool_rows]
+    if unknown:
+        raise ValueError(f"these allowed tools are unknown: {', '.join(unknown[:5])}")
     prompts = kwargs.get("input_ids") if inputs is None else inputs
     processor = ToolCodeLogitsProcessor(
         model._tool_trie,
