@@ -27,7 +27,7 @@ def codebooks():
 def test_base_rows_stay_and_new_rows_fit_in(tokenizer, base_tokenizer, codebooks, method, tied):
     model = small_llama(len(base_tokenizer), tie_word_embeddings=tied)
     before = [matrix.weight.clone() for matrix in (model.get_input_embeddings(), model.get_output_embeddings())]
-    catalog = ToolCatalog([Tool(tool_id, f"The tool {tool_id}.") for tool_id in tokenizer.tool_ids])
+    catalog = ToolCatalog([Tool(tool_id, f"The tool <a_1> {tool_id}.") for tool_id in tokenizer.tool_ids])
     initialize_code_embeddings(model, tokenizer, codebooks, method=method, catalog=catalog)
     matrices = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
     for old, new in zip(before, matrices, strict=True):

@@ -70,8 +70,7 @@ def initialize_code_embeddings(
     make_room(model, len(tokenizer), pad_to_multiple_of)
     token_weights = None
     if method != "random" and catalog is not None:
-        texts = [catalog[tool_id].document for tool_id in tokenizer.tool_ids]
-        documents = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        documents = [tokenizer.encode_data(catalog[tool_id].document) for tool_id in tokenizer.tool_ids]
         token_weights = _token_weights(documents, tokenizer.level_offsets[0], by_rarity=method == "codebook")
     for module in embedding_modules(model):
         with gather_params_ctx(module.weight):  # where DeepSpeed's ZeRO-3 loaded the model in parts
