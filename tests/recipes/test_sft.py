@@ -332,6 +332,14 @@ def test_evaluation_while_training_keeps_the_best(world, tmp_path, lora):
     assert saved.read_bytes() == best.read_bytes()
 
 
+def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-20", "checkpoint-best"):
+        (tmp_path / name).mkdir()
+        if name != "checkpoint-20":  # as if a kill had come while it was written
+            TrainerState().save_to_json(tmp_path / name / "trainer_state.json")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
 def test_held_out_rows_end_as_those_learned(world, tmp_path):
     """Also where a turn ends with another token than the tokenizer's own, as the base's generation_config says."""
     base = build("smollm2")

@@ -61,10 +61,8 @@ def last_checkpoint(folder: str | os.PathLike) -> str | None:
 
     [`~transformers.trainer_utils.get_last_checkpoint`] would return one that a kill cut short.
     """
-    checkpoints = sorted(
-        Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True
-    )
-    for checkpoint in checkpoints:
+    checkpoints = [path for path in Path(folder).glob("checkpoint-*") if path.name.split("-", 1)[1].isdecimal()]
+    for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.split("-")[1]), reverse=True):
         try:
             # Written last: present only in complete checkpoints
             TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
