@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from toolweaver_hf.cli import find_config
+from toolweaver_hf.cli import find_config, parse_arguments
 from toolweaver_hf.data.catalog import ToolCatalog
 from toolweaver_hf.demo import DEMO_FOLDER
+from toolweaver_hf.recipes.sft import AlignmentArguments
 
 
 def toolweaver(*arguments):
@@ -88,6 +89,9 @@ def test_a_configuration_is_a_file_or_one_of_the_package(tmp_path, monkeypatch):
     assert find_config("smoke") == Path("smoke")
     with pytest.raises(ValueError, match="smollm2_135m"):
         find_config("no_such_configuration")
+    for written in (["--config", "small"], ["--config=small"]):
+        with pytest.raises(ValueError, match="--config small: there is no such file"):
+            parse_arguments(written, AlignmentArguments)
 
 
 @pytest.mark.parametrize(

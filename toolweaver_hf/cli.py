@@ -54,6 +54,8 @@ def parse_arguments(
     if "--help_all" in argv:
         parser.print_help()
         sys.exit()
+    # As two words, which TRL expects
+    argv = [word for arg in argv for word in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" in argv[:-1]:
         place = argv.index("--config") + 1
         argv[place] = str(find_config(argv[place]))
