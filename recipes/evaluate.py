@@ -33,9 +33,9 @@ class EvaluationArguments:
 
     Args:
         queries (`list[str]`):
-            Test queries, in any of the formats that [`~data.load_queries`] reads: JSONL with `id`, `text`, `tools`, a
-            BEIR queries file, ToolBench's instructions, rows of Seal-Tools or ToolRet. Each of several files is a
-            group, named after the file.
+            Test queries, in any of the formats that [`~data.queries.load_queries`] reads: JSONL with `id`, `text`,
+            `tools`, a BEIR queries file, ToolBench's instructions, rows of Seal-Tools or ToolRet. Each of several files is
+            a group, named after the file.
         qrels (`str`, *optional*):
             The relevance file of BEIR queries.
         model (`str`, *optional*):
@@ -46,7 +46,7 @@ class EvaluationArguments:
             Whether to rank only the tools that the queries need.
         by_wording (`bool`, *optional*, defaults to `False`):
             Whether to report the queries by how vague they are: in the tools' own words, in others, or without any of
-            them (see [`~evaluation.group_by_wording`]), in place of the queries' own groups.
+            them (see [`~evaluation.wording.group_by_wording`]), in place of the queries' own groups.
         encoder (`str`, *optional*):
             sentence-transformers model of the dense baseline. Defaults to the default encoder of catalogs.
         output_dir (`str`, *optional*):
@@ -114,7 +114,7 @@ def load_candidates(args: EvaluationArguments, queries: Sequence[Query]) -> Tool
 
 
 def main(args: EvaluationArguments) -> dict[str, Any]:
-    """Evaluate, print a table per group of queries, and return the result of [`~evaluation.compare_rankings`]."""
+    """Evaluate, print a table per group of queries, and return [`~evaluation.rankings.compare_rankings`]' result."""
     from toolweaver_hf.evaluation.baselines import BM25Retriever, DenseRetriever
     from toolweaver_hf.evaluation.rankings import compare_rankings
     from toolweaver_hf.evaluation.runs import save_run, tables

@@ -16,7 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput, cached_file
 from .configuration_rqvae import RQVAEConfig
 
 
-# As in loading.py: this file goes to the Hub with its configuration alone, so it can import nothing from there.
+# As in adapter.py: this file goes to the Hub with its configuration alone, so it can import nothing from there.
 HUB_KWARGS = ("revision", "token", "cache_dir", "subfolder", "force_download", "local_files_only")
 LOSSES = ("reconstruction_loss", "codebook_loss", "commitment_loss", "assignment_loss", "collaborative_loss")
 

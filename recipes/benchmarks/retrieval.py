@@ -67,7 +67,7 @@ class BenchmarkArguments:
         catalog (`str`):
             The tools, in any format that [`ToolCatalog.from_file`] reads.
         train_queries, test_queries (`str`):
-            The split, in any format that [`~data.load_queries`] reads.
+            The split, in any format that [`~data.queries.load_queries`] reads.
         train_qrels, test_qrels (`str`, *optional*):
             The relevance files of BEIR queries.
         methods (`list[str]`, *optional*):

@@ -18,7 +18,7 @@ class AgentRun:
 
     Args:
         messages (`list[dict]`):
-            The conversation in the format of a training trajectory (see [`~data.load_trajectories`]).
+            The conversation in the format of a training trajectory (see [`~data.trajectories.load_trajectories`]).
         stop_reason (`str`):
             `"answer"`, `"max_steps"`, `"max_tokens"` or `"cancelled"`.
         token_ids (`list[int]`):
@@ -45,7 +45,7 @@ class AgentRun:
 
 
 def save_trajectories(runs: Iterable[AgentRun], path: str | os.PathLike) -> None:
-    """Write runs as training trajectories for [`~data.load_trajectories`] (JSONL), atomically."""
+    """Write runs as training trajectories for [`~data.trajectories.load_trajectories`] (JSONL), atomically."""
     with atomic_write(path) as partial, open(partial, "w", encoding="utf-8") as file:
         for i, run in enumerate(runs):
             file.write(json.dumps({"id": f"run-{i}", "messages": run.messages}, ensure_ascii=False) + "\n")

@@ -81,7 +81,7 @@ def trajectory_rows(
 
     Args:
         trajectories (`Iterable[dict]`):
-            Trajectories as [`~data.load_trajectories`] gives them.
+            Trajectories as [`~data.trajectories.load_trajectories`] gives them.
         tokenizer ([`ToolWeaverTokenizer`]):
             The tokenizer with the tools' codes.
         bad_rows (`list[str]`, *optional*):
@@ -223,7 +223,7 @@ def share_prompts(dataset: Dataset) -> Dataset:
 
     Loss and gradient stay the same, but the prompt is computed once instead of once for each answer. A merged row is
     the prompt but for its last token, then for each answer this token and the answer;
-    [`~train_alignment.SharedPromptCollator`] keeps the answers from seeing each other.
+    [`~alignment.trainer.SharedPromptCollator`] keeps the answers from seeing each other.
 
     Args:
         dataset (`Dataset`): Rows as [`tokenize_rows`] makes them, each with one answer at its end.

@@ -102,7 +102,7 @@ class SharedPromptCollator(DataCollatorForLanguageModeling):
     """Puts rows side by side in rows that hold what all of them begin with once, such as the system's message.
 
     So this is computed once, and little is padding; loss and gradient stay the same. Answers of one prompt (see
-    [`~data.share_prompts`]) see it and themselves alone, and rows see no other row.
+    [`~alignment.rows.share_prompts`]) see it and themselves alone, and rows see no other row.
 
     The batch has `position_ids` of shape `(batch_size, length)`, which go on from what is shared in every row and answer,
     and a boolean `attention_mask` of shape `(batch_size, 1, length, length)`, `True` where a token sees another.
@@ -204,7 +204,7 @@ class ShuffledBatchSampler(Sampler[int]):
 
 class AlignmentTrainer(SFTTrainer):
     """
-    [`SFTTrainer`] for rows of `id`, `input_ids` and `labels`, as [`~data.tokenize_rows`] makes them.
+    [`SFTTrainer`] for rows of `id`, `input_ids` and `labels`, as [`~alignment.rows.tokenize_rows`] makes them.
 
     The loss of a token is the cross-entropy among those that constrained decoding leaves to choose from: inside a code
     the ones that go on to a tool, and all of the vocabulary in free text. An answer that is codes and nothing else, as

@@ -137,7 +137,7 @@ def choose_codes(
         residual (`torch.Tensor` of shape `(num_tools, code_dim)`): The residuals of the previous levels.
         codebook (`torch.Tensor` of shape `(codebook_size, code_dim)`): The level's codebook.
         cousage_weights (`scipy.sparse.csr_array` of shape `(num_tools, num_tools)`):
-            \\(A\\): a graph of mean degree 1 ([`~cousage.unit_degree`]) times the collaborative weight.
+            \\(A\\): a graph of mean degree 1 ([`~codes.cousage.unit_degree`]) times the collaborative weight.
         index (`np.ndarray` of shape `(num_tools,)`, *optional*): Codes to start from. Defaults to the nearest ones.
 
     Returns:

@@ -289,8 +289,8 @@ class RQVAETrainer(Trainer):
 class _Neighbors:
     """Samples a co-used tool for each tool, with probability proportional to the edge weight.
 
-    The weight of a pair is the degree of its tool, 1 on average ([`~cousage.unit_degree`]), so that the weighted mean
-    over a batch estimates the graph Laplacian's quadratic form up to a constant.
+    The weight of a pair is the degree of its tool, 1 on average ([`~codes.cousage.unit_degree`]), so that the weighted
+    mean over a batch estimates the graph Laplacian's quadratic form up to a constant.
     """
 
     def __init__(self, graph: scipy.sparse.csr_array, device: torch.device):

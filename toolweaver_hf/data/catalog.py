@@ -262,7 +262,7 @@ class ToolCatalog(PushToHubMixin, Sequence[Tool]):
         - a tool, a list of tools, or an object with them under `tools`, `functions` or `functionDeclarations`;
         - the result of an MCP server's `tools/list`, with or without its JSON-RPC envelope, or a list `servers` of such
           results, each with a `name` that prefixes its tools' ids (see [`ToolCatalog.from_servers`]);
-        - an OpenAPI 3 or Swagger 2.0 description, with one tool per operation (see [`~openapi.openapi_tools`]);
+        - an OpenAPI 3 or Swagger 2.0 description, with one tool per operation (see [`~data.openapi.openapi_tools`]);
         - a ToolBench file with its `api_list`, or instructions of ToolBench, BFCL or xLAM, whose tools are merged.
 
         Supported formats of a tool are the rows of [`ToolCatalog.to_jsonl`]; function schemas of OpenAI, Anthropic,

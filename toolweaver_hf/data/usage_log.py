@@ -31,7 +31,7 @@ MAX_PAUSE = 1800  # seconds without a call after which tools are no longer used 
 
 
 class UsageLog:
-    """Writes queries and calls to a folder as trajectories in the format of [`~data.load_trajectories`].
+    """Writes queries and calls to a folder as trajectories in the format of [`~data.trajectories.load_trajectories`].
 
     Each call is one line of `trajectories-*.jsonl` with its query, the call and its outcome, written before the caller
     receives the result. Each query is one line of `queries-*.jsonl` with the retrieved tools. `catalog.jsonl` has all

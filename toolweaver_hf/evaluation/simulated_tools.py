@@ -98,7 +98,7 @@ class SimulatedTools(Mapping[str, Callable[..., Any]]):
         return len(self.catalog)
 
     def record_trajectories(self, trajectories: Iterable[dict[str, Any]]) -> None:
-        """Add the observations of trajectories ([`~data.load_trajectories`]) to the answers, but not to the file."""
+        """Add what trajectories ([`~data.trajectories.load_trajectories`]) observe to the answers, not to the file."""
         for row in trajectories:
             messages = row["messages"]
             for (place, i), result in find_results(messages).items():

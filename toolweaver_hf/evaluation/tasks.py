@@ -49,8 +49,8 @@ class AgentTask:
 
 
 def load_tasks(path: str | os.PathLike) -> list[AgentTask]:
-    """Read tasks from ground-truth trajectories ([`~data.load_trajectories`], including runs of an agent and
-    Seal-Tools), or from queries with their tools ([`~data.load_queries`]), without ground-truth calls. Of a
+    """Read tasks from ground-truth trajectories ([`~data.trajectories.load_trajectories`], including runs of an agent
+    and Seal-Tools), or from queries with their tools ([`~data.queries.load_queries`]), without ground-truth calls. Of a
     conversation with several queries, the first and its answer are the task.
 
     Raises:

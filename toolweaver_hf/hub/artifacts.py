@@ -40,8 +40,8 @@ def push_folder(
     """Push an artifact to a Hub repository, in one commit, with its card.
 
     The repository is created if it does not exist. Unchanged files are not uploaded again, and pushing again continues
-    an interrupted upload. The card is made by [`~cards.create_card`], unless the folder has a `README.md` with the tag
-    `toolweaver`, which is pushed instead.
+    an interrupted upload. The card is made by [`~hub.cards.create_card`], unless the folder has a `README.md` with the
+    tag `toolweaver`, which is pushed instead.
 
     Args:
         folder (`str`):

@@ -49,15 +49,15 @@ def write_trajectory(
     """Write the conversation that answers a query with its tools, each called once, in order.
 
     Args:
-        query ([`~data.Query`]): The query.
+        query ([`~data.queries.Query`]): The query.
         catalog ([`ToolCatalog`]): The tools.
         tools ([`SimulatedTools`]): What observes: recorded answers, functions, or made-up answers.
         writer (`Writer`): The language model.
         seed (`int`, *optional*, defaults to 0): Seed of what it writes.
 
     Returns:
-        `list[dict]` or `None`: messages as [`~data.load_trajectories`] reads them; `None` if in two attempts no
-        arguments obeyed the tool's schema with values that stand in the query or in what was returned, or if there
+        `list[dict]` or `None`: messages as [`~data.trajectories.load_trajectories`] reads them; `None` if in two
+        attempts no arguments obeyed the tool's schema with values that stand in the query or in what was returned, or if there
         was no answer.
     """
     messages: list[dict[str, Any]] = [{"role": "user", "content": query.text}]
