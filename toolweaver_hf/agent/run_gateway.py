@@ -133,12 +133,16 @@ def _check_model(model: str) -> None:
     """Raise before serving if there is no such model; it is loaded once the servers have started."""
     from transformers.utils import cached_file
 
-    from ..text_expert import TEXT_EXPERT_FILE
     from ..tool_codes_file import TOOL_CODES_FILE
 
-    files = (TEXT_EXPERT_FILE, TOOL_CODES_FILE)
-    if not any(cached_file(model, file, _raise_exceptions_for_missing_entries=False) for file in files):
-        raise ValueError(f"--model {model} holds neither {' nor '.join(files)}: give the folder of an aligned model")
+    if cached_file(model, TOOL_CODES_FILE, _raise_exceptions_for_missing_entries=False):
+        return
+    from ..text_expert import TEXT_EXPERT_FILE  # takes seconds, which a folder for search alone has to wait
+
+    if not cached_file(model, TEXT_EXPERT_FILE, _raise_exceptions_for_missing_entries=False):
+        raise ValueError(
+            f"--model {model} holds neither {TEXT_EXPERT_FILE} nor {TOOL_CODES_FILE}: give the folder of an aligned model"
+        )
 
 
 def _read_usage(folder: str | os.PathLike) -> list[tuple[str, str]]:
