@@ -204,17 +204,20 @@ class Turn:
         """Raise the scores of what begins a fact of the results or goes on with it, in an answer; lower that of its end
         before all are told."""
         tokenizer, whole = self.agent.tokenizer, len(self.new_ids)
-        while len(self.new_ids) - whole < MAX_PENDING and tokenizer.decode(self.new_ids[:whole]).endswith("\ufffd"):
+        text = tokenizer.decode(self.new_ids)
+        while len(self.new_ids) - whole < MAX_PENDING and text.endswith("\ufffd"):
             whole -= 1  # the tokens of a character that has only begun
-        _, answer = tokenizer.split_thought(tokenizer.decode(self.new_ids[:whole]) + ".")
+            text = tokenizer.decode(self.new_ids[:whole])
+        _, answer = tokenizer.split_thought(text + ".")
         if not answer:  # in a thought
             return
         answer, bonus = answer[:-1], self.agent.copy_bonus
-        missing = [fact for fact in self._facts if not tells(answer, fact)]
+        told = [fact for fact in self._facts if tells(answer, fact)]
+        missing = [fact for fact in self._facts if fact not in told]
         going_on, beginning = self.agent._copier.in_answer(answer, missing, self.new_ids[whole:])
         scores[:, going_on] += bonus
         scores[:, beginning] += BEGIN_SHARE * bonus
-        if missing and (going_on or tells_more(answer, self._facts)):  # else it does not get there by going on
+        if missing and (going_on or tells_more(answer, told)):  # else it does not get there by going on
             codes = scores[:, self.first_level.start : self.first_level.stop]
             if scores[:, self.agent._end_ids].max() > codes.logsumexp(1).max():
                 codes -= END_SHARE * bonus  # to end later is no reason to call a tool
