@@ -21,6 +21,7 @@ from typing import Any
 from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
 
+from ..agent.run import from_json
 from ..agent.schema import NOTHING_REMOTE, find_error
 from ..data.catalog import Tool, ToolCatalog
 from ..data.trajectories import find_results, load_trajectories
@@ -103,12 +104,8 @@ class SimulatedTools(Mapping[str, Callable[..., Any]]):
             messages = row["messages"]
             for (place, i), result in find_results(messages).items():
                 function, observation = messages[place]["tool_calls"][i]["function"], messages[result]["content"]
-                try:
-                    answer = json.loads(observation)
-                except ValueError:
-                    answer = observation
                 with self._lock:
-                    self._answers[function["name"]].setdefault(_key(function["arguments"]), answer)
+                    self._answers[function["name"]].setdefault(_key(function["arguments"]), from_json(observation))
 
     def call(self, tool_id: str, arguments: dict[str, Any]) -> Any:
         """Answer a call.
