@@ -132,7 +132,8 @@ def close_schema(schema: dict[str, Any]) -> dict[str, Any]:
         }
         composed = ("additionalProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf")
         required = closed.get("required") if isinstance(closed.get("required"), list) else []
-        undeclared = [name for name in required if name not in [*closed["properties"]]]
+        declared = list(closed["properties"])  # not every required name is hashable
+        undeclared = [name for name in required if name not in declared]
         if not undeclared and not any(keyword in closed for keyword in composed):
             closed["additionalProperties"] = False
     if isinstance(closed.get("items"), dict):
